@@ -1,0 +1,48 @@
+# The two commands of the README are `make quickstart` and `make test`; each makes the environment when it is missing.
+VENV := .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+
+MINI := +experiment=lvt_cifar100_10split,resnet18_finetune_cifar100_10split,resnet18_er_cifar100_10split,resnet18_derpp_cifar100_10split,resnet18_joint_cifar100_10split
+
+.PHONY: help environment quickstart test lint types check format bench mini clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+environment: $(VENV)/.made ## python's venv with everything pinned in constraints.txt
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/.made ## a small LVT on the bundled digits: accuracy table and report, under a minute
+	$(RUN) -m cl_bench +experiment=quickstart
+
+test: $(VENV)/.made ## all tests
+	$(RUN) -m pytest
+
+lint: $(VENV)/.made ## ruff: format and lint
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+types: $(VENV)/.made ## mypy
+	$(VENV)/bin/mypy
+
+check: lint types test ## everything CI asks for
+
+format: $(VENV)/.made ## let ruff mend what it can
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: $(VENV)/.made ## speed of loop, data path and buffer as ratios
+	$(RUN) scripts/benchmark.py
+
+mini: $(VENV)/.made ## the table in results/mini: fifteen runs of about two minutes
+	$(RUN) -m cl_bench -m $(MINI) +scale=mini seed=0,1,2 results_dir=results/mini/records
+	$(RUN) scripts/compare.py results/mini/records --out results/mini
+
+clean: ## remove the environment and caches, never data or results
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,3 @@
+"""Continual-learning experiments, chosen by configuration."""
+
+__version__ = "0.1.0"

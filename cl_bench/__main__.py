@@ -1,0 +1,106 @@
+"""The command: ``python -m cl_bench``.
+
+Nothing heavy is imported before a run is really wanted, so that ``--help`` and typing errors are answered at once.
+"""
+
+import os
+import sys
+import traceback
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from cl_bench.config import CONFIGS, Run
+from cl_bench.errors import ConfigError
+
+ConfigStore.instance().store("run", Run)
+
+
+def job(config: DictConfig) -> Any:
+    """One job: the run itself, or one of a sweep."""
+    from cl_bench.run import run
+
+    _refuse_search_on_test(config)
+    return run(config)
+
+
+def main() -> None:
+    """Run the command line; exit status 0 finished, 2 wrong configuration or data, 130/143 stopped, 1 anything else."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
+    failures: list[Exception] = []
+    started: list[bool] = []
+
+    def task(config: DictConfig) -> Any:
+        started.append(True)
+        if _sweeping():
+            return job(config)  # Hydra keeps the failure of a job until the other jobs have run
+        try:
+            return job(config)
+        except Exception as error:  # kept from Hydra, which would print a line of its own
+            failures.append(error)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(task)()
+        if failures:
+            raise failures[0]
+    except Exception as error:
+        # What fails before a job starts is the command line; the jobs of a sweep may start in other processes.
+        composing = not started and not {"-m", "--multirun"} & set(sys.argv)
+        known = isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)) or composing
+        if not (known or isinstance(error, FloatingPointError)):
+            raise
+        if wants_traceback:
+            traceback.print_exc()
+        else:
+            print(f"cl_bench: {explain(error)}", file=sys.stderr)
+        sys.exit(2 if known else 1)
+
+
+def _sweeping() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def explain(error: Exception) -> str:
+    """One message: key, expected, got, way out."""
+    if isinstance(error, (ConfigError, FloatingPointError)):
+        return str(error)
+    from cl_bench.explain import explain_hydra
+
+    return explain_hydra(error)
+
+
+def _refuse_search_on_test(config: DictConfig) -> None:
+    """A search would choose settings by the test images; and it must look for the largest accuracy."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra_config = HydraConfig.get()
+    sweeper = hydra_config.runtime.choices.get("hydra/sweeper", "basic")
+    if sweeper == "basic":
+        return
+    if config.trainer.get("evaluate_on") != "val":
+        raise ConfigError(
+            "trainer.evaluate_on",
+            expected=f"val in a search (hydra/sweeper={sweeper}), so that no setting is chosen on test images",
+            got=str(config.trainer.get("evaluate_on")),
+            fix="Add trainer.evaluate_on=val scenario.val_fraction=0.1.",
+        )
+    direction = str(hydra_config.sweeper.get("direction", "maximize")).lower().rpartition(".")[2]
+    if direction != "maximize":
+        raise ConfigError(
+            "hydra.sweeper.direction",
+            expected="maximize, since a run returns its accuracy",
+            got=direction,
+            fix="Add hydra.sweeper.direction=maximize.",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""A multi-layer perceptron on flattened pixels."""
+
+import math
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from cl_bench.backbones.base import Backbone
+from cl_bench.errors import require
+
+
+class MLP(Backbone):
+    """Linear layers with ReLU between them.
+
+    Args:
+        hidden: widths of the hidden layers; an empty list is a linear classifier.
+    """
+
+    def __init__(self, *, hidden: list[int], num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        require(
+            all(width > 0 for width in hidden),
+            "hidden",
+            expected="widths of 1 or more",
+            got=list(hidden),
+            fix="An empty list is a linear classifier.",
+        )
+        widths = [math.prod(image_shape), *hidden]
+        layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU(inplace=True)) for a, b in pairwise(widths)]
+        self.trunk = nn.Sequential(nn.Flatten(), *layers)
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D), D the last hidden width or the number of pixels."""
+        return self.trunk(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K)."""
+        return self.head(self.features(x))

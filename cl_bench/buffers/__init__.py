@@ -1,0 +1,1 @@
+"""Rehearsal buffers, one policy a file."""

@@ -1,0 +1,23 @@
+"""No memory."""
+
+from torch import Tensor
+
+from cl_bench.buffers.base import Buffer, Context, Describe
+from cl_bench.types import Batch, Task
+
+
+class NoBuffer(Buffer):
+    """Keeps nothing: for methods without rehearsal.
+
+    Args:
+        capacity: not used; accepted so that ``buffer=none`` can be said of an experiment that sets a capacity.
+    """
+
+    def __init__(self, *, capacity: int, context: Context) -> None:
+        super().__init__(capacity=0, context=context)
+
+    def add(self, batch: Batch, **columns: Tensor) -> None:
+        """Nothing."""
+
+    def close_task(self, task: Task, describe: Describe, keep: tuple[str, ...] = ()) -> None:
+        """Nothing."""

@@ -1,0 +1,207 @@
+"""Configuration -> objects. Runtime objects are handed over here and never configured."""
+
+import inspect
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from cl_bench.backbones.base import Backbone
+from cl_bench.buffers.base import Buffer, Context
+from cl_bench.checkpoint import Checkpoint
+from cl_bench.config import Precision, arguments, named, target
+from cl_bench.errors import ConfigError
+from cl_bench.loggers.base import Logger
+from cl_bench.methods.base import Method
+from cl_bench.scenarios.base import Scenario
+from cl_bench.trainer import Settings, Trainer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration builds, beside the loggers."""
+
+    scenario: Scenario
+    method: Method
+    buffer: Buffer
+    optimizer: Any
+    schedule: Any
+    settings: Settings
+    metrics: Mapping[str, Any]
+    generators: dict[str, torch.Generator]
+    device: torch.device
+    autocast: torch.autocast
+
+    def trainer(self, logger: Logger, checkpoint: Checkpoint, stop: Callable[[], bool]) -> Trainer:
+        """The loop over these parts."""
+        return Trainer(
+            method=self.method,
+            scenario=self.scenario,
+            settings=self.settings,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            generators=self.generators,
+            autocast=self.autocast,
+            logger=logger,
+            checkpoint=checkpoint,
+            stop=stop,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What ``summary.json`` says of the scenario and of how it is measured."""
+        return {
+            "class_order": list(self.scenario.class_order),
+            "class_names": list(self.scenario.class_names),
+            "tasks": [self.scenario.original(task) for task in self.scenario.tasks],
+            "evaluate_on": self.settings.evaluate_on,
+        }
+
+
+def build(config: DictConfig) -> Parts:
+    """Check and build every part of a run; the first thing that is wrong is a :class:`ConfigError`."""
+    allow = list(config.allow_packages)
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the generator that a checkpoint saves is the current device's
+    generators = seeded(config.seed)
+    # The cheap parts first, so that a typing error is answered before a data set is read.
+    settings = component(config.trainer, "trainer", allow)
+    schedule = component(config.schedule, "schedule", allow)
+    optimizer = partial_component(config.optimizer, "optimizer", allow)
+    metrics = {str(name): named(path, f"metrics.{name}", allow) for name, path in config.metrics.items()}
+    make_net, make_buffer, make_method = (
+        partial_component(config[group], group, allow) for group in ("backbone", "buffer", "method")
+    )
+
+    scenario = component(config.scenario, "scenario", allow).to(device)
+    if settings.evaluate_on == "val" and not len(scenario.tasks[0].val):
+        raise ConfigError(
+            "trainer.evaluate_on",
+            expected="test, since no images are held out for validation",
+            got="val",
+            fix="Set scenario.val_fraction=0.1 as well.",
+        )
+    shared = {"num_classes": scenario.num_classes, "image_shape": scenario.image_shape}
+    net = make_net(**shared).to(device)
+    context = Context(transform=scenario.transform, generator=generators["buffer"], device=device, **shared)
+    buffer = make_buffer(context=context)
+    _refuse_unsuitable(config, allow, net, buffer)
+    method = make_method(net=net, buffer=buffer, scenario=scenario).to(device)
+    optimizer([torch.nn.Parameter(torch.zeros(1, device=device))])  # its ranges are checked when it is made
+    precision = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
+    autocast = torch.autocast(device.type, dtype=precision, enabled=precision is torch.bfloat16)
+    return Parts(scenario, method, buffer, optimizer, schedule, settings, metrics, generators, device, autocast)
+
+
+RUNTIME: dict[str, tuple[str, ...]] = {
+    "backbone": ("num_classes", "image_shape"),
+    "buffer": ("context",),
+    "method": ("net", "buffer", "scenario"),
+    "optimizer": ("params",),
+}
+"""Constructor arguments of each group that are runtime objects."""
+
+
+def component(node: DictConfig, key: str, allow: list[str], **runtime: Any) -> Any:
+    """Build what ``node`` describes, nested nodes first; ``runtime`` are the objects its constructor may ask for."""
+    return partial_component(node, key, allow)(**runtime)
+
+
+def partial_component(node: DictConfig, key: str, allow: list[str]) -> Any:
+    """Check what ``node`` describes now, and build it when the result is called with its runtime objects."""
+    built = target(node, key, allow)
+    parameters = inspect.signature(built).parameters
+    values = arguments(node, key, built, RUNTIME.get(key, ()))
+    for name, value in values.items():
+        if isinstance(node[name], DictConfig) and "_target_" in node[name]:
+            values[name] = value = component(node[name], f"{key}.{name}", allow)
+        kind = parameters[name].annotation
+        if inspect.isclass(kind) and kind.__module__.startswith("cl_bench.") and not isinstance(value, kind):
+            raise ConfigError(
+                f"{key}.{name}",
+                expected=f"a node that builds {kind.__name__}",
+                got=value,
+                fix=f"Leave {key}.{name} be.",
+            )
+
+    def make(*positional: Any, **runtime: Any) -> Any:
+        wanted = {name: value for name, value in runtime.items() if name in parameters}
+        try:
+            return built(*positional, **values, **wanted)
+        except ConfigError as error:
+            # A component names its own keys; a nested one, or one that names a whole key, is left as it is.
+            raise error.under(key) if error.key.split("[")[0] in values else error from None
+
+    return make
+
+
+def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buffer: Buffer) -> None:
+    """Ask the annotations of the method's constructor whether network and buffer suit it."""
+    wanted = inspect.signature(target(config.method, "method", allow)).parameters
+    kind = wanted["net"].annotation if "net" in wanted else Backbone
+    if inspect.isclass(kind) and not isinstance(net, kind):
+        suits = kind.__module__.rpartition(".")[2]
+        raise ConfigError(
+            "backbone",
+            expected=f"a {suits} network ({kind.__name__}), which method={config.choices.method} needs",
+            got=config.choices.backbone,
+            fix=f"Use backbone={suits}, or another method.",
+        )
+    if "buffer" in wanted and buffer.capacity == 0:
+        raise ConfigError(
+            "buffer",
+            expected=f"a buffer with a capacity, which method={config.choices.method} replays from",
+            got=config.choices.buffer,
+            fix="Use buffer=reservoir, or method=finetune for training without memory.",
+        )
+    if "buffer" not in wanted and buffer.capacity > 0:
+        raise ConfigError(
+            "buffer",
+            expected=f"none, since method={config.choices.method} replays nothing",
+            got=config.choices.buffer,
+            fix="Add buffer=none, or use method=er for plain replay.",
+        )
+
+
+def loggers(config: DictConfig) -> dict[str, Logger]:
+    """The chosen loggers by name."""
+    allow = list(config.allow_packages)
+    return {str(name): component(node, f"logger.{name}", allow) for name, node in config.logger.items()}
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is cuda, else mps, else cpu; anything else must exist here."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise ConfigError(
+            "device",
+            expected=f"auto, or one that this machine has: {', '.join(available)}",
+            got=name,
+            fix="device=auto takes the fastest there is.",
+        )
+    return torch.device(name)
+
+
+def seeded(seed: int) -> dict[str, torch.Generator]:
+    """Seed torch's, numpy's and Python's global generators, and one CPU generator for each kind of draw.
+
+    ``batches`` orders the stream, ``augment`` draws its crops and flips, ``buffer`` decides what is stored and drawn.
+    They are apart, so that a change of the buffer leaves the stream as it was.
+    """
+    if not 0 <= seed < 2**32:
+        raise ConfigError("seed", expected="a whole number in [0, 2^32)", got=seed, fix="Use a smaller seed.")
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    streams = ("batches", "augment", "buffer")
+    return {name: torch.Generator().manual_seed(4 * seed + i + 1) for i, name in enumerate(streams)}

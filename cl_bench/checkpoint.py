@@ -1,0 +1,86 @@
+"""Exact resumption: the whole state of a run in one file, written atomically, the one before it kept.
+
+A checkpoint is plain tensors, numbers, strings, lists and dicts, so it loads with ``weights_only=True``.
+"""
+
+import os
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator
+
+State = dict[str, Any]
+
+
+class Checkpoint:
+    """The files ``last.pt`` and ``previous.pt`` of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, state: State) -> None:
+        """Write ``state``; a kill at any moment leaves at least one whole checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last, previous, partial = (self.folder / name for name in ("last.pt", "previous.pt", "partial.pt"))
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if last.exists():
+            last.replace(previous)
+        partial.replace(last)
+
+    def load(self) -> State | None:
+        """The newest whole checkpoint, None where there is none; a damaged one is reported and passed over."""
+        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+            if not path.exists():
+                continue
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises many kinds for a damaged file; each means the same
+                print(f"cl_bench: {path} is damaged ({error}); going back to the one before it", file=sys.stderr)
+        return None
+
+
+def rng_state(generators: Mapping[str, Generator]) -> State:
+    """The states of every random generator a run may draw from."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the run's own device
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
+        "generators": {name: generator.get_state() for name, generator in generators.items()},
+    }
+
+
+def set_rng_state(state: State, generators: Mapping[str, Generator]) -> None:
+    """The inverse of :func:`rng_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    random.setstate(_tuples(state["python"]))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    for name, generator in generators.items():
+        generator.set_state(state["generators"][name])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def cloned(state: Any) -> Any:
+    """A deep copy on the CPU: what a state was at this moment."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: cloned(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(cloned(value) for value in state)
+    return state

@@ -1,0 +1,231 @@
+"""The typed skeleton of a run, and the check of every component against the signature of what it builds.
+
+No schema is written twice: a component's keys and types are those of its constructor.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cl_bench.errors import ConfigError
+
+PACKAGE = Path(__file__).parent
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+"""The configuration folder: inside the package when installed from a wheel, beside it in a checkout."""
+
+ALLOWED_PACKAGES = ("cl_bench", "torch", "torchvision", "timm", "avalanche")
+"""Packages that a ``_target_`` may name; ``allow_packages`` adds to them."""
+
+INCOMPARABLE = (
+    "seed", "experiment", "name", "scale", "device", "results_dir", "data_dir", "overwrite", "dry_run", "published",
+    "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed", "scenario.source.root",
+    "scenario.source.download", "trainer.checkpoint_seconds", "trainer.checkpoint_steps",
+)  # fmt: skip
+"""Keys in which two runs of one row may differ: they change no result, or (``seed``) are what a row averages over.
+The two scenario seeds count where they are used, as ``scenario.class_order_seed`` and ``scenario.data_seed``."""
+
+
+class Precision(Enum):
+    """Arithmetic of forward and backward passes; weights are always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class Run:
+    """Everything a run is configured by; the groups are typed by what they build (:func:`arguments`)."""
+
+    experiment: str = MISSING
+    name: str = MISSING
+    scale: str | None = None
+    seed: int = MISSING
+    class_order_seed: int = MISSING
+    data_seed: int = MISSING
+    device: str = MISSING
+    precision: Precision = MISSING
+    results_dir: str = MISSING
+    data_dir: str = MISSING
+    overwrite: bool = MISSING
+    dry_run: bool = MISSING
+    published: dict[str, Any] | None = None
+    allow_packages: list[str] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)
+    scenario: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] = field(default_factory=dict)
+    buffer: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+
+
+def _by_scale(options: dict[str, Any], *, _root_: DictConfig) -> Any:
+    return options.get(_root_.scale, options["full"])
+
+
+# In a YAML file ${by_scale:{full:64,mini:20}} is 64, or 20 under +scale=mini: a part states its small size itself.
+OmegaConf.register_new_resolver("by_scale", _by_scale, replace=True)
+
+
+def target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..., Any]:
+    """What ``node._target_`` names; refused before anything is imported unless its package is allowed."""
+    path = node.get("_target_") if isinstance(node, DictConfig) else None
+    if not isinstance(path, str):
+        raise ConfigError(
+            f"{key}._target_",
+            expected="the dotted path of a class or function",
+            got=path,
+            fix=f"Choose one: {key}=NAME.",
+        )
+    return named(path, f"{key}._target_", allow_packages)
+
+
+def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
+    """The class or function at a dotted path inside an allowed package."""
+    allowed = (*ALLOWED_PACKAGES, *allow_packages)
+    if path.split(".")[0] not in allowed:
+        raise ConfigError(
+            key,
+            expected=f"something in one of the packages {', '.join(allowed)}",
+            got=path,
+            fix=f"If you trust it, add 'allow_packages=[{path.split('.')[0]}]'.",
+        )
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            key, expected="the dotted path of a class or function", got=path, fix=f"It cannot be loaded: {error}."
+        ) from error
+    if not callable(found):
+        raise ConfigError(key, expected="a class or function", got=path, fix="Name the class, not its module.")
+    return found
+
+
+def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: typing.Collection[str]) -> dict[str, Any]:
+    """The configured arguments of ``built``, checked against its signature.
+
+    Args:
+        node: the component's configuration.
+        key: where it stands, for messages.
+        built: the class or function it names.
+        runtime: names of arguments that are handed over when building and may not be configured.
+
+    Raises:
+        ConfigError: a surplus or missing key, or a value of another type.
+    """
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(built).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY or (parameter.default is not parameter.empty and name != "self")
+    }
+    configurable = {name for name in parameters if name not in runtime}
+    hints = typing.get_type_hints(built.__init__ if inspect.isclass(built) else built)
+    values: dict[str, Any] = {}
+    for name in node:
+        name = str(name)
+        if name == "_target_":
+            continue
+        if name not in configurable:
+            close = difflib.get_close_matches(name, configurable, n=1)
+            raise ConfigError(
+                f"{key}.{name}",
+                expected=f"one of the keys {', '.join(sorted(configurable)) or '(none)'}",
+                got=f"the unknown key {name}",
+                fix=f"Did you mean {key}.{close[0]}?" if close else "Remove it.",
+            )
+        values[name] = typed(_resolved(node, name, f"{key}.{name}"), hints.get(name, Any), f"{key}.{name}")
+    for name in sorted(configurable - set(values)):
+        if parameters[name].default is inspect.Parameter.empty:
+            raise ConfigError(f"{key}.{name}", expected="a value", got="nothing", fix=f"Set {key}.{name}=VALUE.")
+    return values
+
+
+def typed(value: Any, hint: Any, key: str) -> Any:
+    """``value`` as OmegaConf converts it to the annotation ``hint``."""
+    if typing.get_origin(hint) is Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise ConfigError(
+                key, expected=f"one of {', '.join(map(str, options))}", got=value, fix="Choose one of them."
+            )
+        return value
+    hint = _omegaconf_type(hint)
+    holder = dataclasses.make_dataclass("Holder", [("value", hint, field(default=MISSING))])
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(holder), {"value": value})
+        return OmegaConf.to_container(config)["value"]  # type: ignore[index, call-overload]
+    except OmegaConfBaseException as error:
+        name = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+        raise ConfigError(
+            key, expected=f"a value of type {name.replace('typing.', '')}", got=value, fix="Correct the value."
+        ) from error
+
+
+def _omegaconf_type(hint: Any) -> Any:
+    """The part of an annotation that OmegaConf can check; Any where there is none."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        members = typing.get_args(hint)
+        known = [m for m in map(_omegaconf_type, members) if m not in (Any, type(None))]
+        if len(known) != 1:
+            return Any
+        return known[0] | None if type(None) in members else known[0]
+    if hint in (int, float, str, bool) or hint in (list[int], list[float], list[str]):
+        return hint
+    return type(None) if hint is type(None) else Any
+
+
+def _resolved(node: DictConfig, name: str, key: str) -> Any:
+    """One value, interpolations resolved, as plain Python."""
+    try:
+        value = node[name]
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(key, expected="a value", got=reason, fix=f"Set {key}=VALUE.") from error
+    return OmegaConf.to_container(value, resolve=True) if isinstance(value, (DictConfig, ListConfig)) else value
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The whole resolved configuration as plain values: what ``config.yaml`` records."""
+    resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make two runs comparable: flat keys and values, without :data:`INCOMPARABLE`."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if prefix in INCOMPARABLE:
+            return
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                visit(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            flat[prefix] = value
+
+    visit("", config)
+    return flat
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Ten hexadecimal digits of the hash of :func:`comparable` settings."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]

@@ -1,0 +1,1 @@
+"""Images in memory, and their augmentation in batches."""

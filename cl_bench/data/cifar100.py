@@ -1,0 +1,87 @@
+"""CIFAR-100 (Krizhevsky 2009) from the official python files, the ones torchvision reads and writes."""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+from cl_bench.data.base import ImageSet
+from cl_bench.errors import ConfigError, require
+
+FOLDER = "cifar-100-python"
+MD5 = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
+
+
+def cifar100(*, root: str, download: bool) -> ImageSet:
+    """50,000 training and 10,000 test images, (N, 3, 32, 32) uint8, 100 classes in 20 superclasses.
+
+    Args:
+        root: folder that holds (or gets) ``cifar-100-python/{train,test,meta}``.
+        download: fetch the files through torchvision when they are missing.
+
+    Raises:
+        ConfigError: the files are missing and could not be fetched, or are not the official ones.
+    """
+    folder = Path(root) / FOLDER
+    if not all(os.path.isfile(folder / name) for name in MD5):  # False also where the folder may not be read
+        _fetch(Path(root), download)
+    train, test, meta = (_official(folder / name) for name in MD5)
+    coarse = dict(zip(train["fine_labels"], train["coarse_labels"]))
+    return ImageSet(
+        train_images=_pixels(train),
+        train_labels=np.array(train["fine_labels"]),
+        test_images=_pixels(test),
+        test_labels=np.array(test["fine_labels"]),
+        class_names=list(meta["fine_label_names"]),
+        superclass=[coarse[c] for c in range(100)],
+        mean=[0.5071, 0.4865, 0.4409],
+        std=[0.2673, 0.2564, 0.2761],
+    )
+
+
+def _pixels(split: dict) -> np.ndarray:
+    return split["data"].reshape(-1, 3, 32, 32)
+
+
+def _official(path: Path) -> dict:
+    """Unpickle one file, after its MD5 has shown that it is the published one and nothing else."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            "data_dir", expected=f"to read {path}", got=error.strerror or str(error), fix="Mend its permissions."
+        ) from error
+    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    require(
+        md5 == MD5[path.name],
+        "data_dir",
+        expected=f"the official CIFAR-100 file {path} with MD5 {MD5[path.name]}",
+        got=f"a damaged or different file of {len(content)} bytes with MD5 {md5}",
+        fix="Delete it and run again to fetch it anew, or copy the official file there.",
+    )
+    return pickle.loads(content, encoding="latin1")
+
+
+def _fetch(root: Path, download: bool) -> None:
+    reason = "scenario.source.download=false forbids fetching it"
+    if download:
+        from torchvision.datasets import CIFAR100
+
+        try:
+            CIFAR100(str(root), download=True)
+            return
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError on a bad MD5
+            reason = f"fetching it failed ({error})"
+    raise ConfigError(
+        "data_dir",
+        expected=f"the CIFAR-100 files train, test and meta in {(root / FOLDER).resolve()}",
+        got=f"no such files, and {reason}",
+        fix="Get cifar-100-python.tar.gz from the CIFAR-100 page, unpack it there or point data_dir=PATH at the folder "
+        "that holds cifar-100-python/; +experiment=quickstart needs no download.",
+    )

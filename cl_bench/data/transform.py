@@ -1,0 +1,61 @@
+"""Augmentation and normalisation of whole batches of uint8 images on the device.
+
+Shapes: B images, C channels, H x W pixels, p = ``crop_padding``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from cl_bench.errors import require
+
+
+class Transform:
+    """Random crop, random horizontal flip, normalise; every image with its own draw.
+
+    The same distribution as torchvision's ``RandomCrop(H, padding=p)``, ``RandomHorizontalFlip()``, ``ToTensor()``,
+    ``Normalize(mean, std)`` on each image. Draws come from a CPU generator, so a seed draws the same crops and flips on
+    every device.
+
+    Args:
+        mean, std: a value a channel, for pixels in [0, 1].
+        crop_padding: black pixels added on each side before an H x W window is cut; 0 = no crop.
+        flip: mirror each image with probability 1/2.
+    """
+
+    def __init__(self, *, mean: list[float], std: list[float], crop_padding: int, flip: bool) -> None:
+        require(
+            crop_padding >= 0, "crop_padding", expected="0 or more pixels", got=crop_padding, fix="Set 0 for no crop."
+        )
+        require(
+            len(mean) == len(std) and min(std, default=0) > 0,
+            "std",
+            expected=f"{len(mean)} values above 0, one a channel",
+            got=std,
+            fix="Give mean and std of the training images, a value a channel.",
+        )
+        self.crop_padding, self.flip = crop_padding, flip
+        self._scale = (1.0 / (255.0 * torch.tensor(std))).view(-1, 1, 1)
+        self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1)
+
+    def to(self, device: torch.device) -> "Transform":
+        """Put the constants on ``device``; returns self."""
+        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
+        return self
+
+    def train(self, images: Tensor, generator: Generator) -> Tensor:
+        """(B, C, H, W) uint8 -> (B, C, H, W) float32, augmented and normalised."""
+        batch, _, height, width = images.shape
+        p = self.crop_padding
+        if p:
+            corner = torch.randint(2 * p + 1, (2, batch), generator=generator).to(images.device, non_blocking=True)
+            windows = F.pad(images, (p, p, p, p)).unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W)
+            images = windows[torch.arange(batch, device=images.device), :, corner[0], corner[1]]  # (B, C, H, W)
+        if self.flip:
+            mirrored = torch.randint(2, (batch, 1, 1, 1), generator=generator).bool()
+            images = torch.where(mirrored.to(images.device, non_blocking=True), images.flip(3), images)
+        return self.plain(images)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 -> (B, C, H, W) float32, normalised only."""
+        return images.float().mul_(self._scale).add_(self._shift)

@@ -1,0 +1,37 @@
+"""The one kind of error that is the user's to mend."""
+
+
+class ConfigError(ValueError):
+    """A configuration or data error; the command prints it as one message and exits with status 2.
+
+    Args:
+        key: the configuration key as typed on the command line, e.g. ``scenario.num_tasks``.
+        expected: what would have been right.
+        got: what came.
+        fix: the way out, as an imperative sentence.
+    """
+
+    def __init__(self, key: str, *, expected: str, got: object, fix: str) -> None:
+        self.key, self.expected, self.got, self.fix = key, expected, got, fix
+        super().__init__(key, expected, got, fix)
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (type(self), self.key, self.expected, self.got, self.fix)
+
+    def __str__(self) -> str:
+        got = self.got if isinstance(self.got, str) else repr(self.got)
+        return f"{self.key}: expected {self.expected}; got {got}. {self.fix}"
+
+    def under(self, prefix: str) -> "ConfigError":
+        """The same error with its key placed below ``prefix`` (a component knows its keys, not its group)."""
+        return type(self)(f"{prefix}.{self.key}", expected=self.expected, got=self.got, fix=self.fix)
+
+
+def _rebuild(cls: type[ConfigError], key: str, expected: str, got: object, fix: str) -> ConfigError:
+    return cls(key, expected=expected, got=got, fix=fix)
+
+
+def require(condition: bool, key: str, *, expected: str, got: object, fix: str) -> None:
+    """Raise :class:`ConfigError` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(key, expected=expected, got=got, fix=fix)

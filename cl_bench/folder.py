@@ -1,0 +1,124 @@
+"""The run folder: where it is, who may write to it, and the files that say what ran."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from cl_bench.atomic import write_text
+from cl_bench.config import PACKAGE
+from cl_bench.errors import ConfigError
+from cl_bench.evaluate import Evaluation
+from cl_bench.scenarios.base import Scenario
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole JSON file or nothing."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_summary(folder: Path) -> Any:
+    """The content of ``summary.json``, None where the run has not finished."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        "results_dir",
+        expected="a folder that can be written to",
+        got=f"{folder} ({error.strerror})",
+        fix="Point results_dir=PATH at another place, or mend its permissions or space.",
+    )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it; a second process is refused. The lock goes with the process, even when killed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                "results_dir",
+                expected="a run folder that no other process is writing to",
+                got=str(folder),
+                fix="Wait for the other process, or change the seed or a setting to get another folder.",
+            ) from None
+        yield
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """``config.yaml``: the whole resolved configuration."""
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def write_environment(folder: Path, device: torch.device) -> None:
+    """``env.json``: versions, commit, device and host facts; nothing of the environment's variables."""
+    packages = ("cl-bench", "torch", "torchvision", "numpy", "hydra-core", "omegaconf", "timm", "scikit-learn")
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    facts = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": versions,
+        "commit": _commit(),
+    }
+    write_json(folder / "env.json", facts)
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with ``+changes`` where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(PACKAGE)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def write_predictions(folder: Path, answers: Evaluation, scenario: Scenario) -> None:
+    """``predictions.npz``: an entry a test image, in the data set's own order, with its own class ids."""
+    original = np.append(np.array(scenario.class_order), -1)  # position -1 (not answered) -> -1
+    order = np.argsort(answers.index.numpy(), kind="stable")
+    columns = {
+        "index": answers.index.numpy()[order],
+        "label": original[answers.label.numpy()[order]],
+        "task": answers.task.numpy()[order],
+        "class_il": original[answers.class_il.numpy()[order]],
+        "task_il": original[answers.task_il.numpy()[order]],
+        "confidence": answers.confidence.numpy()[order],
+    }
+    partial = folder / "predictions.partial.npz"
+    np.savez_compressed(partial, **columns)
+    partial.replace(folder / "predictions.npz")

@@ -1,0 +1,285 @@
+"""What a person sees of a run, on stderr: bars with the time left on a terminal, plain lines elsewhere.
+
+Tasks, phases, epochs and batches count from 1 here, as people do, and from 0 everywhere else.
+"""
+
+import math
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from cl_bench.errors import require
+from cl_bench.loggers.base import Logger, Progress, RunInfo
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_WIDEST = 100  # columns; longer bars say no more
+_SECONDS_BETWEEN_DRAWINGS = 0.2
+_LARGEST_SHARE_OF_TIME = 0.01  # that drawing may take from training
+
+
+class Console(Logger):
+    """Shows how far the run is and what came out so far.
+
+    Args:
+        min_seconds: where stderr is no terminal, the least time between two lines about epochs.
+    """
+
+    def __init__(self, *, min_seconds: float) -> None:
+        require(min_seconds >= 0, "min_seconds", expected="a number >= 0", got=min_seconds, fix="Take 2.0 if unsure.")
+        self._min_seconds = min_seconds
+        self._latest: Progress | None = None
+        self._look_at = math.inf  # time.monotonic() when step() is to do more than to remember
+        self._view: _View | None = None
+
+    def start(self, run: RunInfo) -> None:
+        """Say what runs."""
+        self._times = _Times()
+        self._view = _Bars(self._times) if on_terminal() else _Lines(self._times, self._min_seconds)
+        self._view.start(run)
+        self._look_at = 0.0
+
+    def step(self, progress: Progress) -> None:
+        """Remember where the loop stands, and now and then show it."""
+        self._latest = progress
+        if time.monotonic() >= self._look_at and self._view is not None:
+            self._times.look(progress)
+            self._look_at = self._view.step(progress)
+
+    def event(self, number: int, event: dict[str, Any]) -> None:
+        """Show an epoch's losses or a task's accuracies."""
+        if self._view is None:
+            return
+        if self._latest is not None:
+            self._times.look(self._latest)
+        if event["event"] == "epoch":
+            self._view.epoch(event, self._latest)
+        elif event["event"] == "task":
+            self._view.task(event)
+
+    def finish(self, status: str, summary: dict[str, Any] | None) -> None:
+        """Give the terminal back and say how the run ended."""
+        view, self._view, self._look_at = self._view, None, math.inf
+        if view is not None:
+            view.stop()
+            line = f"{status} after {_clock(self._times.elapsed())}"
+            if status != "finished" and self._latest is not None:
+                line += f" in {_place(self._latest)}"
+            _print(line)
+
+
+def on_terminal() -> bool:
+    """Whether stderr is a terminal that can move its cursor."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+class _Pace:
+    """Time left of something, from how much of it was done since it was first looked at."""
+
+    def __init__(self) -> None:
+        self._of: object = None
+        self.left: float | None = None
+
+    def look(self, of: object, share: float) -> None:
+        """``share`` (0 to 1) of the thing ``of`` is done by now."""
+        now = time.monotonic()
+        if of != self._of:
+            self._of, self._share, self._since = of, share, now
+        gained = share - self._share
+        self.left = (now - self._since) * (1 - share) / gained if gained > 0 else None
+
+
+class _Times:
+    """Shares done of the run, the phase and the epoch, and the time they will still take."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._num_phases = 1  # the most that a task has had; how many are to come, nobody knows
+        self.share = {"run": 0.0, "phase": 0.0, "epoch": 0.0}
+        self.pace = {name: _Pace() for name in self.share}
+
+    def elapsed(self) -> float:
+        """Seconds since this process began the run."""
+        return time.monotonic() - self._begun
+
+    def look(self, progress: Progress) -> None:
+        """Take in where the loop stands."""
+        self._num_phases = max(self._num_phases, progress.phase + 1)
+        epoch = (progress.step + 1) / progress.steps
+        phase = (progress.epoch + epoch) / progress.epochs
+        run = (progress.task + (progress.phase + phase) / self._num_phases) / progress.num_tasks
+        self.share = {"run": run, "phase": phase, "epoch": epoch}
+        self.pace["run"].look(self._num_phases, run)
+        self.pace["phase"].look((progress.task, progress.phase), phase)
+        self.pace["epoch"].look((progress.task, progress.phase, progress.epoch), epoch)
+
+
+class _View(ABC):
+    """One of the two ways to show a run."""
+
+    @abstractmethod
+    def start(self, run: RunInfo) -> None:
+        """The run begins or goes on."""
+
+    def step(self, progress: Progress) -> float:
+        """The loop stands here; returns when to be told again."""
+        return math.inf
+
+    @abstractmethod
+    def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
+        """An epoch is over."""
+
+    def task(self, event: dict[str, Any]) -> None:
+        """A task is over."""
+        _print(_accuracies(event, self._num_tasks, self._times))
+
+    def stop(self) -> None:  # noqa: B027 - plain lines leave nothing behind
+        """Leave the terminal as it was."""
+
+    def __init__(self, times: _Times) -> None:
+        self._times = times
+        self._num_tasks = 0
+
+
+class _Lines(_View):
+    """Plain lines, for files and pipes."""
+
+    def __init__(self, times: _Times, min_seconds: float) -> None:
+        super().__init__(times)
+        self._min_seconds = min_seconds
+        self._next = -math.inf
+
+    def start(self, run: RunInfo) -> None:
+        self._num_tasks = run.num_tasks
+        _print(f"{_title(run)}, in {run.folder}")
+
+    def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self._min_seconds
+        place = f"task {_of(event['task'], self._num_tasks)}, epoch {event['epoch'] + 1}"
+        if progress is not None:
+            place = _place(progress)
+        times = f"{_clock(self._times.elapsed())}, {_clock(self._times.pace['run'].left)} left"
+        _print(f"{place}: {_losses(event)} [{times}]")
+
+
+class _Bars(_View):
+    """Bars that are drawn anew in their place; what is printed meanwhile goes above them."""
+
+    def __init__(self, times: _Times) -> None:
+        from rich.console import Console as Terminal
+        from rich.live import Live
+
+        super().__init__(times)
+        self._progress: Progress | None = None
+        self._numbers = ""
+        self._terminal = Terminal(file=sys.stderr)
+        self._live = Live(
+            console=self._terminal,
+            get_renderable=self._draw,
+            auto_refresh=False,  # drawn from step(): no thread beside the training
+            transient=True,
+            # Where stdout is the terminal, too, it must not write into the bars; a file or a pipe gets what is its own.
+            redirect_stdout=sys.stdout.isatty(),
+            vertical_overflow="crop",
+        )
+
+    def start(self, run: RunInfo) -> None:
+        self._num_tasks = run.num_tasks
+        _print(_title(run))
+        _print(f"in {run.folder}")
+        self._live.start()
+        self._terminal.show_cursor(True)  # so that not even a SIGKILL leaves the terminal without one
+
+    def step(self, progress: Progress) -> float:
+        self._progress = progress
+        begun = time.monotonic()
+        self._live.refresh()
+        ended = time.monotonic()
+        return ended + max(_SECONDS_BETWEEN_DRAWINGS, (ended - begun) / _LARGEST_SHARE_OF_TIME)
+
+    def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
+        self._numbers = _losses(event)
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def _draw(self) -> "RenderableType":
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        if self._progress is None:
+            return Text("preparing the first task")
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.width = min(self._terminal.width, _WIDEST)
+        grid.add_column(no_wrap=True)
+        grid.add_column(ratio=1)
+        grid.add_column(justify="right", no_wrap=True)
+        for label, name in zip(_labels(self._progress), ("run", "phase", "epoch")):
+            left = f"{_clock(self._times.pace[name].left)} left"
+            grid.add_row(Text(label), ProgressBar(total=1.0, completed=self._times.share[name]), Text(left))
+        numbers = f"{_clock(self._times.elapsed())}  {self._numbers}"
+        return Group(grid, Text(numbers, no_wrap=True, overflow="ellipsis"))
+
+
+def _print(line: str) -> None:
+    """One line on stderr; above the bars if there are any, because they have put themselves in its place."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _title(run: RunInfo) -> str:
+    tasks = "1 task" if run.num_tasks == 1 else f"{run.num_tasks} tasks"
+    return f"{run.experiment}: {run.name}, seed {run.seed}, {tasks}"
+
+
+def _labels(progress: Progress) -> tuple[str, str, str]:
+    phase = f"phase {progress.phase + 1} " if progress.phase else ""
+    return (
+        f"task {_of(progress.task, progress.num_tasks)}",
+        f"{phase}epoch {_of(progress.epoch, progress.epochs)}",
+        f"batch {_of(progress.step, progress.steps)}",
+    )
+
+
+def _of(number: int, total: int) -> str:
+    """A number from 0 as a person counts, as wide as the total: what stands beside it does not move."""
+    return f"{number + 1:{len(str(total))}}/{total}"
+
+
+def _place(progress: Progress) -> str:
+    return ", ".join(" ".join(label.split()) for label in _labels(progress)[:2])
+
+
+def _losses(event: dict[str, Any]) -> str:
+    losses = event["losses"]
+    terms = ", ".join(f"{name} {_number(value, '.4g')}" for name, value in losses.items())
+    return f"loss {_number(event['loss'], '.4g')}{f' ({terms})' if len(losses) > 1 else ''}, lr {event['lr']:.3g}"
+
+
+def _accuracies(event: dict[str, Any], num_tasks: int, times: _Times) -> str:
+    class_il, task_il = (_percent(event[f"{setting}_average"]) for setting in ("class_il", "task_il"))
+    place = _of(event["task"], num_tasks)
+    return f"task {place} done: Class-IL {class_il}, Task-IL {task_il} [{_clock(times.elapsed())}]"
+
+
+def _percent(value: float | None) -> str:
+    return f"{value:6.2f} %" if value is not None else f"{'-':>8}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return f"{value:{form}}" if value is not None else "-"
+
+
+def _clock(seconds: float | None) -> str:
+    """h:mm:ss."""
+    if seconds is None:
+        return "-:--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

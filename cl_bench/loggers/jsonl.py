@@ -1,0 +1,95 @@
+"""``metrics.jsonl``: the events of a run, one JSON object a line. Always there; everything else can be made from it."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cl_bench.errors import ConfigError
+from cl_bench.loggers.base import Logger, RunInfo
+
+METRICS = "metrics.jsonl"
+"""Name of the file in the run folder."""
+
+
+class JsonLines(Logger):
+    """Writes ``metrics.jsonl``; line n is event n, whatever was killed or handed over again."""
+
+    def __init__(self) -> None:
+        self._file: BinaryIO | None = None
+        self._ends: list[int] = []  # where each line ends, in bytes: line n can be cut off without reading the file
+
+    def start(self, run: RunInfo) -> None:
+        """Open the file and drop what a kill left behind the last whole line."""
+        path = run.folder / METRICS
+        path.touch()
+        self._file = path.open("r+b")  # not "ab": that one writes at the end wherever truncate() left off
+        self._ends = _ends_of_whole_lines(self._file)
+        self._cut(len(self._ends))
+
+    def event(self, number: int, event: dict[str, Any]) -> None:
+        """Make the event line ``number``, the last of the file, and force it to the disk."""
+        assert self._file is not None
+        if number > len(self._ends):
+            raise ConfigError(
+                self._file.name,
+                expected=f"the {number} lines written before this run was stopped",
+                got=f"{len(self._ends)} lines",
+                fix="Put the file back, or start afresh with overwrite=true.",
+            )
+        self._cut(number)
+        self._file.write(json.dumps(_finite(event), allow_nan=False, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        # A checkpoint must never know of events that a power cut took out of this file.
+        os.fsync(self._file.fileno())
+        self._ends.append(self._file.tell())
+
+    def finish(self, status: str, summary: dict[str, Any] | None) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _cut(self, lines: int) -> None:
+        assert self._file is not None
+        del self._ends[lines:]
+        end = self._ends[-1] if self._ends else 0
+        self._file.seek(end)
+        self._file.truncate()
+
+
+def read_events(folder: Path, first: int, stop: int) -> list[dict[str, Any]]:
+    """The events ``first`` to ``stop`` (exclusive) of the run in ``folder``, as far as they were written."""
+    path = folder / METRICS
+    if first >= stop or not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for number, line in enumerate(file) if first <= number < stop]
+
+
+def _ends_of_whole_lines(file: BinaryIO) -> list[int]:
+    ends: list[int] = []
+    end = 0
+    for line in file:
+        end += len(line)
+        if not _whole(line):
+            break
+        ends.append(end)
+    return ends
+
+
+def _whole(line: bytes) -> bool:
+    """Whether a line was written to its end (after a power cut it may also hold zeros)."""
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every nan and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

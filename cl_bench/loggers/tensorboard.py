@@ -1,0 +1,92 @@
+"""Curves for TensorBoard, in ``<run folder>/tensorboard``."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from cl_bench.loggers.base import Logger, RunInfo
+from cl_bench.loggers.delivered import Delivered, scalars
+
+FOLDER = "tensorboard"
+"""Name of the folder inside the run folder."""
+
+EVENTS = "events.out.tfevents.cl_bench"
+"""Name of the one file in it; TensorBoard looks for ``tfevents`` in a name."""
+
+
+class TensorBoard(Logger):
+    """Writes every loss term, the learning rate and the accuracies against the optimizer steps.
+
+    Torch's ``SummaryWriter`` begins a new file in every process, and TensorBoard reads files in the order of their
+    names, which is that of the clocks of the machines. Here all processes of a run write on in one file. Its length is
+    remembered after each event, and what a kill left beyond is cut off: no point comes twice, none is missing.
+    """
+
+    def __init__(self) -> None:
+        self._file: BinaryIO | None = None
+
+    def start(self, run: RunInfo) -> None:
+        """Bring the file back to the last delivered event."""
+        self._delivered = Delivered(run.folder, f"{FOLDER}/delivered.json")
+        path = run.folder / FOLDER / EVENTS
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.truncate(path, min(path.stat().st_size, self._delivered.note.get("bytes", 0)))
+        self._file = path.open("ab")
+        self._records = _Records(self._file)
+
+    def event(self, number: int, event: dict[str, Any]) -> None:
+        """Add the event's points, unless they are there."""
+        assert self._file is not None
+        for due, content in self._delivered.due(number, event):
+            if curves := scalars(content):
+                self._records.add(content["step"], curves)
+            self._file.flush()  # before the mark: what is marked is written
+            self._delivered.mark(due + 1, bytes=self._file.tell())
+
+    def finish(self, status: str, summary: dict[str, Any] | None) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class _Records:
+    """TensorBoard's records, written to an open file; the only part that needs TensorBoard."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        with _missing("boto3"):
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from torch.utils.tensorboard import RecordWriter
+
+        self._event, self._summary, self._writer = Event, Summary, RecordWriter(file)
+        if file.tell() == 0:
+            self._write(file_version="brain.Event:2")
+
+    def add(self, step: int, curves: dict[str, float]) -> None:
+        """One point on each curve."""
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in curves.items()]
+        self._write(step=step, summary=self._summary(value=values))
+
+    def _write(self, **content: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())
+
+
+@contextmanager
+def _missing(module: str) -> Iterator[None]:
+    """Imports as if ``module`` were not installed.
+
+    TensorBoard tries boto3, for folders on S3. The old one that hydra-ray-launcher pins warns as it is imported, and
+    leaves an importer behind that warns at every later import.
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # how Python notes that there is none
+    try:
+        yield
+    finally:
+        del sys.modules[module]

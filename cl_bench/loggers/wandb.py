@@ -1,0 +1,233 @@
+"""Weights & Biases; the only place that imports it."""
+
+import csv
+import io
+import netrc
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cl_bench.errors import require
+from cl_bench.loggers.base import Logger, RunInfo
+from cl_bench.loggers.delivered import Delivered, scalars
+
+if TYPE_CHECKING:
+    import wandb
+
+MODES = ("auto", "online", "offline", "disabled")
+"""What ``mode`` may be."""
+
+EXIT_CODES = {"finished": 0, "interrupted": 130, "failed": 1}
+"""Status of a run -> exit code that W&B shows."""
+
+_LONGEST_ID = 128  # the server's limit
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_SHORTEST_SECRET = 8  # a shorter one cannot be told from ordinary words and numbers
+
+
+class Wandb(Logger):
+    """One W&B run for each run folder, which a resumed process goes on with.
+
+    Curves are drawn against ``step``, the optimizer steps. W&B's own counter is the number of the event: it only
+    grows, also over a kill, and W&B ignores a number that it has.
+
+    Args:
+        project: W&B project.
+        entity: user or team; None takes the default of the account.
+        mode: ``auto`` is online where an API key is configured (``WANDB_API_KEY`` or a netrc entry), else offline;
+            ``WANDB_MODE`` overrules that.
+        tags: shown beside the run.
+    """
+
+    def __init__(self, *, project: str, entity: str | None, mode: str, tags: list[str]) -> None:
+        require(
+            mode in MODES, "mode", expected=f"one of {', '.join(MODES)}", got=mode, fix="Take mode=offline if unsure."
+        )
+        require(
+            mode != "online" or has_api_key(),  # W&B would stop and ask for one
+            "mode",
+            expected="an API key for mode=online",
+            got="none in WANDB_API_KEY or netrc",
+            fix="Run wandb login, or take mode=offline.",
+        )
+        self._project, self._entity, self._tags = project, entity, list(tags)
+        self._mode = resolve_mode(mode)
+        self._run: wandb.Run | None = None
+
+    def start(self, run: RunInfo) -> None:
+        """Open the run, or go on with it."""
+        if self._mode == "disabled":
+            return
+        self._folder = run.folder
+        self._delivered = Delivered(run.folder, "wandb/delivered.json")
+        opened = self._open(run)
+        opened.config.update(without_secrets(run.config), allow_val_change=True)
+        opened.define_metric("step")
+        opened.define_metric("*", step_metric="step")
+
+    def event(self, number: int, event: dict[str, Any]) -> None:
+        """Log the event, unless it was."""
+        if self._run is None:
+            return
+        for due, content in self._delivered.due(number, event):
+            if curves := scalars(content):
+                self._run.log({"step": content["step"], **curves}, step=due, commit=True)
+            self._delivered.mark(due + 1)
+
+    def finish(self, status: str, summary: dict[str, Any] | None) -> None:
+        """Add the summary and the accuracy matrix, and close the run."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            if summary is not None:
+                run.summary.update(summary_values(summary))
+            if status == "finished":
+                _log_matrix(run, self._folder / "accuracy_matrix.csv", number=self._delivered.count)
+        finally:
+            run.finish(exit_code=EXIT_CODES.get(status, 1))
+
+    def _open(self, info: RunInfo) -> "wandb.Run":
+        """Open the run under an id that is this folder's own.
+
+        Where the server already has an id that this folder never used, the run was started afresh or on another
+        machine: its curves would go backwards in the old run, so it takes the next free id.
+        """
+        first = run_id(info)
+        name, attempt = self._delivered.note.get("id", first), 1
+        run = self._run = self._init(info, name)
+        while self._delivered.fresh and run.resumed:
+            run.finish(exit_code=0)
+            attempt += 1
+            name = f"{first}-{attempt}"
+            run = self._run = self._init(info, name)
+        self._delivered.mark(self._delivered.count, id=name)
+        return run
+
+    def _init(self, info: RunInfo, name: str) -> "wandb.Run":
+        # W&B reports its own errors over the network, offline too. Whoever wants that sets the variable to true.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        return wandb.init(
+            project=self._project,
+            entity=self._entity,
+            mode=self._mode,  # type: ignore[arg-type]  # one of MODES
+            tags=self._tags,
+            id=name,
+            name=f"{info.name} seed {info.seed}",
+            group=info.experiment,
+            job_type=info.name,
+            dir=str(info.folder),
+            resume="allow",
+            reinit="create_new",  # the next job of a multirun gets a run of its own
+            # The console is not captured: a progress view makes thousands of lines.
+            settings=wandb.Settings(console="off", quiet=True),
+        )
+
+
+def run_id(info: RunInfo) -> str:
+    """The W&B id of a run: what its folder is made of, in a-z, 0-9 and hyphens."""
+    text = f"{info.fingerprint}-seed{info.seed}-{info.name}-{info.experiment}"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_LONGEST_ID].strip("-")
+
+
+def resolve_mode(mode: str) -> str:
+    """``online``, ``offline`` or ``disabled``."""
+    if mode != "auto":
+        return mode
+    chosen = os.environ.get("WANDB_MODE", "")
+    if chosen in MODES[1:]:
+        return chosen
+    return "online" if has_api_key() else "offline"
+
+
+def has_api_key() -> bool:
+    """Whether W&B would find credentials without asking."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    files = [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for file in files:
+        try:
+            if netrc.netrc(file).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def without_secrets(value: Any) -> Any:
+    """The configuration with ``***`` for what the environment keeps secret and ``${oc.env:...}`` brought in."""
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    if isinstance(value, str):
+        for name, secret in os.environ.items():
+            if _SECRET_NAME.search(name) and len(secret) >= _SHORTEST_SECRET:
+                value = value.replace(secret, "***")
+    return value
+
+
+def summary_values(summary: dict[str, Any]) -> dict[str, float]:
+    """The known numbers of ``summary.json`` for W&B's table of runs, e.g. ``class_il/forgetting``."""
+    return {
+        f"{group}/{key}": value
+        for group in ("class_il", "task_il", "cost")
+        for key, value in (summary.get(group) or {}).items()
+        if value is not None
+    }
+
+
+def _log_matrix(run: "wandb.Run", path: Path, number: int) -> None:
+    """The accuracy matrix as a table and, for each setting, as a picture."""
+    if not path.exists():
+        return
+    import wandb
+
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    columns: list[str | int] = list(lines[0]) if lines else []
+    content: dict[str, Any] = {"accuracy_table": wandb.Table(columns=columns, data=[_typed(line) for line in lines])}
+    for setting in dict.fromkeys(line["setting"] for line in lines):
+        entries = {
+            (int(line["after_task"]), int(line["task"])): float(line["accuracy"])
+            for line in lines
+            if line["setting"] == setting and int(line["after_task"]) >= 0  # -1: the untrained network
+        }
+        if entries:
+            content[f"accuracy_matrix/{setting}"] = wandb.Image(_heat_map(entries, setting))
+    run.log(content, step=number, commit=True)
+
+
+def _typed(line: dict[str, str]) -> list[str | int | float]:
+    return [
+        value if column == "setting" else float(value) if column == "accuracy" else int(value)
+        for column, value in line.items()
+    ]
+
+
+def _heat_map(entries: dict[tuple[int, int], float], title: str) -> Any:
+    """(after task, task) -> accuracy in percent, as an image."""
+    import numpy as np
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    from matplotlib.ticker import MaxNLocator
+    from PIL import Image
+
+    size = 1 + max(max(entry) for entry in entries)
+    matrix = np.full((size, size), np.nan)
+    for entry, accuracy in entries.items():
+        matrix[entry] = accuracy
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(matrix, vmin=0, vmax=100)
+    axes.set(title=title, xlabel="accuracy on task", ylabel="after task")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, label="accuracy [%]")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return Image.open(file)

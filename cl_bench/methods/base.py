@@ -1,0 +1,64 @@
+"""What a method is: three verbs.
+
+Shapes: B images of a batch, C channels, H x W pixels, K classes of the scenario.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cl_bench.errors import require
+from cl_bench.types import Batch, Losses, Phase, Task
+
+
+class Method(nn.Module, ABC):
+    """A learning rule around a network.
+
+    A method returns named losses; it never logs, saves, steps an optimizer or loops over training batches. Everything
+    it must remember between tasks is module state (parameters, registered buffers, extra state), for resuming is
+    replay: the trainer loads the state of the task's beginning, runs :meth:`learn` again and lays the saved state of
+    the phase over it. So the code of :meth:`learn` depends on nothing but that state, the task, and torch's global
+    random generator. It runs in evaluation mode; a phase's steps run in training mode.
+    """
+
+    task_id: ClassVar[Literal["ignored", "used", "needed"]] = "ignored"
+    """What :meth:`predict` does with a task id: nothing (Task-IL restricts the Class-IL scores to the task's classes),
+    uses it where it is given (Task-IL needs a pass of its own), or cannot answer without (Class-IL is null)."""
+
+    @abstractmethod
+    def learn(self, task: Task) -> Iterator[Phase]:
+        """Yield the phases of a task; code before the first ``yield`` opens the task, after the last closes it."""
+
+    @abstractmethod
+    def observe(self, batch: Batch) -> Losses:
+        """Named loss terms of a batch; the trainer minimises their sum."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
+        """Scores (B, K) of images (B, C, H, W), -inf for a class that the method has no answer for.
+
+        ``task_id`` is (B,) or None where it is unknown. Classes not seen yet, and in Task-IL the classes of other
+        tasks, are masked by the evaluation, in one place for every method; a row of -inf is no answer.
+        """
+
+    def after_backward(self) -> None:
+        """Change gradients before the optimizer's step."""
+
+
+def check_replay_size(replay_size: int) -> None:
+    """Refuse a rehearsal step without rehearsal."""
+    require(
+        replay_size > 0,
+        "replay_size",
+        expected="1 or more images",
+        got=replay_size,
+        fix="32 is usual at batch size 32.",
+    )
+
+
+def true_class_probability(logits: Tensor, y: Tensor) -> Tensor:
+    """(B, K), (B,) -> (B,) softmax probability of each image's class: its confidence."""
+    return torch.softmax(logits.float(), dim=1).gather(1, y[:, None]).squeeze(1)

@@ -1,0 +1,62 @@
+"""Dark experience replay++ (Buzzega, Boschini, Porrello, Abati, Calderara, NeurIPS 2020, Eq. 6).
+
+    L = CE(f(x), y) + alpha MSE( h(x'), z' ) + beta CE( f(x''), y'' )
+
+(x', z') and (x'', y'') are two independent draws from the buffer, h are logits and z' the logits stored with an image
+when the stream showed it. Three forward passes, so that BatchNorm sees each draw by itself (as Mammoth's ``derpp``).
+
+Departures: none with ``buffer=reservoir``. A per-class buffer takes its images, and their logits, when the task is
+closed, un-augmented, not while the stream passes.
+"""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_bench.backbones.base import Backbone
+from cl_bench.buffers.base import Buffer, Columns
+from cl_bench.methods.base import Method, check_replay_size, true_class_probability
+from cl_bench.types import Batch, Losses, Phase, Task
+
+
+class DERpp(Method):
+    """Replays stored images with the logits the network once gave them, and with their labels.
+
+    Args:
+        alpha: weight of the logit-matching term.
+        beta: weight of the replayed cross-entropy.
+        replay_size: images of each draw.
+    """
+
+    def __init__(self, *, net: Backbone, buffer: Buffer, alpha: float, beta: float, replay_size: int) -> None:
+        super().__init__()
+        check_replay_size(replay_size)
+        self.net, self.buffer = net, buffer
+        self.alpha, self.beta, self.replay_size = alpha, beta, replay_size
+
+    def learn(self, task: Task) -> Iterator[Phase]:
+        """One phase, then the buffer closes the task."""
+        yield Phase(task.train, self.observe, self.net.parameters())
+        self.buffer.close_task(task, self.describe, keep=("logits",))
+
+    def observe(self, batch: Batch) -> Losses:
+        """Stream cross-entropy, logit matching, replayed cross-entropy."""
+        logits = self.net(batch.x)
+        losses = {"ce": F.cross_entropy(logits, batch.y)}
+        if len(self.buffer):
+            memory = self.buffer.sample(self.replay_size)
+            losses["logit_mse"] = self.alpha * F.mse_loss(self.net(memory.x).float(), memory.columns["logits"])
+            memory = self.buffer.sample(self.replay_size)
+            losses["replay_ce"] = self.beta * F.cross_entropy(self.net(memory.x), memory.y)
+        self.buffer.add(batch, logits=logits.detach())
+        return losses
+
+    def describe(self, x: Tensor, y: Tensor) -> Columns:
+        """What a buffer may rank by, and the logits to store."""
+        logits = self.net(x)
+        return {"confidence": true_class_probability(logits, y), "logits": logits}
+
+    def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
+        """(B, C, H, W) -> (B, K)."""
+        return self.net(x)

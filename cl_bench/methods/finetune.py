@@ -1,0 +1,33 @@
+"""Fine-tuning: plain training on one task after the other, the lower bound.
+
+Loss: CE(f(x), y) over all K classes.
+"""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_bench.backbones.base import Backbone
+from cl_bench.methods.base import Method
+from cl_bench.types import Batch, Losses, Phase, Task
+
+
+class Finetune(Method):
+    """Does nothing against forgetting."""
+
+    def __init__(self, *, net: Backbone) -> None:
+        super().__init__()
+        self.net = net
+
+    def learn(self, task: Task) -> Iterator[Phase]:
+        """One phase."""
+        yield Phase(task.train, self.observe, self.net.parameters())
+
+    def observe(self, batch: Batch) -> Losses:
+        """Cross-entropy of the stream."""
+        return {"ce": F.cross_entropy(self.net(batch.x), batch.y)}
+
+    def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
+        """(B, C, H, W) -> (B, K)."""
+        return self.net(x)

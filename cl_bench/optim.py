@@ -1,0 +1,88 @@
+"""Optimizers and learning-rate schedules of a phase."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch.nn import Parameter
+
+from cl_bench.errors import require
+
+
+def sgd(
+    params: Iterable[Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool
+) -> torch.optim.Optimizer:
+    """Stochastic gradient descent; ``weight_decay`` is the L2 coefficient."""
+    _check(lr, weight_decay)
+    require(0 <= momentum < 1, "momentum", expected="a number in [0, 1)", got=momentum, fix="0 is plain SGD.")
+    require(
+        momentum > 0 or not nesterov, "nesterov", expected="false without momentum", got=nesterov, fix="Set a momentum."
+    )
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+
+
+def adamw(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_decay: float) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+    _check(lr, weight_decay)
+    require(
+        len(betas) == 2 and all(0 <= b < 1 for b in betas),
+        "betas",
+        expected="two numbers in [0, 1)",
+        got=list(betas),
+        fix="[0.9,0.999] is usual.",
+    )
+    return torch.optim.AdamW(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
+
+
+def _check(lr: float, weight_decay: float) -> None:
+    require(
+        0 < lr < math.inf,
+        "lr",
+        expected="a finite learning rate above 0",
+        got=lr,
+        fix="The experiments use 0.03 to 0.1.",
+    )
+    require(
+        0 <= weight_decay < math.inf,
+        "weight_decay",
+        expected="a finite number, 0 or more",
+        got=weight_decay,
+        fix="0 is none.",
+    )
+
+
+class Constant:
+    """The same rate throughout."""
+
+    def __call__(self, epoch: int, epochs: int) -> float:
+        """Factor on the learning rate in ``epoch`` (from 0) of ``epochs``."""
+        return 1.0
+
+
+class MultiStep:
+    """``factor`` to the power of the milestones passed; a milestone is the first epoch with the lower rate."""
+
+    def __init__(self, *, milestones: list[int], factor: float) -> None:
+        require(factor > 0, "factor", expected="above 0", got=factor, fix="0.1 divides the rate by ten.")
+        self.milestones, self.factor = list(milestones), factor
+
+    def __call__(self, epoch: int, epochs: int) -> float:
+        """Factor on the learning rate in ``epoch`` (from 0) of ``epochs``."""
+        return self.factor ** sum(epoch >= m for m in self.milestones)
+
+
+class Cosine:
+    """Linear warm-up from ``warmup_factor`` over ``warmup_epochs``, then half a cosine down to ``min_factor``."""
+
+    def __init__(self, *, warmup_epochs: int, warmup_factor: float, min_factor: float) -> None:
+        require(
+            warmup_epochs >= 0, "warmup_epochs", expected="0 or more epochs", got=warmup_epochs, fix="0 is no warm-up."
+        )
+        self.warmup_epochs, self.warmup_factor, self.min_factor = warmup_epochs, warmup_factor, min_factor
+
+    def __call__(self, epoch: int, epochs: int) -> float:
+        """Factor on the learning rate in ``epoch`` (from 0) of ``epochs``."""
+        if epoch < self.warmup_epochs:
+            return self.warmup_factor + (1 - self.warmup_factor) * epoch / self.warmup_epochs
+        progress = (epoch - self.warmup_epochs) / max(1, epochs - self.warmup_epochs)
+        return self.min_factor + (1 - self.min_factor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,365 @@
+"""The report of one run: pictures and one self-contained page, made from nothing but the run folder's files."""
+
+import base64
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cl_bench.atomic import write_text
+from cl_bench.errors import ConfigError, require
+from cl_bench.record import SCHEMA, SETTINGS, TITLES, Record
+from cl_bench.report import plots
+
+CARDS = (
+    ("class_il", "average_accuracy", "%"),
+    ("class_il", "average_incremental_accuracy", "%"),
+    ("class_il", "forgetting", ""),
+    ("task_il", "average_accuracy", "%"),
+)
+"""The numbers at the head of the page: setting, metric, unit."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its folder tells it.
+
+    Attributes:
+        folder: where it lies.
+        summary: ``summary.json``.
+        record: the accuracy matrices of ``accuracy_matrix.csv``.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    record: Record
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """The run in ``folder``; :class:`ConfigError` when it is not a finished one."""
+        summary = _read_summary(folder / "summary.json")
+        return cls(folder, summary, _read_record(folder / "accuracy_matrix.csv", len(summary["tasks"])))
+
+    def value(self, section: str, name: str) -> float | None:
+        """A number of the summary's ``class_il``, ``task_il`` or ``cost``; None when it is unknown."""
+        return (self.summary[section] or {}).get(name)
+
+    @property
+    def incomparable(self) -> str:
+        """Why this run is not held to a published number; empty when it may be."""
+        if self.summary["scale"] is not None:
+            return f"scale={self.summary['scale']}: not compared with a published number"
+        if self.summary["evaluate_on"] != "test":
+            return f"measured on {self.summary['evaluate_on']} images: not compared with a published number"
+        return ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A published number beside ours; None is what is unknown, or what must not be compared.
+
+    Attributes:
+        metric: setting and metric in words.
+        published, ours: the numbers, in the metric's unit.
+        tolerance: the difference, up or down, that still counts as agreement.
+        source: where the number is from.
+        note: why there is no comparison; empty when there is one.
+    """
+
+    metric: str
+    published: float | None
+    ours: float | None
+    tolerance: float | None
+    source: str
+    note: str
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus published."""
+        return None if self.published is None or self.ours is None else self.ours - self.published
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the difference is within the tolerance."""
+        if self.difference is None or self.tolerance is None:
+            return None
+        return abs(self.difference) <= self.tolerance + 1e-9  # 57.7 - 57.1 is a little more than 0.6 in binary
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on a page: its title, a caption, its PNG file and its width in CSS pixels."""
+
+    title: str
+    caption: str
+    png: bytes
+    width: int
+
+    @classmethod
+    def of(cls, figure: Figure, title: str, caption: str) -> "Picture":
+        """The picture of a figure."""
+        return cls(title, caption, plots.png(figure), round(figure.get_figwidth() * plots.PIXELS_PER_INCH))
+
+    @property
+    def base64(self) -> str:
+        """The PNG file as text, to stand inside a page."""
+        return base64.b64encode(self.png).decode("ascii")
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``plots/*.png`` and ``report.html`` of the finished run in ``folder``; returns the page's path."""
+    run = Run.read(folder)
+    pictures = {name: Picture.of(*figure) for name, figure in _figures(run)}
+    summary = run.summary
+    page = render(
+        "report.html.j2",
+        summary=summary,
+        warnings=_warnings(summary),
+        facts=_facts(summary),
+        cards=[(_card_label(*card), _card_value(run, *card)) for card in CARDS],
+        metrics=_metric_lines(run),
+        costs=[(label, _or_dash(run.value("cost", key), text)) for key, (label, text) in COSTS.items()],
+        verdicts=verdicts(run, run.value),
+        pictures=pictures.values(),
+        missing=[text for name, text in _ABSENT.items() if name not in pictures],
+        class_order=[[(summary["class_names"][c], c) for c in task] for task in summary["tasks"]],
+        config=read_text(folder / "config.yaml"),
+        environment=list(_flatten(_read_json(folder / "env.json"))),
+    )
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        (folder / "plots" / f"{name}.png").write_bytes(picture.png)
+    path = folder / "report.html"
+    write_text(path, page)  # a kill must not leave half a page that looks finished
+    return path
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of this package; every value is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "signed": signed}
+    return environment.get_template(template).render(**values)
+
+
+def verdicts(run: Run, ours: Callable[[str, str], float | None]) -> list[Verdict]:
+    """The published numbers of a run's experiment beside ours.
+
+    Args:
+        run: whose summary names the published numbers.
+        ours: (setting, metric) -> what to hold to them: the run's own value, or a mean over seeds.
+    """
+    published = dict(run.summary["published"] or {})
+    tolerance, source = published.pop("tolerance", None), published.pop("source", "")
+    lines = []
+    for key, value in published.items():
+        setting = next(s for s in SETTINGS if key.startswith(f"{s}_"))
+        metric = key.removeprefix(f"{setting}_")
+        words = f"{TITLES[setting]} {in_words(metric)}"
+        held = (None, None) if run.incomparable else (value, tolerance)
+        lines.append(Verdict(words, held[0], ours(setting, metric), held[1], source, run.incomparable))
+    return lines
+
+
+def in_words(metric: str) -> str:
+    """A metric's name for people."""
+    return metric.replace("_", " ")
+
+
+def number(value: float | None) -> str:
+    """Two decimals, or ``-`` for what is unknown."""
+    return "-" if value is None or math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
+
+
+def signed(value: float | None) -> str:
+    """Two decimals with a sign, or ``-`` for what is unknown."""
+    return "-" if value is None or math.isnan(value) else f"{round(value, 2) + 0.0:+.2f}"
+
+
+def read_text(path: Path) -> str:
+    """The text of a run folder's file; :class:`ConfigError` when it is not there."""
+    require(
+        path.is_file(),
+        str(path),
+        expected="a file of a finished run",
+        got="no such file",
+        fix="Finish the run (the same command goes on where it stopped), or run it again with overwrite=true.",
+    )
+    return path.read_text(encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            str(path), expected="a JSON object", got=f"text that breaks off or is damaged ({error})", fix=_RUN_AGAIN
+        ) from error
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    summary = _read_json(path)
+    schema, status = summary.get("schema"), summary.get("status")
+    require(schema == SCHEMA, str(path), expected=f"schema {SCHEMA}", got=f"schema {schema}", fix=_RUN_AGAIN)
+    require(
+        status == "finished",
+        str(path),
+        expected="a finished run",
+        got=f"status {status}",
+        fix="Finish it: the same command goes on where it stopped.",
+    )
+    return summary
+
+
+def _read_record(path: Path, num_tasks: int) -> Record:
+    """The inverse of :meth:`Record.write_csv`; ``after_task`` -1, the untrained network, is the last row."""
+    require(path.is_file(), str(path), expected="the accuracy matrix", got="no such file", fix=_RUN_AGAIN)
+    record = Record.empty(num_tasks)
+    for setting, lines in pd.read_csv(path).groupby("setting"):
+        matrix = record.matrix(str(setting))
+        matrix.correct[lines["after_task"], lines["task"]] = lines["correct"]
+        matrix.count[lines["task"]] = lines["count"]
+    return record
+
+
+def _figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
+    """File name, figure, title and caption of every picture that there is something to show in."""
+    summary = run.summary
+    on = "test images" if summary["evaluate_on"] == "test" else f"{summary['evaluate_on']} images"
+    candidates = {
+        "accuracy_matrix": (
+            plots.accuracy_matrix(run.record),
+            "Accuracy matrix",
+            f"Accuracy in percent on the {on} of each task (columns) after learning each task (rows). "
+            "Grey was not measured.",
+        ),
+        "over_tasks": (
+            plots.curves_over_tasks(run.record),
+            "Accuracy and forgetting over tasks",
+            "Average accuracy: mean over the tasks seen so far. Forgetting: mean over the earlier tasks of the best "
+            "accuracy once reached minus the present one; larger is worse, below 0 the earlier tasks have improved.",
+        ),
+        "confusion": (
+            _confusion(run),
+            "Confusion matrix",
+            "After the last task: for each class (row), the percentage of its images that were taken for each class "
+            "(column), classes in the order they were learned; lines part tasks, or groups of them. "
+            "Numbers (up to 20 classes) from 0.5 up; colours follow the square root.",
+        ),
+        "losses": (
+            _losses(run.folder / "metrics.jsonl"),
+            "Loss",
+            "Mean of each loss term over an epoch, at its last step. Dashed: the end of a task.",
+        ),
+    }
+    for name, (figure, title, caption) in candidates.items():
+        if figure is not None:
+            yield name, (figure, title, caption)
+
+
+def _confusion(run: Run) -> Figure | None:
+    path = run.folder / "predictions.npz"
+    if not path.is_file():
+        return None
+    with np.load(path) as predictions:
+        return plots.confusion(run.summary["tasks"], run.summary["class_names"], dict(predictions))
+
+
+def _losses(path: Path) -> Figure | None:
+    if not path.is_file():  # the JSON-lines logger can be switched off
+        return None
+    return plots.losses([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+
+
+def _warnings(summary: dict[str, Any]) -> list[str]:
+    """What a reader of the numbers must know first."""
+    warnings = []
+    if summary["scale"] is not None:
+        warnings.append(f"scale={summary['scale']}: a reduced run, not to be compared with published numbers")
+    if summary["evaluate_on"] != "test":
+        warnings.append(f"measured on {summary['evaluate_on']} images, not on the test set")
+    return warnings
+
+
+def _facts(summary: dict[str, Any]) -> list[tuple[str, Any]]:
+    keys = ("experiment", "method", "backbone", "scenario", "buffer", "seed", "class_order_seed", "data_seed")
+    return [(key.replace("_", " "), summary[key]) for key in (*keys, "fingerprint")]
+
+
+def _card_label(setting: str, metric: str, unit: str) -> str:
+    return f"{TITLES[setting]} {in_words(metric)}" + ("" if unit else " (points)")
+
+
+def _card_value(run: Run, setting: str, metric: str, unit: str) -> str:
+    text = number(run.value(setting, metric))
+    return text if text == "-" else f"{text}{unit}"
+
+
+def _metric_lines(run: Run) -> list[tuple[str, str, str]]:
+    names = dict.fromkeys(name for setting in SETTINGS for name in run.summary[setting] or {})
+    return [(in_words(n), number(run.value("class_il", n)), number(run.value("task_il", n))) for n in names]
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
+    return "-" if value is None else text(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _size(count: float) -> str:
+    if count < 2**20:
+        return f"{count / 2**10:,.1f} KiB" if count else "0"
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
+
+
+def _energy(joules: float) -> str:
+    return f"{joules / 1000:,.1f} kJ ({joules / 3600:,.1f} Wh)"
+
+
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "train_seconds": ("training time", _duration),
+    "evaluate_seconds": ("evaluation time", _duration),
+    "samples_seen": ("images passed through training", "{:,}".format),
+    "images_per_second": ("training speed", "{:,.1f} images/s".format),
+    "peak_memory_bytes": ("peak memory", _size),
+    "parameters": ("parameters", "{:,}".format),
+    "parameters_trainable": ("of these trainable", "{:,}".format),
+    "capacity": ("parameters, relative to the first task", "{:.2f} ×".format),
+    "buffer_bytes": ("replay buffer", _size),
+    "energy_joules": ("energy", _energy),
+}
+"""Field of :class:`cl_bench.record.Cost` -> its label and how its number is written."""
+
+_RUN_AGAIN = "Run the experiment again with overwrite=true, or leave this folder out."
+
+_ABSENT = {
+    "confusion": "There is no confusion matrix: predictions.npz is missing or holds no answer.",
+    "losses": "There are no loss curves: metrics.jsonl is missing or holds no epoch.",
+}
+"""What the page says where a picture could not be drawn."""

@@ -1,0 +1,340 @@
+"""Pictures of a run and of a comparison, for a page 10 inches (1000 CSS pixels) wide.
+
+Matplotlib through its objects only, never ``pyplot``: no global state, no display. Text that comes from a
+configuration is set with ``parse_math=False``, so that a ``$`` in a name stays a ``$``.
+
+T tasks, K classes, S seeds.
+"""
+
+import io
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from cl_bench.metrics.accuracy import average_accuracy
+from cl_bench.metrics.forgetting import forgetting
+from cl_bench.record import SETTINGS, TITLES, Matrix, Record
+
+PIXELS_PER_INCH = 100
+"""CSS pixels of a page that show one inch of a picture."""
+
+_DPI = 150  # sharper than the page asks for: readable when zoomed in or printed
+_WIDTH = 10.0  # inches
+_HALF = 5.3  # inches, width of a picture with one panel
+_NUMBERS_UP_TO = 20  # tasks or classes; beyond, numbers in cells and one label a line no longer fit
+_COLOURS = {"class_il": "#1f5fa8", "task_il": "#c8641b"}
+_LINE_STYLES = ("-", "--", ":", "-.")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file; equal figures give equal bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+    return file.getvalue()
+
+
+def first_tasks(matrix: Matrix, count: int) -> Matrix:
+    """The matrix as it stood when ``count`` tasks had been learned."""
+    rows = [*range(count), -1]  # the last row is that of the untrained network
+    return Matrix(matrix.correct[rows, :count], matrix.count[:count])
+
+
+def over_tasks(metric: Callable[[Matrix], float], matrix: Matrix) -> np.ndarray:
+    """(T,) what ``metric`` would have been after each task."""
+    return np.array([metric(first_tasks(matrix, count)) for count in range(1, matrix.num_tasks + 1)])
+
+
+def accuracy_matrix(record: Record) -> Figure | None:
+    """Both accuracy matrices as heat maps, with numbers up to 20 tasks; None when nothing was measured."""
+    settings = _measured(record)
+    if not settings:
+        return None
+    num_tasks = record.class_il.num_tasks
+    shown = range(0, num_tasks, _stride(num_tasks))
+    # the row of the untrained network, in all panels or in none so that their rows stand at one height
+    untrained = ["untrained"] if any(not np.isnan(record.matrix(s).baseline).all() for s in settings) else []
+    figure, panels = _panels(len(settings), height=min(4.8, 1.6 + 0.34 * num_tasks))
+    for axes, setting in zip(panels, settings):
+        matrix = record.matrix(setting)
+        values = np.vstack([matrix.baseline, matrix.accuracy]) if untrained else matrix.accuracy
+        image = _heat_map(axes, values, "YlGnBu", Normalize(0, 100), decimals=1 if num_tasks <= 10 else 0, zeros=True)
+        axes.set_xticks(shown, [str(task) for task in shown])
+        rows = shown[1:] if untrained and shown.step > 1 else shown  # beside "untrained", a label 0 would touch it
+        places = [*range(len(untrained)), *(len(untrained) + task for task in rows)]
+        axes.set_yticks(places, [*untrained, *map(str, rows)])
+        axes.set(title=TITLES[setting], xlabel="accuracy on task", ylabel="after task")
+    figure.colorbar(image, ax=panels, label="accuracy [%]", fraction=0.05, pad=0.02)
+    return figure
+
+
+def curves_over_tasks(record: Record) -> Figure | None:
+    """Average accuracy on the tasks seen and forgetting, after each task; None with one task, or nothing measured."""
+    settings = _measured(record)
+    num_tasks = record.class_il.num_tasks
+    if num_tasks == 1 or not settings:
+        return None
+    figure, (accuracies, forgettings) = _panels(2, height=3.4)
+    for setting in settings:
+        style: dict[str, Any] = {"ms": 3.5, "color": _COLOURS[setting], "label": TITLES[setting]}
+        accuracies.plot(over_tasks(average_accuracy, record.matrix(setting)), "o-", **style)
+        forgettings.plot(over_tasks(forgetting, record.matrix(setting)), "o-", **style)
+    accuracies.set(title="average accuracy on the tasks seen [%]", ylim=(0, 102))
+    accuracies.legend(frameon=False)
+    forgettings.set_title("forgetting [percentage points]")
+    forgettings.axhline(0, color="0.4", lw=0.8)
+    for axes in (accuracies, forgettings):
+        _open_frame(axes)
+        _count_tasks(axes, num_tasks)
+    return figure
+
+
+def confusion(
+    tasks: Sequence[Sequence[int]], class_names: Sequence[str], predictions: Mapping[str, np.ndarray]
+) -> Figure | None:
+    """Shares of each class's images that were taken for each class, classes in the order of the tasks.
+
+    Args:
+        tasks: original class ids of each task.
+        class_names: names by original class id.
+        predictions: the arrays of ``predictions.npz``.
+
+    Returns:
+        One panel a setting that was answered, with class names and numbers up to 20 classes; None without any answer.
+    """
+    settings = [setting for setting in SETTINGS if (predictions[setting] >= 0).any()]
+    if not settings:
+        return None
+    order = list(dict.fromkeys(c for task in tasks for c in task))  # tasks share classes in a domain scenario
+    figure, panels = _panels(len(settings), height=5.2 if len(order) <= _NUMBERS_UP_TO else 4.9)
+    for axes, setting in zip(panels, settings):
+        shares = confusion_shares(order, predictions["label"], predictions[setting])
+        image = _heat_map(axes, shares, "Blues", PowerNorm(0.5, 0, 100), decimals=0, zeros=False)
+        _label_classes(axes, order, tasks, class_names, unanswered=shares.shape[1] > len(order))
+        axes.set(title=TITLES[setting], xlabel="answer", ylabel="class of the image")
+    figure.colorbar(image, ax=panels, label="share of the class's images [%]", fraction=0.05, pad=0.02)
+    return figure
+
+
+def confusion_shares(order: Sequence[int], label: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """(K, K) shares in percent, a row a class in ``order``; (K, K + 1) when some images got no answer (-1)."""
+    place = np.full(max(order) + 2, len(order))  # -1 falls on the last entry, the column of no answer
+    place[list(order)] = range(len(order))
+    counts = np.zeros((len(order), len(order) + 1))
+    np.add.at(counts, (place[label], place[answer]), 1)
+    images = counts.sum(axis=1, keepdims=True)
+    shares = 100.0 * counts / np.where(images > 0, images, math.nan)
+    return shares if counts[:, -1].any() else shares[:, :-1]
+
+
+def losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Epoch means of each loss term over optimizer steps, a panel a term; None when no epoch was trained.
+
+    Args:
+        events: the lines of ``metrics.jsonl``.
+    """
+    epochs = [event for event in events if event["event"] == "epoch"]
+    ends = [event["step"] for event in events if event["event"] == "task"]
+    terms = list(dict.fromkeys(term for event in epochs for term in event["losses"]))
+    if not terms:
+        return None
+    figure = Figure((_WIDTH, 0.9 + 1.35 * len(terms)), layout="constrained")
+    panels = figure.subplots(len(terms), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, term in zip(panels, terms):
+        for steps, values in _stretches(epochs, term):
+            axes.plot(steps, values, ".-", ms=3, lw=1.2, color="#1f5fa8")
+        for end in ends:
+            axes.axvline(end, color="0.55", lw=0.8, ls=(0, (4, 3)))
+        _open_frame(axes)
+        axes.grid(visible=False, axis="x")  # beside the ends of tasks, more upright lines would confuse
+        axes.set_title(term, loc="left", parse_math=False)
+    _label_tasks_above(panels[0], ends)
+    panels[-1].set_xlabel("optimizer steps")
+    panels[-1].set_xlim(0, max(event["step"] for event in epochs) * 1.005)
+    return figure
+
+
+def accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure | None:
+    """Average accuracy on the tasks seen, a line a row of the comparison, a band of one standard deviation.
+
+    A row that learned everything in one task is drawn as a level.
+
+    Args:
+        curves: setting -> row -> (S, T) accuracies in percent; rows that a setting was not measured for are left out.
+
+    Returns:
+        A panel a setting; None when there is none.
+    """
+    settings = [setting for setting in SETTINGS if curves[setting]]
+    labels = list(dict.fromkeys(label for setting in settings for label in curves[setting]))
+    if not settings:
+        return None
+    wrapped = [textwrap.fill(label, 60) for label in labels]
+    columns = max(1, 120 // (max(len(line) for label in wrapped for line in label.split("\n")) + 8))
+    legend_lines = math.ceil(len(labels) / columns) * max(label.count("\n") + 1 for label in wrapped)
+    figure, panels = _panels(len(settings), height=3.4 + 0.2 * legend_lines)
+    for axes, setting in zip(panels, settings):
+        for label, values in curves[setting].items():
+            _banded_line(axes, values, **_line_style(labels.index(label)))
+        _open_frame(axes)
+        axes.set(title=f"{TITLES[setting]}: average accuracy on the tasks seen [%]", ylim=(0, 102))
+        _count_tasks(axes, max(values.shape[1] for values in curves[setting].values()))
+    handles = [Line2D([], [], **_line_style(i)) for i in range(len(labels))]
+    # the texts are put in afterwards: matplotlib leaves labels that begin with "_" out of a legend
+    legend = figure.legend(
+        handles, [str(i) for i in range(len(labels))], loc="outside lower center", ncols=columns, frameon=False
+    )
+    for text, label in zip(legend.get_texts(), wrapped):
+        text.set_parse_math(False)
+        text.set_text(label)
+    return figure
+
+
+def dots(values: Mapping[str, Sequence[float]], intervals: Mapping[str, float | None], title: str) -> Figure | None:
+    """One line a row of the comparison: a dot a seed, a bar at the mean, a line over the 95 % confidence interval.
+
+    Args:
+        values: row -> values of its seeds, best row first; rows without a value are left out.
+        intervals: row -> half width of its interval, or None.
+        title: what is shown, with its unit.
+    """
+    labels = [label for label in values if len(values[label])]
+    if not labels:
+        return None
+    wrapped = [textwrap.fill(label, 44) for label in labels]
+    lines = sum(label.count("\n") + 1 for label in wrapped)
+    figure = Figure((_WIDTH, 1.1 + 0.14 * lines + 0.2 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    for place, label in enumerate(labels):
+        mean, half = float(np.mean(values[label])), intervals[label]
+        if half is not None:
+            axes.plot([mean - half, mean + half], [place, place], color="#1f5fa8", lw=2, alpha=0.45)
+        axes.plot([mean], [place], "|", color="#1f5fa8", ms=13, mew=2.2)
+        axes.plot(values[label], [place] * len(values[label]), "o", color="#c8641b", ms=5, alpha=0.75, mew=0)
+    axes.set_yticks(range(len(labels)), wrapped, parse_math=False)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    _open_frame(axes)
+    axes.set_xlabel(title)
+    return figure
+
+
+def _measured(record: Record) -> list[str]:
+    return [setting for setting in SETTINGS if not np.isnan(record.matrix(setting).correct[:-1]).all()]
+
+
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure((_WIDTH if count > 1 else _HALF, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _open_frame(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9", lw=0.8)
+    axes.set_axisbelow(True)
+
+
+def _count_tasks(axes: Axes, num_tasks: int) -> None:
+    axes.set(xlabel="after task", xlim=(-0.3, num_tasks - 0.7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _heat_map(
+    axes: Axes, values: np.ndarray, colour_map: str, norm: Normalize, *, decimals: int, zeros: bool
+) -> AxesImage:
+    """An image with numbers in its cells up to 20 tasks or classes; without ``zeros``, none where it would read 0."""
+    colours = matplotlib.colormaps[colour_map].with_extremes(bad="0.9")
+    image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    axes.tick_params(length=0, labelsize=10 if max(values.shape) <= 11 else 7.5)
+    if min(values.shape) <= _NUMBERS_UP_TO:  # the other side may have a row (untrained) or column (no answer) more
+        size = 8 if max(values.shape) <= 11 else 6
+        for (row, column), value in np.ndenumerate(values):
+            text = f"{value:.{decimals}f}"
+            if text != "nan" and (zeros or float(text)):
+                red, green, blue, _ = colours(norm(value))
+                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+                axes.text(column, row, text, ha="center", va="center", size=size, color="white" if dark else "black")
+    return image
+
+
+def _stride(count: int) -> int:
+    """Every how many-th of ``count`` ticks to label: each up to 20, about ten of more."""
+    return 1 if count <= _NUMBERS_UP_TO else math.ceil(count / 10)
+
+
+def _label_classes(
+    axes: Axes,
+    order: Sequence[int],
+    tasks: Sequence[Sequence[int]],
+    class_names: Sequence[str],
+    unanswered: bool,
+) -> None:
+    """Class names where they fit, task numbers where not, and lines between (at most 20) tasks that share no class."""
+    ends = np.cumsum([len(task) for task in tasks])
+    disjoint = ends[-1] == len(order)
+    if disjoint:
+        stride = _stride(len(tasks))
+        for end in ends[stride - 1 : -1 : stride]:
+            axes.axhline(end - 0.5, color="0.45", lw=0.5)
+            axes.axvline(end - 0.5, color="0.45", lw=0.5)
+    if len(order) <= _NUMBERS_UP_TO:
+        places, labels = list(range(len(order))), [_cut(class_names[c]) for c in order]
+    elif disjoint:
+        shown = range(0, len(tasks), _stride(len(tasks)))
+        places = [ends[task] - (len(tasks[task]) + 1) / 2 for task in shown]
+        labels = [f"task {task}" for task in shown]
+    else:
+        places = list(range(0, len(order), _stride(len(order))))
+        labels = [str(order[place]) for place in places]
+    axes.set_yticks(places, labels, parse_math=False)
+    if unanswered:
+        places, labels = [*places, len(order)], [*labels, "no answer"]
+    axes.set_xticks(places, labels, rotation=90, parse_math=False)
+
+
+def _cut(name: str, most: int = 20) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _stretches(epochs: Sequence[Mapping[str, Any]], term: str) -> list[tuple[list[int], list[float]]]:
+    """Steps and means of one loss term, a pair a phase, since a line across two phases would mean nothing."""
+    stretches: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
+    for event in epochs:
+        if term in event["losses"]:
+            steps, values = stretches.setdefault((event["task"], event["phase"]), ([], []))
+            value = event["losses"][term]
+            steps.append(event["step"])
+            values.append(math.nan if value is None else value)
+    return list(stretches.values())
+
+
+def _label_tasks_above(axes: Axes, ends: Sequence[int]) -> None:
+    centres = [(start + end) / 2 for start, end in zip([0, *ends], ends)]
+    shown = range(0, len(ends), _stride(len(ends)))
+    above = axes.secondary_xaxis("top")
+    above.set_xticks([centres[task] for task in shown], [f"task {task}" if task == 0 else str(task) for task in shown])
+    above.tick_params(length=0, labelsize=8, pad=0)
+    above.spines["top"].set_visible(False)
+
+
+def _line_style(number: int) -> dict[str, Any]:
+    return {"color": f"C{number % 10}", "ls": _LINE_STYLES[number // 10 % len(_LINE_STYLES)], "marker": "o", "ms": 3}
+
+
+def _banded_line(axes: Axes, values: np.ndarray, **style: Any) -> None:
+    mean = values.mean(axis=0)
+    if len(mean) == 1:  # all classes learned at once: a level to hold the others against, since a dot would be lost
+        axes.axhline(mean[0], color=style["color"], ls=style["ls"])
+        return
+    axes.plot(mean, **style)
+    if len(values) > 1:
+        std = values.std(axis=0, ddof=1)
+        axes.fill_between(range(len(mean)), mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)

@@ -1,0 +1,48 @@
+"""What a scenario is: a data set cut into a sequence of tasks."""
+
+from abc import ABC
+from dataclasses import replace
+
+import torch
+
+from cl_bench.data.transform import Transform
+from cl_bench.types import Data, Task
+
+
+class Scenario(ABC):
+    """A sequence of tasks over K classes.
+
+    Attributes:
+        tasks: in the order of learning.
+        class_order: (K) the data set's class id at each position; tasks hold positions.
+        class_names: a name a class id of the data set.
+        image_shape: (C, H, W).
+        transform: augmentation and normalisation.
+    """
+
+    tasks: list[Task]
+    class_order: list[int]
+    class_names: list[str]
+    image_shape: tuple[int, int, int]
+    transform: Transform
+
+    @property
+    def num_classes(self) -> int:
+        """K, over all tasks."""
+        return len(self.class_order)
+
+    def to(self, device: torch.device) -> "Scenario":
+        """Put every image on ``device``; returns self."""
+        self.transform.to(device)
+        self.tasks = [
+            replace(t, train=_on(t.train, device), val=_on(t.val, device), test=_on(t.test, device)) for t in self.tasks
+        ]
+        return self
+
+    def original(self, task: Task) -> list[int]:
+        """The data set's class ids of a task."""
+        return [self.class_order[c] for c in task.classes]
+
+
+def _on(data: Data, device: torch.device) -> Data:
+    return Data(data.images.to(device), data.labels.to(device), data.index.to(device))

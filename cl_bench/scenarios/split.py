@@ -1,0 +1,167 @@
+"""Class-disjoint tasks: the classes of one data set, cut into consecutive groups.
+
+One training stream serves both settings: Class-IL and Task-IL differ only in what is known at test time
+(van de Ven and Tolias 2019), so both are measured in every run.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from cl_bench.data.base import ImageSet
+from cl_bench.data.transform import Transform
+from cl_bench.errors import ConfigError, require
+from cl_bench.scenarios.base import Scenario
+from cl_bench.types import Data, Task
+
+ORDERS = ("natural", "random", "superclass")
+
+
+class Split(Scenario):
+    """The classes of ``source`` in ``class_order``, cut into tasks.
+
+    Args:
+        source: the data set.
+        num_tasks: equal tasks; must divide the number of classes. Not used where ``classes_per_task`` is given.
+        classes_per_task: sizes of the tasks, adding up to the number of classes; None for equal tasks.
+        class_order: ``natural`` (0, 1, ...), ``random`` (numpy's legacy permutation of ``class_order_seed``, so that
+            1993 gives iCaRL's order), ``superclass`` (classes of a superclass side by side), or a list of class ids.
+        class_order_seed: used by ``random`` only.
+        data_seed: which images are held out, and which are taken where a number a class is given.
+        val_fraction: part of each class's training images held out for validation, in [0, 1).
+        train_per_class, test_per_class: images taken of each class; None for all.
+        crop_padding, flip: augmentation, see :class:`~cl_bench.data.transform.Transform`.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: ImageSet,
+        num_tasks: int,
+        classes_per_task: list[int] | None,
+        class_order: Any,
+        class_order_seed: int,
+        data_seed: int,
+        val_fraction: float,
+        train_per_class: int | None,
+        test_per_class: int | None,
+        crop_padding: int,
+        flip: bool,
+    ) -> None:
+        num_classes = len(source.class_names)
+        require(
+            0 <= val_fraction < 1,
+            "val_fraction",
+            expected="a number in [0, 1)",
+            got=val_fraction,
+            fix="0.1 holds out a tenth of the training images.",
+        )
+        for key, seed in {"class_order_seed": class_order_seed, "data_seed": data_seed}.items():
+            require(0 <= seed < 2**32, key, expected="a whole number in [0, 2^32)", got=seed, fix="Use a smaller seed.")
+        sizes = task_sizes(num_classes, num_tasks, classes_per_task)
+        self.class_order = order_classes(source, class_order, class_order_seed)
+        self.class_names = source.class_names
+        channels, height, width = source.train_images.shape[1:]
+        self.image_shape = (channels, height, width)
+        self.transform = Transform(mean=source.mean, std=source.std, crop_padding=crop_padding, flip=flip)
+
+        train = _first(source.train_labels, train_per_class, "train_per_class", data_seed)
+        test = _first(source.test_labels, test_per_class, "test_per_class", data_seed)
+        held_out = [round(val_fraction * len(chosen)) for chosen in train]
+        require(
+            all(len(chosen) > n for chosen, n in zip(train, held_out)),
+            "val_fraction",
+            expected="at least one training image a class left",
+            got=val_fraction,
+            fix="Lower val_fraction or raise train_per_class.",
+        )
+        self.tasks = []
+        ends = np.cumsum(sizes).tolist()
+        for task, (start, end) in enumerate(zip([0, *ends], ends)):
+            ids = self.class_order[start:end]
+
+            def gather(images: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray]) -> Data:
+                return _gather(images, labels, np.sort(np.concatenate(chosen)), self.class_order)
+
+            self.tasks.append(
+                Task(
+                    id=task,
+                    classes=range(start, end),
+                    train=gather(source.train_images, source.train_labels, [train[c][held_out[c] :] for c in ids]),
+                    val=gather(source.train_images, source.train_labels, [train[c][: held_out[c]] for c in ids]),
+                    test=gather(source.test_images, source.test_labels, [test[c] for c in ids]),
+                )
+            )
+
+
+def task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[int] | None) -> list[int]:
+    """Classes of each task."""
+    if classes_per_task is not None:
+        require(
+            len(classes_per_task) > 0 and min(classes_per_task) > 0 and sum(classes_per_task) == num_classes,
+            "classes_per_task",
+            expected=f"positive numbers that add up to {num_classes} classes",
+            got=f"{list(classes_per_task)} (sum {sum(classes_per_task)})",
+            fix=f"For equal tasks set classes_per_task=null and num_tasks to one of {_divisors(num_classes)}.",
+        )
+        return list(classes_per_task)
+    if not 0 < num_tasks <= num_classes or num_classes % num_tasks:
+        fix = "Choose one of them."
+        if 0 < num_tasks < num_classes:
+            small, larger = divmod(num_classes, num_tasks)
+            unequal = [small + 1] * larger + [small] * (num_tasks - larger)
+            fix = f"Choose one of them, or unequal tasks: 'scenario.classes_per_task={unequal}'."
+        raise ConfigError(
+            "num_tasks",
+            expected=f"a number that divides {num_classes} classes, one of {_divisors(num_classes)}",
+            got=num_tasks,
+            fix=fix,
+        )
+    return [num_classes // num_tasks] * num_tasks
+
+
+def order_classes(source: ImageSet, order: Any, seed: int) -> list[int]:
+    """The data set's class ids in the order of learning."""
+    num_classes = len(source.class_names)
+    if order == "natural":
+        return list(range(num_classes))
+    if order == "random":
+        return np.random.RandomState(seed).permutation(num_classes).tolist()
+    if order == "superclass" and source.superclass is not None:
+        parent = source.superclass
+        return sorted(range(num_classes), key=lambda c: (parent[c], c))
+    explicit = not isinstance(order, str) and hasattr(order, "__iter__") and list(order)
+    if explicit and all(type(c) is int for c in explicit) and sorted(explicit) == list(range(num_classes)):
+        return explicit
+    known = [name for name in ORDERS if name != "superclass" or source.superclass is not None]
+    raise ConfigError(
+        "class_order",
+        expected=f"one of {', '.join(known)}, or a list of the {num_classes} class ids, each once",
+        got=order if isinstance(order, str) else repr(explicit or order),
+        fix="Use class_order=random with a class_order_seed for a drawn order.",
+    )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _first(labels: np.ndarray, per_class: int | None, key: str, data_seed: int) -> list[np.ndarray]:
+    """For each class id the positions of its images, drawn by ``data_seed``; all of them, or ``per_class``."""
+    num_classes = int(labels.max()) + 1
+    smallest = int(np.bincount(labels, minlength=num_classes).min())
+    require(
+        per_class is None or 0 < per_class <= smallest,
+        key,
+        expected=f"1 to {smallest} images a class, or null for all",
+        got=per_class,
+        fix=f"Set {key}=null to take every image.",
+    )
+    order = np.random.default_rng(data_seed).permutation(len(labels))
+    return [order[labels[order] == c][:per_class] for c in range(num_classes)]
+
+
+def _gather(images: np.ndarray, labels: np.ndarray, which: np.ndarray, class_order: list[int]) -> Data:
+    position = np.argsort(class_order)  # class id -> position in the order
+    return Data(torch.from_numpy(images[which]), torch.from_numpy(position[labels[which]]), torch.from_numpy(which))

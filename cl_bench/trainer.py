@@ -1,0 +1,278 @@
+"""THE loop: the only place that iterates over training batches and steps an optimizer."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from cl_bench.checkpoint import Checkpoint, State, cloned, rng_state, set_rng_state
+from cl_bench.errors import require
+from cl_bench.evaluate import Evaluation, evaluate
+from cl_bench.loggers.base import Logger, Progress
+from cl_bench.methods.base import Method
+from cl_bench.record import BASELINE, SETTINGS, Record
+from cl_bench.scenarios.base import Scenario
+from cl_bench.types import Batch, Data, Phase, Task
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a phase is run, unless the phase says otherwise.
+
+    Attributes:
+        epochs: passes over a phase's data.
+        batch_size: images of the stream a step; the last batch of an epoch may be smaller.
+        clip_norm: largest norm of the whole gradient; None for no clipping.
+        evaluate_on: ``test``, or ``val`` for a search, which then never touches a test image.
+        checkpoint_seconds: a checkpoint is written at the end of each task and this often in between.
+        checkpoint_steps: and every so many optimizer steps; None for by time only.
+    """
+
+    epochs: int
+    batch_size: int
+    clip_norm: float | None
+    evaluate_on: Literal["test", "val"]
+    checkpoint_seconds: float
+    checkpoint_steps: int | None
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size", "clip_norm", "checkpoint_seconds", "checkpoint_steps"):
+            value = getattr(self, key)
+            require(
+                value is None or value > 0, key, expected="above 0", got=value, fix="See configs/trainer/default.yaml."
+            )
+
+
+class Trainer:
+    """Runs the phases that a method asks for, measures after each task, and can be stopped and resumed anywhere.
+
+    Args:
+        optimizer: parameters -> optimizer, the configured one.
+        schedule: (epoch, epochs) -> factor on the learning rate, the configured one.
+        generators: CPU generators by name; ``batches`` orders the stream, ``augment`` draws its crops and flips.
+        stop: asked after every step whether to save and leave.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: Method,
+        scenario: Scenario,
+        settings: Settings,
+        optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+        schedule: Callable[[int, int], float],
+        generators: Mapping[str, Generator],
+        autocast: torch.autocast,
+        logger: Logger,
+        checkpoint: Checkpoint,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.method, self.scenario, self.settings = method, scenario, settings
+        self.optimizer, self.schedule, self.generators = optimizer, schedule, generators
+        self.autocast, self.logger, self.checkpoint, self.stop = autocast, logger, checkpoint, stop
+        self.record = Record.empty(len(scenario.tasks))
+        self.answers: Evaluation | None = None
+        self.steps = self.events = self.parameters_after_first_task = 0
+        self.task_start: State = {}
+        self.phase_ends: list[State] = []
+        self._lap_began = time.monotonic()
+
+    def run(self) -> Record:
+        """Learn every task that is not learned yet."""
+        saved = self.checkpoint.load()
+        first = self._restore(saved) if saved else 0
+        if not saved:
+            self._measure(BASELINE)
+        for task in self.scenario.tasks[first:]:
+            ends, now = (saved["phase_ends"], saved["now"]) if saved else ([], None)
+            self.task_start, self.phase_ends, saved = self._state(), [], None
+            self._lap_began = time.monotonic()
+            if now is None:
+                self._save(task.id, None)
+                if self.stop():
+                    raise Interrupted
+            self.method.eval()
+            for number, phase in enumerate(self.method.learn(task)):
+                if number < len(ends):  # finished before the interruption: lay its result over the method
+                    self._load(ends[number])
+                else:
+                    self.run_phase(task, number, phase, now)
+                    now = None
+                self.phase_ends.append(self._state())
+                self.method.eval()
+            self._lap()
+            self._measure(task.id)
+        self.task_start, self.phase_ends = self._state(), []
+        self._save(len(self.scenario.tasks), None)
+        if self.answers is None:  # everything was learned before, and stopped just short of the results
+            self.answers = self._evaluate(len(self.scenario.tasks))
+        self._fill_costs()
+        return self.record
+
+    def run_phase(self, task: Task, number: int, phase: Phase, now: State | None) -> None:
+        """Gradient descent over ``phase.data``; ``now`` is where an interrupted phase goes on."""
+        params = list(phase.params)
+        optimizer = (phase.optimizer or self.optimizer)(params)
+        schedule = phase.schedule or self.schedule
+        peak = [phase.lr or group["lr"] for group in optimizer.param_groups]
+        epochs = phase.epochs or self.settings.epochs
+        size = self.settings.batch_size
+        # A last batch of one image is left out of the epoch: BatchNorm cannot normalise a single value.
+        count = len(phase.data) - (len(phase.data) > 1 and len(phase.data) % size == 1 and size > 1)
+        steps = math.ceil(count / size)
+        epoch, step, order, sums = 0, 0, None, {}
+        if now:
+            self._load(now["state"])
+            optimizer.load_state_dict(now["optimizer"])
+            epoch, step, order, sums = now["epoch"], now["step"], now["order"], _to(now["sums"], phase.data)
+
+        self.method.train()
+        saved_at = time.monotonic()
+        while epoch < epochs:
+            # every epoch visits each image once, in an order of its own
+            if order is None:
+                order = torch.randperm(len(phase.data), generator=self.generators["batches"])
+            places = order.to(phase.data.labels.device)
+            for group, lr in zip(optimizer.param_groups, peak):
+                group["lr"] = lr * schedule(epoch, epochs)
+            while step < steps:
+                batch = self.batch(phase.data, places[step * size : (step + 1) * size], task)
+                with self.autocast:
+                    losses = phase.observe(batch)
+                self.method.zero_grad()  # all of them: what this phase leaves alone must not pile up gradients
+                sum(losses.values(), torch.zeros((), device=batch.y.device)).backward()
+                self.method.after_backward()
+                if self.settings.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(params, self.settings.clip_norm)
+                optimizer.step()
+
+                # accumulate on the device: the epoch waits for it once, at its end
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0.0) + loss.detach() * len(batch)
+                progress = Progress(task.id, len(self.scenario.tasks), number, epoch, epochs, step, steps)
+                step += 1
+                self.steps += 1
+                self.record.cost.samples_seen += len(batch)
+                self.logger.step(progress)
+                stopping = self.stop()
+                every = self.settings.checkpoint_steps
+                if stopping or (every and self.steps % every == 0) or self._due(saved_at):
+                    self._lap()
+                    self._means(task, number, epoch, sums, count)  # never save a run that has diverged
+                    where = {"epoch": epoch, "step": step, "order": order, "sums": sums}
+                    self._save(task.id, {"state": self._state(), "optimizer": optimizer.state_dict()} | where)
+                    if stopping:
+                        raise Interrupted
+                    saved_at = time.monotonic()
+            self._log_epoch(task, number, epoch, optimizer.param_groups[0]["lr"], sums, count)
+            if phase.after_epoch and phase.after_epoch(epoch):
+                break
+            epoch, step, order, sums = epoch + 1, 0, None, {}
+
+    def batch(self, data: Data, which: Tensor, task: Task) -> Batch:
+        """A stream batch of the images ``which``, freshly augmented."""
+        raw = data.images[which]
+        x = self.scenario.transform.train(raw, self.generators["augment"])
+        return Batch(x=x, y=data.labels[which], raw=raw, task=task.id)
+
+    def _lap(self) -> None:
+        """Count the time since the last call, or since the task began, as training."""
+        now = time.monotonic()
+        self.record.cost.train_seconds += now - self._lap_began
+        self._lap_began = now
+
+    def _due(self, saved_at: float) -> bool:
+        return time.monotonic() - saved_at > self.settings.checkpoint_seconds
+
+    def _log_epoch(self, task: Task, phase: int, epoch: int, lr: float, sums: dict[str, Tensor], count: int) -> None:
+        means = self._means(task, phase, epoch, sums, count)
+        position = {"task": task.id, "phase": phase, "epoch": epoch}
+        self._event("epoch", **position, lr=lr, loss=sum(means.values()), losses=means)
+
+    def _means(self, task: Task, phase: int, epoch: int, sums: dict[str, Tensor], count: int) -> dict[str, float]:
+        """Means of the loss terms over ``count`` images; an error where one is not finite."""
+        means = {name: float(total) / count for name, total in sums.items()}
+        if not all(map(math.isfinite, means.values())):
+            raise FloatingPointError(
+                f"a loss term is not finite by step {self.steps} (task {task.id}, phase {phase}, epoch {epoch}): "
+                f"{means}. "
+                "Lower optimizer.lr or set trainer.clip_norm=1. The last checkpoint is from before the first such loss."
+            )
+        return means
+
+    def _measure(self, after_task: int) -> None:
+        """Enter a row of the accuracy matrix, or the untrained network's baseline."""
+        self.answers = answers = self._evaluate(after_task + 1)
+        num_tasks = len(self.scenario.tasks)
+        count = [len(task.asked(self.settings.evaluate_on)) for task in self.scenario.tasks]
+        for setting in SETTINGS:
+            self.record.add(after_task, setting, answers.correct(setting, num_tasks), count)
+        if after_task == 0:
+            self.parameters_after_first_task = count_parameters(self.method)
+        if after_task != BASELINE:
+            seen = {s: self.record.matrix(s).accuracy[after_task, : after_task + 1] for s in SETTINGS}
+            averages = {f"{s}_average": float(row.mean()) for s, row in seen.items()}
+            self._event("task", task=after_task, **{s: row.tolist() for s, row in seen.items()}, **averages)
+
+    def _evaluate(self, learned: int) -> Evaluation:
+        began = time.monotonic()
+        split = self.settings.evaluate_on
+        answers = evaluate(self.method, self.scenario, learned=learned, split=split, autocast=self.autocast)
+        self.record.cost.evaluate_seconds += time.monotonic() - began
+        return answers
+
+    def _event(self, kind: str, **values: Any) -> None:
+        self.logger.event(self.events, {"event": kind, "step": self.steps, **values})
+        self.events += 1
+
+    def _fill_costs(self) -> None:
+        cost, method = self.record.cost, self.method
+        cost.parameters = count_parameters(method)
+        cost.parameters_trainable = count_parameters(method, trainable=True)
+        cost.capacity = cost.parameters / self.parameters_after_first_task
+        cost.images_per_second = cost.samples_seen / cost.train_seconds if cost.train_seconds else None
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def _state(self) -> State:
+        return cloned({"method": self.method.state_dict(), "rng": rng_state(self.generators)})
+
+    def _load(self, state: State) -> None:
+        self.method.load_state_dict(state["method"])
+        set_rng_state(state["rng"], self.generators)
+
+    def _save(self, task: int, now: State | None) -> None:
+        self.checkpoint.save(
+            {
+                "task": task,
+                "task_start": self.task_start,
+                "phase_ends": self.phase_ends,
+                "now": now,
+                "record": self.record.to_json(),
+                "counters": [self.steps, self.events, self.parameters_after_first_task],
+            }
+        )
+
+    def _restore(self, saved: State) -> int:
+        """Lay a checkpoint's task beginning over this trainer; returns the task."""
+        self._load(saved["task_start"])
+        self.record = Record.from_json(saved["record"])
+        self.steps, self.events, self.parameters_after_first_task = saved["counters"]
+        return saved["task"]
+
+
+def count_parameters(module: torch.nn.Module, *, trainable: bool = False) -> int:
+    """Number of scalar parameters; of the trainable ones only where asked."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+
+
+def _to(sums: dict[str, Tensor], data: Data) -> dict[str, Tensor]:
+    return {name: total.to(data.labels.device) for name, total in sums.items()}

@@ -1,0 +1,123 @@
+"""What travels between scenario, method and trainer.
+
+Shapes: N images of a set, B images of a batch, C channels, H x W pixels, K classes of the scenario.
+
+Inside the program a class is its *position* in the class order, so that the classes of a task are a
+contiguous range and a growing head only ever appends. The data set's own class ids come back when
+predictions are written (:attr:`cl_bench.scenarios.base.Scenario.class_order`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Data:
+    """A set of images kept as uint8 on the training device.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64, positions in the class order.
+        index: (N,) int64, each image's place in the data set's own order.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, which: Tensor | slice) -> "Data":
+        """The subset at positions (or mask, or slice) ``which``."""
+        return Data(self.images[which], self.labels[which], self.index[which])
+
+    def chunks(self, size: int) -> Iterator["Data"]:
+        """The set in order, in pieces of at most ``size`` images; for measuring passes, never for training."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
+
+    @staticmethod
+    def concatenate(parts: Iterable["Data"]) -> "Data":
+        """One set out of several."""
+        parts = list(parts)
+        return Data(
+            torch.cat([p.images for p in parts]),
+            torch.cat([p.labels for p in parts]),
+            torch.cat([p.index for p in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a sequence.
+
+    Attributes:
+        id: 0 for the first task.
+        classes: its classes as positions in the class order.
+        train, val, test: its images; ``val`` is empty unless ``scenario.val_fraction`` holds some out.
+    """
+
+    id: int
+    classes: range
+    train: Data
+    val: Data
+    test: Data
+
+    def asked(self, split: str) -> Data:
+        """The images of ``test`` or ``val``, on which a run is measured."""
+        return {"test": self.test, "val": self.val}[split]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch, from the stream or from a buffer.
+
+    Attributes:
+        x: (B, C, H, W) float, augmented and normalised.
+        y: (B,) int64, positions in the class order.
+        raw: (B, C, H, W) uint8, the same images as stored: what a buffer keeps.
+        task: id of the task that is being learned.
+        columns: what a buffer stored beside its images, by name, each (B, ...); empty for the stream.
+    """
+
+    x: Tensor
+    y: Tensor
+    raw: Tensor
+    task: int
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+Losses = dict[str, Tensor]
+"""Named scalar loss terms; the trainer minimises their sum."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of gradient descent that a method asks the trainer for.
+
+    Attributes:
+        data: the images to pass over.
+        observe: batch -> named loss terms.
+        params: the parameters that this phase trains.
+        epochs: passes over ``data``; None takes ``trainer.epochs``.
+        lr: peak learning rate; None takes ``optimizer.lr``.
+        optimizer: parameters -> optimizer; None takes the configured one.
+        schedule: (epoch, epochs) -> factor on the learning rate; None takes the configured one.
+        after_epoch: called with the epoch just finished, from 0; returning True ends the phase early.
+    """
+
+    data: Data
+    observe: Callable[[Batch], Losses]
+    params: Iterable[torch.nn.Parameter]
+    epochs: int | None = None
+    lr: float | None = None
+    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None
+    schedule: Callable[[int, int], float] | None = None
+    after_epoch: Callable[[int], bool | None] | None = None

@@ -1,0 +1,118 @@
+"""What several test files use: configurations, tiny parts, the command in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+import cl_bench.__main__  # noqa: F401 - stores the typed skeleton
+from cl_bench.buffers.base import Context
+from cl_bench.config import CONFIGS
+from cl_bench.data.base import ImageSet
+from cl_bench.data.transform import Transform
+from cl_bench.types import Batch
+
+# Tiny nets gain nothing from a second thread, and two busy processes with two threads each on two cores crawl.
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("CL_BENCH_DATA", ROOT / "data"))
+
+needs_cifar100 = pytest.mark.skipif(
+    not (DATA / "cifar-100-python" / "train").is_file(), reason=f"CIFAR-100 is not in {DATA}"
+)
+
+TINY = [
+    "scenario.num_tasks=2",
+    "scenario.classes_per_task=[5,5]",
+    "scenario.train_per_class=10",
+    "scenario.test_per_class=4",
+    "trainer.epochs=2",
+    "trainer.batch_size=16",
+    "device=cpu",
+]
+"""Digits in two tasks of 50 training images: a run of some seconds."""
+
+
+def configure(*overrides: str) -> DictConfig:
+    """The configuration that the command would run with."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config.hydra
+    return config
+
+
+def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python -m cl_bench`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "cl_bench", *arguments],
+        cwd=cwd,
+        env=command_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def command_environment(**environment: str) -> dict[str, str]:
+    """The environment of the command: this checkout, the data of the tests, no W&B key."""
+    base = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    return (
+        base
+        | {"PYTHONPATH": str(ROOT), "CL_BENCH_DATA": str(DATA), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+        | environment
+    )
+
+
+def toy_images(num_classes: int = 4, per_class: int = 6, side: int = 8, channels: int = 1) -> ImageSet:
+    """Random images with labels; every image is different."""
+    rng = np.random.default_rng(0)
+
+    def split() -> tuple[np.ndarray, np.ndarray]:
+        labels = np.tile(np.arange(num_classes), per_class)
+        images = rng.integers(0, 256, (len(labels), channels, side, side)).astype(np.uint8)
+        return images, labels
+
+    train, test = split(), split()
+    names = [f"class {c}" for c in range(num_classes)]
+    parents = [c % 2 for c in range(num_classes)]
+    return ImageSet(*train, *test, names, parents, [0.5] * channels, [0.25] * channels)
+
+
+def identity_transform(channels: int = 1) -> Transform:
+    """Pixels in [0, 1], not augmented."""
+    return Transform(mean=[0.0] * channels, std=[1.0] * channels, crop_padding=0, flip=False)
+
+
+def buffer_context(num_classes: int = 4, shape: tuple[int, int, int] = (1, 8, 8), seed: int = 0) -> Context:
+    """What a buffer is given when it is built."""
+    return Context(
+        image_shape=shape,
+        num_classes=num_classes,
+        transform=identity_transform(shape[0]),
+        generator=torch.Generator().manual_seed(seed),
+        device=torch.device("cpu"),
+    )
+
+
+def batch_of(raw: torch.Tensor, y: torch.Tensor, task: int = 0) -> Batch:
+    """A stream batch of un-augmented images."""
+    return Batch(x=identity_transform(raw.shape[1]).plain(raw), y=y, raw=raw, task=task)
+
+
+@pytest.fixture
+def three_images() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three random 1 x 8 x 8 images and labels among four classes."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.tensor([0, 1, 1])

@@ -1,0 +1,168 @@
+"""The rules of docs/architecture.md that a machine can check."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, configure
+
+from cl_bench.build import RUNTIME
+from cl_bench.config import arguments, named, target
+
+PACKAGE = ROOT / "cl_bench"
+GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
+
+LEVELS = [
+    {"errors", "types", "record", "memory", "atomic"},
+    {"metrics", "data", "optim", "backbones", "loggers"},
+    {"buffers", "scenarios"},
+    {"methods"},
+    {"evaluate", "checkpoint", "config"},
+    {"trainer", "explain"},
+    {"build", "folder", "report"},
+    {"dry_run"},
+    {"run"},
+    {"__main__"},
+]
+"""A module imports from its own level (only ``base`` there) and from those above it."""
+
+HELPERS = {"delivered", "jsonl"}
+"""Modules that their siblings may import beside ``base``: metrics.jsonl is what the other loggers catch up from."""
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports, as ``package.module``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cl_bench"):
+            found |= {f"{node.module}.{a.name}" if node.module == "cl_bench" else node.module for a in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.startswith("cl_bench")}
+    return {name.removeprefix("cl_bench.") for name in found if name != "cl_bench"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    rank = {name: i for i, level in enumerate(LEVELS) for name in level}
+    me = path.relative_to(PACKAGE).with_suffix("").parts
+    if me == ("__init__",):
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == me[0]:
+            sub = parts[1] if len(parts) > 1 else ""
+            ok = sub in ({"base", "layers"} | HELPERS) or me[-1] == "group" or me[0] == "report"
+            assert ok, f"{path.name} imports its sibling {name}"
+        else:
+            assert rank[parts[0]] < rank[me[0]], f"{'.'.join(me)} may not import {name}"
+
+
+@pytest.mark.parametrize(
+    "module", ["avalanche", "wandb", "matplotlib", "torchvision", "sklearn", "tensorboard", "pandas"]
+)
+def test_heavy_packages_are_imported_where_they_are_chosen(module):
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in tree.body:  # module level only
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == module for name in names):
+                assert path.parent.name == "report", f"{path} imports {module} at once"
+
+
+def test_only_the_trainer_steps_an_optimizer():
+    stepping = [
+        p.name for p in PACKAGE.rglob("*.py") if re.search(r"optimizer\w*\.step\(|\bopt\.step\(", p.read_text())
+    ]
+    assert stepping == ["trainer.py"]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_variant_has_its_yaml_and_builds_from_it(group):
+    for path in sorted((ROOT / "configs" / group).glob("*.yaml")):
+        text = path.read_text()
+        config = configure(f"{group}={path.stem}")
+        built = target(config[group], group, [])
+        assert built.__module__.startswith(f"cl_bench.{GROUPS[group]}."), path
+        assert arguments(config[group], group, built, RUNTIME[group]).keys() == set(config[group]) - {"_target_"}, text
+
+
+def test_every_metric_loads():
+    for path in (ROOT / "configs" / "metrics").glob("*.yaml"):
+        config = configure(f"metrics={path.stem}")
+        for name, dotted in config.metrics.items():
+            assert named(dotted, name, []).__name__ == name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
+def test_experiments_say_what_they_are(path):
+    text = path.read_text()
+    assert text.startswith("# @package _global_\n")
+    for heading in ("# Paper:", "# Command:", "# Hardware:"):
+        assert heading in text, heading
+    assert f"+experiment={path.stem}" in text
+    config = configure(f"+experiment={path.stem}")
+    assert config.experiment == path.stem
+    for group in GROUPS:
+        built = target(config[group], group, [])
+        arguments(config[group], group, built, RUNTIME[group])
+    if config.published is not None:
+        assert {"tolerance", "source"} < set(config.published)
+
+
+def test_the_backbone_brings_its_method_and_the_command_line_wins():
+    assert configure("backbone=lvt").choices == {
+        "method": "lvt", "backbone": "lvt", "scenario": "digits", "buffer": "confidence_aware",
+    }  # fmt: skip
+    assert configure("backbone=lvt", "method=er", "buffer=reservoir").choices.method == "er"
+    assert configure("+experiment=lvt_cifar100_10split", "buffer=fixed_memory").choices.buffer == "fixed_memory"
+    assert configure("+experiment=lvt_cifar100_10split", "backbone=resnet18").choices.method == "finetune"
+
+
+def test_mini_is_smaller_and_never_held_to_a_published_number():
+    from cl_bench.config import comparable, plain
+    from cl_bench.run import base_summary
+
+    for name, full, mini in (("lvt", 64, 16), ("resnet18", 64, 20)):
+        assert configure(f"backbone={name}").backbone.width == full
+        assert configure(f"backbone={name}", "+scale=mini").backbone.width == mini
+        assert configure(f"backbone={name}", "+scale=mini", "backbone.width=8").backbone.width == 8
+
+    def published(*overrides):
+        values = plain(configure("+experiment=resnet18_derpp_cifar100_10split", *overrides))
+        return base_summary(values, comparable(values))["published"]
+
+    for changed in ("buffer.capacity=200", "trainer.epochs=1", "class_order_seed=3", "optimizer=adamw"):
+        assert published(changed) is None
+    for neutral in ("seed=3", "device=cpu", "logger=none", "results_dir=elsewhere"):
+        assert published(neutral) is not None
+
+    assert published()["class_il_average_accuracy"] == 38.25
+    assert published("+scale=mini") is None
+    assert published("trainer.evaluate_on=val") is None
+
+
+def test_nothing_names_the_workplace():
+    """No host of a registry and no path of a machine in what is committed."""
+    import subprocess
+
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    # Put together from pieces, so that this file is held to its own rule.
+    paths = [r"\.\./" + "shared", *(f"/{folder}/" for folder in ("work", "root"))]
+    hosts = "|".join(["py" + "pi", "python" + "hosted", "npm" + "js", "deb" + "ian"])
+    wrong = re.compile("|".join([*paths, rf"https?://[^\s]*({hosts})\."]))
+    allowed = {".ci/run"}
+    found = [
+        f
+        for f in files
+        if f not in allowed and not f.endswith((".png", ".npz")) and wrong.search((ROOT / f).read_text())
+    ]
+    assert len(files) > 100
+    assert found == []
+
+
+def test_no_placeholder_is_left():
+    texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
+    for path in texts:
+        assert not re.search(r"\b(HOURS|TODO|FIXME|QUICKTABLE|LVTCOST|MINICOMMANDS)\b", path.read_text()), path

@@ -1,0 +1,182 @@
+"""Buffers: capacity at every moment, quotas, what is kept, and state."""
+
+import pytest
+import torch
+from conftest import batch_of, buffer_context
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cl_bench.buffers.base import Buffer
+from cl_bench.buffers.confidence_aware import ConfidenceAware
+from cl_bench.buffers.fixed_memory import FixedMemory
+from cl_bench.buffers.none import NoBuffer
+from cl_bench.buffers.reservoir import Reservoir
+from cl_bench.errors import ConfigError
+from cl_bench.types import Data, Task
+
+POLICIES = [Reservoir, FixedMemory, ConfidenceAware]
+
+
+def task_of(number: int, classes: range, per_class: int) -> Task:
+    """A task whose image i is filled with the byte i, so that an image tells which it is."""
+    labels = torch.tensor([c for c in classes for _ in range(per_class)])
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(number))]
+    images = torch.arange(len(labels)).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).to(torch.uint8)
+    data = Data(images.contiguous(), shuffled, torch.arange(len(labels)))
+    return Task(number, classes, data, data.take(slice(0)), data)
+
+
+def describe(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The brighter, the more confident; logits tell the image as well."""
+    brightness = x.mean(dim=(1, 2, 3))
+    return {"confidence": brightness, "logits": torch.stack([brightness, y.float()], dim=1)}
+
+
+def feed(buffer: Buffer, task: Task, batch_size: int, check) -> None:
+    for start in range(0, len(task.train), batch_size):
+        part = task.train.take(slice(start, start + batch_size))
+        buffer.add(
+            batch_of(part.images, part.labels, task.id), logits=describe(part.images.float(), part.labels)["logits"]
+        )
+        check()
+    buffer.close_task(task, describe, keep=("logits",))
+    check()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    policy=st.sampled_from(POLICIES),
+    capacity=st.integers(4, 40),
+    per_class=st.integers(1, 12),
+    batch_size=st.integers(1, 9),
+    sizes=st.lists(st.integers(1, 2), min_size=1, max_size=2),
+)
+def test_capacity_is_never_exceeded(policy, capacity, per_class, batch_size, sizes):
+    buffer = policy(capacity=capacity, context=buffer_context(num_classes=4))
+    offered, start = 0, 0
+
+    def check():
+        assert len(buffer) <= capacity
+        assert len(buffer.images) == len(buffer.labels) == capacity
+        assert all(len(column) == capacity for column in buffer.columns.values())
+        sample = buffer.sample(7)
+        assert len(sample) == min(7, len(buffer))
+        assert len({(*image.flatten().tolist(), int(y)) for image, y in zip(sample.raw, sample.y)}) == len(sample)
+
+    for number, size in enumerate(sizes):
+        task = task_of(number, range(start, start + size), per_class)
+        start += size
+        offered += len(task.train)
+        feed(buffer, task, batch_size, check)
+        if policy is Reservoir:
+            assert len(buffer) == min(capacity, offered)
+        else:
+            share = min(capacity // start, per_class)
+            assert torch.bincount(buffer.labels[: len(buffer)], minlength=4).tolist() == [
+                share if c < start else 0 for c in range(4)
+            ]
+
+
+def test_confidence_aware_keeps_the_most_confident_of_each_class():
+    buffer = ConfidenceAware(capacity=12, context=buffer_context(num_classes=4))
+    first, second = task_of(0, range(0, 2), 10), task_of(1, range(2, 4), 10)
+    for task in (first, second):
+        buffer.close_task(task, describe, keep=("logits",))
+    labels = buffer.labels[:12]
+    for task in (first, second):
+        for c in task.classes:
+            brightest = sorted(task.train.images[task.train.labels == c][:, 0, 0, 0].tolist(), reverse=True)[:3]
+            assert buffer.images[:12][labels == c][:, 0, 0, 0].tolist() == brightest  # in descending confidence
+            stored = buffer.columns["logits"][:12][labels == c]
+            torch.testing.assert_close(stored[:, 0] * 255, torch.tensor(brightest).float())
+            assert (stored[:, 1] == c).all()
+
+
+def test_fixed_memory_is_a_random_choice():
+    def kept(seed):
+        buffer = FixedMemory(capacity=8, context=buffer_context(num_classes=4, seed=seed))
+        buffer.close_task(task_of(0, range(4), 10), describe)
+        return buffer.images[:, 0, 0, 0].tolist()
+
+    assert kept(0) == kept(0)
+    assert kept(0) != kept(1)
+
+
+def test_reservoir_is_the_sequential_algorithm():
+    """Replaying the same draws one image at a time, as Vitter writes it, gives the same memory."""
+    buffer = Reservoir(capacity=5, context=buffer_context(seed=3))
+    draws = torch.Generator().manual_seed(3)
+    memory: list[int] = []
+    for start in range(0, 60, 6):
+        values = torch.arange(start, start + 6)
+        raw = values.view(-1, 1, 1, 1).expand(-1, 1, 8, 8).to(torch.uint8)
+        buffer.add(batch_of(raw, values % 4), logits=values.float()[:, None])
+        uniform = torch.rand(6, generator=draws, dtype=torch.float64)
+        for i, (value, u) in enumerate(zip(values.tolist(), uniform.tolist())):
+            seen = start + i
+            if seen < 5:
+                memory.append(value)
+            elif int(u * (seen + 1)) < 5:
+                memory[int(u * (seen + 1))] = value
+        assert buffer.images[: len(buffer), 0, 0, 0].tolist() == memory
+        assert buffer.columns["logits"][: len(buffer), 0].tolist() == memory
+        assert buffer.labels[: len(buffer)].tolist() == [value % 4 for value in memory]
+
+
+def test_reservoir_keeps_every_image_with_the_same_probability():
+    kept = torch.zeros(40)
+    runs = 600
+    for seed in range(runs):
+        buffer = Reservoir(capacity=10, context=buffer_context(seed=seed))
+        for start in range(0, 40, 8):
+            values = torch.arange(start, start + 8)
+            raw = values.view(-1, 1, 1, 1).expand(-1, 1, 8, 8).to(torch.uint8)
+            buffer.add(batch_of(raw, values % 4))
+        kept += torch.bincount(buffer.images[:, 0, 0, 0].long(), minlength=40)
+    # Binomial(600, 1/4): mean 150, standard deviation 10.6; five of them for the farthest of forty
+    assert (kept - runs / 4).abs().max() < 53
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_state_goes_to_another_buffer(policy):
+    def filled(seed, steps):
+        buffer = policy(capacity=8, context=buffer_context(seed=seed))
+        for number in range(steps):
+            feed(buffer, task_of(number, range(2 * number, 2 * number + 2), 6), 4, lambda: None)
+        return buffer
+
+    old, new = filled(0, 1), policy(capacity=8, context=buffer_context(seed=9))
+    new.load_state_dict(old.state_dict())
+    new.generator.set_state(old.generator.get_state())
+    for buffer in (old, new):
+        feed(buffer, task_of(1, range(2, 4), 6), 4, lambda: None)
+    assert torch.equal(old.images, new.images)
+    assert torch.equal(old.columns["logits"], new.columns["logits"])
+    assert torch.equal(old.sample(5).raw, new.sample(5).raw)
+
+
+def test_bytes_count_images_labels_and_columns():
+    buffer = Reservoir(capacity=10, context=buffer_context())
+    assert buffer.nbytes == 10 * 64 + 10 * 8
+    buffer.add(batch_of(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])), logits=torch.zeros(2, 4))
+    assert buffer.nbytes == 10 * 64 + 10 * 8 + 10 * 4 * 4
+
+
+def test_no_buffer_keeps_nothing():
+    buffer = NoBuffer(capacity=0, context=buffer_context())
+    feed(buffer, task_of(0, range(2), 3), 2, lambda: None)
+    assert len(buffer) == buffer.nbytes == 0
+    assert len(buffer.sample(3)) == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_no_capacity_is_refused(policy, capacity):
+    with pytest.raises(ConfigError, match=f"capacity: expected .*; got {capacity}"):
+        policy(capacity=capacity, context=buffer_context())
+
+
+@pytest.mark.parametrize("policy", [FixedMemory, ConfidenceAware])
+def test_less_than_one_image_a_class_is_refused(policy):
+    with pytest.raises(ConfigError, match="capacity: expected at least 4 images, one a class"):
+        policy(capacity=3, context=buffer_context(num_classes=4))

@@ -1,0 +1,352 @@
+"""The command as a user types it: results, resuming, signals, wrong input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import DATA, ROOT, TINY, command, command_environment, needs_cifar100
+
+from cl_bench import __main__ as main_module
+
+FILES = [
+    "accuracy_matrix.csv", "config.yaml", "env.json", "metrics.jsonl", "predictions.npz", "report.html", "summary.json",
+]  # fmt: skip
+
+
+def the_run(folder: Path) -> Path:
+    (found,) = folder.glob("**/summary.json")
+    return found.parent
+
+
+def in_process(*arguments: str, monkeypatch, cwd: Path) -> int:
+    """The command without a new process; returns its exit status."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["cl_bench", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv("CL_BENCH_DATA", str(DATA))
+    try:
+        main_module.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_a_run_from_end_to_end_and_once_more(tmp_path):
+    first = command("+experiment=quickstart", *TINY, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    run = the_run(tmp_path / "results")
+    assert run.parts[-4:-2] == ("results", "quickstart")
+    assert run.name == "seed0"
+    assert all((run / name).is_file() for name in FILES)
+    assert f"report: {run.relative_to(tmp_path) / 'report.html'}" in first.stdout
+    assert "average accuracy" in first.stdout
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert [summary[key] for key in ("method", "backbone", "scenario", "buffer")] == [
+        "lvt", "lvt_digits", "digits", "confidence_aware",
+    ]  # fmt: skip
+    assert run.parent.name == f"{summary['name']}-{summary['fingerprint']}"
+    assert summary["tasks"] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert summary["class_il"]["forward_transfer"] is None
+    assert summary["task_il"]["forward_transfer"] is not None
+    assert summary["published"] is None
+    assert summary["cost"]["samples_seen"] == 2 * 2 * 50
+    assert summary["cost"]["buffer_bytes"] > 200 * 64
+
+    # The last row of the matrix, the predictions and the summary say the same.
+    matrix = pd.read_csv(run / "accuracy_matrix.csv")
+    last = matrix[(matrix.setting == "class_il") & (matrix.after_task == 1)].sort_values("task")
+    assert last.accuracy.mean() == pytest.approx(summary["class_il"]["average_accuracy"], abs=1e-3)
+    predictions = np.load(run / "predictions.npz")
+    assert len(predictions["label"]) == 40
+    assert (np.diff(predictions["index"]) > 0).all()
+    right = predictions["class_il"] == predictions["label"]
+    assert [right[predictions["task"] == t].sum() for t in (0, 1)] == last.correct.tolist()
+    assert all(predictions["task_il"][predictions["task"] == 1] >= 5)
+
+    checkpoint = torch.load(run / "checkpoint" / "last.pt", weights_only=True)
+    assert checkpoint["task"] == 2
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    again = command("+experiment=quickstart", *TINY, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "Already finished, nothing to do" in again.stderr
+    assert "average accuracy" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+    afresh = command("+experiment=quickstart", *TINY, "overwrite=true", cwd=tmp_path)
+    assert afresh.returncode == 0
+    assert (run / "metrics.jsonl").stat().st_mtime_ns != before[run / "metrics.jsonl"]
+    assert json.loads((run / "summary.json").read_text())["class_il"] == summary["class_il"]
+
+
+def results_of(run: Path) -> dict[str, object]:
+    """Everything a run leaves that may not depend on how often it was interrupted."""
+    weights = torch.load(run / "checkpoint" / "last.pt", weights_only=True)["task_start"]["method"]
+    flat = {name: value.numpy() for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    predictions = dict(np.load(run / "predictions.npz"))
+    texts = {name: (run / name).read_text() for name in ("accuracy_matrix.csv", "metrics.jsonl")}
+    summary = json.loads((run / "summary.json").read_text())
+    return {"weights": flat, "predictions": predictions, "metrics": [summary["class_il"], summary["task_il"]]} | texts
+
+
+def assert_equal_results(one: Path, other: Path) -> None:
+    a, b = results_of(one), results_of(other)
+    for key in ("weights", "predictions"):
+        assert a[key].keys() == b[key].keys()
+        for name in a[key]:
+            np.testing.assert_array_equal(a[key][name], b[key][name], err_msg=name)
+    for key in ("metrics", "accuracy_matrix.csv", "metrics.jsonl"):
+        assert a[key] == b[key], key
+
+
+@needs_cifar100
+@pytest.mark.slow
+def test_real_cifar100_killed_in_mid_task_goes_on_bit_equal(tmp_path):
+    arguments = [
+        "+experiment=lvt_cifar100_10split", "+scale=mini", "scenario.train_per_class=8", "scenario.test_per_class=2",
+        "scenario.num_tasks=5", "trainer.epochs=3", "trainer.checkpoint_steps=4", "buffer.capacity=100", "device=cpu",
+    ]  # fmt: skip
+    straight = command(*arguments, "results_dir=straight", cwd=tmp_path)
+    assert straight.returncode == 0, straight.stderr
+
+    environment = command_environment()
+    call = [sys.executable, "-m", "cl_bench", *arguments, "results_dir=killed"]
+    process = subprocess.Popen(call, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            lines = [json.loads(line) for path in tmp_path.glob("killed/**/metrics.jsonl") for line in _whole(path)]
+            if any(e["event"] == "epoch" and e["task"] == 1 and e["epoch"] == 0 for e in lines):
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("killed/**/summary.json"))
+    (last,) = tmp_path.glob("killed/**/last.pt")
+    saved = torch.load(last, weights_only=True)
+    assert saved["task"] == 1
+    assert saved["now"] is not None  # in mid-task, not at a boundary
+
+    resumed = command(*arguments, "results_dir=killed", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_results(the_run(tmp_path / "straight"), the_run(tmp_path / "killed"))
+
+
+def _whole(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_signals_save_and_leave_and_the_same_command_goes_on(tmp_path):
+    arguments = ["+experiment=quickstart", *TINY, "trainer.epochs=20"]
+    call = [sys.executable, "-m", "cl_bench", *arguments, "results_dir=stopped"]
+    for number, status, epochs in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 23)):
+        process = subprocess.Popen(
+            call, cwd=tmp_path, env=command_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if any(path.read_text().count('"epoch", ') >= epochs for path in tmp_path.glob("stopped/**/metrics.jsonl")):
+                break
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == status, errors
+        assert "the same command goes on from here" in errors
+        assert "Traceback" not in errors
+        assert not list(tmp_path.glob("stopped/**/summary.json"))
+    assert command(*arguments, "results_dir=stopped", cwd=tmp_path).returncode == 0
+    assert command(*arguments, "results_dir=straight", cwd=tmp_path).returncode == 0
+    assert_equal_results(the_run(tmp_path / "straight"), the_run(tmp_path / "stopped"))
+
+
+def test_a_second_process_on_one_run_folder_is_refused(tmp_path, monkeypatch, capsys):
+    from cl_bench.folder import locked
+
+    arguments = [*TINY, f"results_dir={tmp_path}/r"]
+    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    run = the_run(tmp_path / "r")
+    with locked(run):
+        assert in_process(*arguments, "overwrite=true", monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    assert "expected a run folder that no other process is writing to" in capsys.readouterr().err
+    assert (run / "summary.json").exists()
+
+
+def test_a_sweep_gives_every_run_its_folder(tmp_path, monkeypatch):
+    arguments = ["-m", *TINY, "seed=0,1", "optimizer.lr=0.1,0.01", "results_dir=r"]
+    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    runs = [path.parent for path in (tmp_path / "r").glob("default/*/*/summary.json")]
+    assert sorted(run.name for run in runs) == ["seed0", "seed0", "seed1", "seed1"]
+    assert len({run.parent for run in runs}) == 2
+
+
+def test_the_three_seeds_change_only_what_they_govern(tmp_path, monkeypatch):
+    def summary(*overrides):
+        folder = "-".join(overrides).replace("=", "") or "base"
+        arguments = [*TINY, "scenario.class_order=random", f"results_dir={folder}", *overrides]
+        assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+        run = the_run(tmp_path / folder)
+        return json.loads((run / "summary.json").read_text()), np.load(run / "predictions.npz")
+
+    base, base_images = summary()
+    other, images = summary("seed=5")
+    assert other["class_order"] == base["class_order"]
+    assert other["fingerprint"] == base["fingerprint"]
+    assert set(images["index"]) == set(base_images["index"])
+    assert other["class_il"] != base["class_il"]
+    other, images = summary("class_order_seed=5")
+    assert other["class_order"] != base["class_order"]
+    assert set(images["index"]) == set(base_images["index"])
+    other, images = summary("data_seed=5")
+    assert other["class_order"] == base["class_order"]
+    assert set(images["index"]) != set(base_images["index"])
+    assert other["fingerprint"] != base["fingerprint"]
+
+
+def test_validation_in_place_of_test_for_a_search(tmp_path, monkeypatch):
+    arguments = [*TINY, "scenario.val_fraction=0.3", "trainer.evaluate_on=val", "results_dir=r"]
+    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    run = the_run(tmp_path / "r")
+    assert json.loads((run / "summary.json").read_text())["evaluate_on"] == "val"
+    assert len(np.load(run / "predictions.npz")["label"]) == 30  # three of ten training images of ten classes
+
+
+def test_dry_run_says_what_a_run_would_be(tmp_path, monkeypatch, capsys):
+    arguments = ["+experiment=quickstart", "dry_run=true", "results_dir=r"]
+    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    out = capsys.readouterr().out
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["status"] == "dry_run"
+    assert summary["cost"]["parameters"] > 1e5
+    assert summary["cost"]["buffer_bytes"] > 200 * 64
+    assert summary["expected_hours"] > 0
+    assert summary["tasks"] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert "expected:" in out
+    assert not (tmp_path / "r").exists()
+
+
+def test_help_lists_what_there_is():
+    began = time.monotonic()
+    done = command("--help", cwd=ROOT)
+    assert time.monotonic() - began < 5  # about 1 s; five leaves room for a busy machine
+    assert done.returncode == 0
+    for group in ("backbone", "method", "scenario", "buffer", "metrics", "experiment"):
+        names = sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
+        assert f"{group}: {', '.join(names)}" in done.stdout
+    assert done.stdout.count("  python -m cl_bench ") == 3
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys, cl_bench.__main__; print([m for m in ('torch', 'wandb', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+WRONG = {
+    "unknown experiment": (["+experiment=lvt"], "experiment: expected one of .*quickstart.*; got lvt."),
+    "unknown method": (["method=erx"], "method: expected one of .*derpp.*; got erx. Did you mean method=er?"),
+    "experiment without a plus": (["experiment=quickstart"], r"experiment: expected .*\+experiment=NAME"),
+    "unknown group": (["methods=er"], "methods: expected a key .*; got the unknown key methods. Did you mean method?"),
+    "unknown key": (["optimizer.lrr=1"], "optimizer.lrr: expected .*; got the unknown key lrr"),
+    "surplus key": (["+optimizer.lrr=1"], "optimizer.lrr: expected one of the keys .*Did you mean optimizer.lr?"),
+    "missing key": (["~optimizer.momentum"], "optimizer.momentum: expected a value; got nothing"),
+    "wrong type": (["seed=abc"], "seed: expected a whole number; got abc"),
+    "wrong type in a group": (["trainer.epochs=many"], "trainer.epochs: expected a value of type int; got many"),
+    "half an epoch": (["trainer.epochs=1.5"], "trainer.epochs: expected a value of type int; got 1.5"),
+    "zero epochs": (["trainer.epochs=0"], "trainer.epochs: expected above 0; got 0"),
+    "negative batch": (["trainer.batch_size=-4"], "trainer.batch_size: expected above 0; got -4"),
+    "indivisible tasks": (
+        ["scenario.num_tasks=3"],
+        r"scenario.num_tasks: expected .* one of \[1, 2, 5, 10\]; got 3. .*classes_per_task=\[4, 3, 3\]",
+    ),
+    "classes that do not add up": (["scenario.classes_per_task=[5,4]"], "scenario.classes_per_task: .*add up to 10"),
+    "class order": (["scenario.class_order=[1,2]"], "scenario.class_order: expected one of natural, random, or a list"),
+    "no superclasses": (["scenario.class_order=superclass"], "scenario.class_order: expected one of natural, random,"),
+    "zero capacity": (["method=er", "buffer=reservoir", "buffer.capacity=0"], "buffer.capacity: expected 1 or more"),
+    "negative capacity": (["method=er", "buffer=reservoir", "buffer.capacity=-5"], "buffer.capacity: expected 1 or"),
+    "less than one a class": (
+        ["method=er", "buffer=fixed_memory", "buffer.capacity=9"],
+        "buffer.capacity: expected at least 10 images, one a class.*; got 9",
+    ),
+    "replay without memory": (["method=er"], "buffer: expected a buffer with a capacity.*; got none"),
+    "memory without replay": (["buffer=reservoir"], "buffer: expected none, since method=finetune replays nothing"),
+    "a method on a network it cannot use": (
+        ["method=lvt", "backbone=mlp", "buffer=reservoir"],
+        "backbone: expected a lvt network .*; got mlp",
+    ),
+    "missing data": (
+        ["scenario=cifar100", "data_dir=/nowhere", "scenario.source.download=false"],
+        "data_dir: expected the CIFAR-100 files .* in /nowhere/cifar-100-python; got no such files",
+    ),
+    "unknown device": (["device=gpu"], "device: expected auto, or one that this machine has: .*cpu; got gpu"),
+    "unwritable results": (["results_dir=/proc/results"], "results_dir: expected a folder that can be written to"),
+    "a name that leaves the folder": (["name=../../elsewhere"], "name: expected a plain name"),
+    "precision": (["precision=fp8"], r"precision: expected one of \[fp32, bf16\]; got fp8"),
+    "negative seed": (["seed=-1"], r"seed: expected a whole number in \[0, 2\^32\); got -1"),
+    "rate": (["optimizer.lr=-0.1"], "optimizer.lr: expected a finite learning rate above 0; got -0.1"),
+    "option of a method": (
+        ["backbone=lvt_digits", "method.distillation=l2"],
+        "method.distillation: expected one of kl, mse; got l2",
+    ),
+    "a target outside the allow-list": (["method._target_=os.system"], "method._target_: expected something in one of"),
+    "a target that does not exist": (["method._target_=cl_bench.nothing"], "method._target_: .*cannot be loaded"),
+    "validation without images": (["trainer.evaluate_on=val"], "trainer.evaluate_on: expected test"),
+    "a metric outside the allow-list": (["+metrics.mine=os.getcwd"], "metrics.mine: expected something in one of"),
+    "syntax": (["trainer.epochs=[1"], "command line: expected group=NAME and key=VALUE; got"),
+    "a list for a group": (["trainer=[1,2]"], "command line: expected group=NAME and key=VALUE; got"),
+    "no images to replay": (
+        ["method=derpp", "buffer=reservoir", "method.replay_size=0"],
+        "method.replay_size: expected 1 or more images; got 0",
+    ),
+    "dropout": (
+        ["backbone=lvt_digits", "backbone.dropout=2"],
+        r"backbone.dropout: expected a number in \[0, 1\); got 2",
+    ),
+    "key width": (["backbone=lvt_digits", "backbone.key_dim=-1"], "backbone.key_dim: expected 1 or more"),
+    "no source": (["scenario.source=null"], "scenario.source: expected a node that builds ImageSet; got None"),
+    "no logger under a name": (["logger.console=null"], "logger.console._target_: expected the dotted path"),
+    "an unknown launcher": (["-m", "hydra/launcher=ray9"], "hydra/launcher: expected one of .*basic.*; got ray9"),
+    "interpolation": (["data_dir=${nothing}", "scenario=cifar100"], "nothing"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_gives_one_message(case, monkeypatch, tmp_path, capsys):
+    arguments, message = WRONG[case]
+    import re
+
+    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    captured = capsys.readouterr()
+    assert re.search(message.replace("?", r"\?"), captured.err), captured.err
+    assert captured.err.startswith("cl_bench: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.out == ""
+    assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_damaged_data_is_named(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test", "meta"):
+        (folder / name).write_bytes(b"damaged")
+    assert in_process("scenario=cifar100", f"data_dir={tmp_path}", monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cl_bench: data_dir: expected the official CIFAR-100 file")
+    assert error.count("\n") == 1
+
+
+def test_tracebacks_on_demand(tmp_path):
+    done = command("device=gpu", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr

@@ -1,0 +1,740 @@
+"""The loggers against real files, a real terminal and W&B offline."""
+
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import textwrap
+import timeit
+from contextlib import contextmanager
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from cl_bench.errors import ConfigError
+from cl_bench.loggers import console as console_module
+from cl_bench.loggers.base import Logger, Progress, RunInfo
+from cl_bench.loggers.console import Console
+from cl_bench.loggers.delivered import Delivered
+from cl_bench.loggers.group import Loggers
+from cl_bench.loggers.jsonl import JsonLines
+from cl_bench.loggers.tensorboard import TensorBoard
+from cl_bench.loggers.wandb import Wandb, has_api_key, resolve_mode, run_id, summary_values
+from cl_bench.record import Record
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def info(folder: Path, seed: int = 0, **config) -> RunInfo:
+    folder.mkdir(parents=True, exist_ok=True)
+    return RunInfo(folder, "some_Experiment", "er", seed, "0a1b2c", config, num_tasks=2)
+
+
+def epoch(step: int, task: int, number: int, **losses: float) -> dict:
+    mean = sum(losses.values())
+    where = {"event": "epoch", "step": step, "task": task, "phase": 0, "epoch": number}
+    return where | {"lr": 0.1 / step, "loss": mean, "losses": losses}
+
+
+def task(step: int, number: int, *class_il: float) -> dict:
+    averages = {"class_il_average": sum(class_il) / len(class_il), "task_il_average": None}
+    accuracies = {"class_il": list(class_il), "task_il": [None] * len(class_il)}
+    return {"event": "task", "step": step, "task": number} | accuracies | averages
+
+
+EVENTS = [
+    {"event": "start", "step": 0, "num_tasks": 2},
+    epoch(10, 0, 0, ce=2.0),
+    epoch(20, 0, 1, ce=1.0),
+    task(20, 0, 80.0),
+    epoch(30, 1, 0, ce=1.5, replay=0.5),
+    epoch(40, 1, 1, ce=0.5, replay=0.25),
+    task(40, 1, 40.0, 70.0),
+    {"event": "finish", "step": 40},
+]
+
+
+def tell(logger: Logger, first: int = 0, stop: int = len(EVENTS)) -> None:
+    for number in range(first, stop):
+        logger.event(number, EVENTS[number])
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: no logger may handle it."""
+
+
+@contextmanager
+def killed_before_mark(count: int):
+    """The process dies after it has delivered event ``count - 1`` and before it has noted that."""
+    mark = Delivered.mark
+
+    def dying_mark(self, new_count, **note):
+        if new_count == count:
+            raise Killed
+        mark(self, new_count, **note)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Delivered, "mark", dying_mark)
+        with pytest.raises(Killed):
+            yield
+
+
+# metrics.jsonl
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_jsonl_line_is_on_disk_after_its_event(tmp_path):
+    logger = JsonLines()
+    logger.start(info(tmp_path))
+    for number, event in enumerate(EVENTS):
+        logger.event(number, event)
+        assert lines(tmp_path) == EVENTS[: number + 1]
+    logger.finish("finished", None)
+
+
+@pytest.mark.parametrize("again_from", [0, 3, 5])
+@pytest.mark.parametrize("debris", [b"", b'{"event": "epo', b'{"event": "epoch"}', b"\0\0\0\0\n", b"17\n"])
+def test_jsonl_resume_gives_the_file_of_an_uninterrupted_run(tmp_path, again_from, debris):
+    whole, resumed = JsonLines(), JsonLines()
+    whole.start(info(tmp_path / "whole"))
+    tell(whole)
+    whole.finish("finished", None)
+
+    resumed.start(info(tmp_path / "resumed"))
+    tell(resumed, stop=5)
+    with (tmp_path / "resumed" / "metrics.jsonl").open("ab") as file:
+        file.write(debris)
+    after = JsonLines()
+    after.start(info(tmp_path / "resumed"))
+    assert lines(tmp_path / "resumed") == EVENTS[:5]
+    tell(after, first=again_from)
+    after.finish("finished", None)
+    resumed.finish("failed", None)
+    assert (tmp_path / "resumed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_jsonl_keeps_no_stale_lines_when_fewer_are_handed_over(tmp_path):
+    for first, stop in [(0, 6), (2, 3)]:
+        logger = JsonLines()
+        logger.start(info(tmp_path))
+        tell(logger, first, stop)
+        logger.finish("interrupted", None)
+    assert lines(tmp_path) == EVENTS[:3]
+
+
+def test_jsonl_refuses_to_leave_a_gap(tmp_path):
+    logger = JsonLines()
+    logger.start(info(tmp_path))
+    tell(logger, stop=2)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: expected the 5 lines .* got 2 lines.*overwrite=true"):
+        logger.event(5, EVENTS[5])
+    logger.finish("failed", None)
+
+
+def test_jsonl_writes_null_for_what_json_does_not_know(tmp_path):
+    logger = JsonLines()
+    logger.start(info(tmp_path))
+    logger.event(0, epoch(10, 0, 0, ce=float("nan"), kd=float("-inf"), ok=np.float64(1.5)) | {"name": "é"})
+    logger.finish("finished", None)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    [line] = lines(tmp_path)
+    assert line["losses"] == {"ce": None, "kd": None, "ok": 1.5}
+    assert line["loss"] is None
+    assert line["name"] == "é"
+
+
+# Loggers
+
+
+class Recorder(Logger):
+    def __init__(self, **raises: BaseException):
+        self.raises = raises
+        self.calls: list[str] = []
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.raises:
+            raise self.raises[name]
+
+    def start(self, run):
+        self._call("start")
+
+    def event(self, number, event):
+        self._call("event")
+
+    def step(self, progress):
+        self._call("step")
+
+    def finish(self, status, summary):
+        self._call(f"finish {status}")
+
+
+PROGRESS = Progress(task=0, num_tasks=2, phase=0, epoch=0, epochs=2, step=0, steps=10)
+
+
+def run_through(logger: Logger, folder: Path) -> None:
+    logger.start(info(folder))
+    for number in (0, 1):
+        logger.event(number, EVENTS[number])
+        logger.step(PROGRESS)
+    logger.finish("finished", None)
+
+
+@pytest.mark.parametrize("call", ["start", "event", "step"])
+def test_group_drops_a_failing_logger_and_says_so_once(tmp_path, capsys, call):
+    bad, good = Recorder(**{call: ValueError("no\nroute")}), Recorder()
+    run_through(Loggers([bad, JsonLines(), good]), tmp_path)
+    assert good.calls == ["start", "event", "step", "event", "step", "finish finished"]
+    assert lines(tmp_path) == EVENTS[:2]
+    # It is closed at once, so that it can give back what it holds, and hears nothing afterwards.
+    assert bad.calls == [*good.calls[: good.calls.index(call) + 1], "finish failed"]
+    assert capsys.readouterr().err == (
+        f"cl_bench: logger Recorder failed in {call} (ValueError: no route); training goes on without it\n"
+    )
+
+
+def test_group_finishes_every_logger_when_one_raises(tmp_path, capsys):
+    bad, good = Recorder(**{"finish finished": RuntimeError("upload")}), Recorder()
+    run_through(Loggers([bad, good]), tmp_path)
+    assert good.calls[-1] == "finish finished"
+    assert capsys.readouterr().err.count("RuntimeError: upload") == 1
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("call", ["start", "event", "step", "finish finished"])
+def test_group_lets_a_stop_through(tmp_path, capsys, stop, call):
+    last = Recorder()
+    group = Loggers([Recorder(**{call: stop}), last])
+    with pytest.raises(type(stop)):
+        run_through(group, tmp_path)
+    if call.startswith("finish"):
+        assert last.calls[-1] == "finish finished"
+    assert capsys.readouterr().err == ""
+
+
+def test_group_lets_jsonl_fail_the_run(tmp_path, capsys):
+    other = Recorder()
+    group = Loggers([JsonLines(), other])
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        group.start(RunInfo(tmp_path / "missing", "e", "n", 0, "f", {}, 2))
+    group.finish("failed", None)
+    assert other.calls == ["finish failed"]
+    assert capsys.readouterr().err == ""
+
+
+def test_every_logger_can_be_finished_before_it_starts_and_twice(capsys):
+    wandb = Wandb(project="p", entity=None, mode="offline", tags=[])
+    for logger in (JsonLines(), Console(min_seconds=0.0), TensorBoard(), wandb):
+        logger.finish("failed", None)
+        logger.finish("failed", None)
+    assert capsys.readouterr().err == ""
+
+
+# TensorBoard
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: [(point.step, round(point.value, 5)) for point in accumulator.Scalars(tag)] for tag in tags}
+
+
+EXPECTED_POINTS = {
+    "lr": [(10, 0.01), (20, 0.005), (30, 0.00333), (40, 0.0025)],
+    "loss": [(10, 2.0), (20, 1.0), (30, 2.0), (40, 0.75)],
+    "losses/ce": [(10, 2.0), (20, 1.0), (30, 1.5), (40, 0.5)],
+    "losses/replay": [(30, 0.5), (40, 0.25)],
+    "class_il/task_0": [(20, 80.0), (40, 40.0)],
+    "class_il/task_1": [(40, 70.0)],
+    "class_il_average": [(20, 80.0), (40, 55.0)],
+}
+
+
+@pytest.mark.parametrize("again_from", [1, 3, 4])
+def test_tensorboard_has_every_point_once_after_kills(tmp_path, again_from):
+    first = TensorBoard()
+    first.start(info(tmp_path))
+    tell(first, stop=4)
+    with killed_before_mark(5):
+        tell(first, first=4, stop=5)
+    assert (30, 1.5) in points(tmp_path / "tensorboard")["losses/ce"]  # written, but nobody knows
+    first.finish("failed", None)
+    with (tmp_path / "tensorboard" / "events.out.tfevents.cl_bench").open("ab") as file:
+        file.write(b"\x18\0\0\0")  # half a record
+
+    for begin, stop in [(again_from, 6), (5, len(EVENTS))]:
+        later = TensorBoard()
+        later.start(info(tmp_path))
+        tell(later, begin, stop)
+        later.finish("finished", None)
+    assert points(tmp_path / "tensorboard") == EXPECTED_POINTS
+
+
+def test_tensorboard_starts_afresh_where_its_first_event_was_killed(tmp_path):
+    for _ in range(2):
+        logger = TensorBoard()
+        logger.start(info(tmp_path))
+        with killed_before_mark(2):
+            logger.event(1, EVENTS[1])
+        logger.finish("failed", None)
+    assert points(tmp_path / "tensorboard")["losses/ce"] == [(10, 2.0)]
+
+
+def test_tensorboard_gets_from_metrics_what_it_missed(tmp_path):
+    metrics = JsonLines()
+    metrics.start(info(tmp_path))
+    tell(metrics, stop=5)
+    logger = TensorBoard()
+    logger.start(info(tmp_path))
+    for number in range(5, len(EVENTS)):
+        metrics.event(number, EVENTS[number])
+        logger.event(number, EVENTS[number])
+    metrics.finish("finished", None)
+    logger.finish("finished", None)
+    assert points(tmp_path / "tensorboard") == EXPECTED_POINTS
+
+
+# W&B
+
+
+@pytest.fixture
+def wandb_home(tmp_path, monkeypatch):
+    """W&B with a key, no way to use it, and no other place to write to."""
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
+    monkeypatch.setenv("SOME_TOKEN", "very-secret-token")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Any attempt of this process to reach another machine is an error."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"network: {args}")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.create_connection", refuse)
+
+
+def offline_wandb() -> Wandb:
+    return Wandb(project="p", entity=None, mode="offline", tags=["t"])
+
+
+def wandb_records(file: Path) -> list:
+    """The records of a .wandb file: seven bytes, then blocks of 32 KiB of (checksum, length, kind) + content."""
+    from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
+
+    data, at, content, records = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        content += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            records.append(WandbRecord.FromString(content))
+            content = b""
+    return records
+
+
+def of_kind(records: list, kind: str) -> list:
+    return [getattr(record, kind) for record in records if record.WhichOneof("record_type") == kind]
+
+
+def logged(records: list) -> list[dict]:
+    """What was logged, one dictionary for each call."""
+    rows = []
+    for history in of_kind(records, "history"):
+        rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in history.item})
+    return rows
+
+
+def wandb_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def test_wandb_offline_over_a_kill(wandb_home, offline):
+    folder = wandb_home / "run"
+    first = offline_wandb()
+    first.start(info(folder, url="https://me:very-secret-token@host", nested={"list": ["very-secret-token", 1]}))
+    tell(first, stop=4)
+    with killed_before_mark(5):
+        tell(first, first=4, stop=5)
+    first.finish("interrupted", None)
+
+    record = Record.empty(2)
+    for after, row in enumerate([[80.0, np.nan], [40.0, 70.0]]):
+        record.add(after, "class_il", row, [100, 100])
+    record.write_csv(folder / "accuracy_matrix.csv")
+    second = offline_wandb()
+    second.start(info(folder))
+    tell(second, first=2)
+    second.finish("finished", {"status": "finished", "class_il": {"forgetting": 40.0}, "cost": {"train_seconds": 2.5}})
+
+    before, after = map(wandb_records, wandb_files(folder))
+    [run] = of_kind(before, "run")
+    assert (run.run_id, run.run_group, run.job_type) == ("0a1b2c-seed0-er-some-experiment", "some_Experiment", "er")
+    assert list(run.tags) == ["t"]
+    assert {run.run_id for run in of_kind(after, "run")} == {run.run_id}
+    assert [metric.step_metric for metric in of_kind(before, "metric") if metric.glob_name == "*"] == ["step"]
+    assert [e.exit_code for e in of_kind(before, "exit") + of_kind(after, "exit")] == [130, 0]
+
+    # W&B's counter is the number of the event: the one it got twice (4) has the same number and is one point.
+    assert [row["_step"] for row in logged(before)] == [1, 2, 3, 4]
+    *rows, last = logged(after)
+    assert [row["_step"] for row in rows] == [4, 5, 6]
+    assert [row["step"] for row in rows] == [30, 40, 40]
+    assert rows[1]["losses/replay"] == 0.25
+    assert rows[2]["class_il/task_1"] == 70.0
+    assert not any("task_il" in key for row in rows for key in row)
+
+    assert last["_step"] > 6
+    [table] = folder.glob("wandb/offline-run-*/files/media/table/accuracy_table*.json")
+    assert json.loads(table.read_text())["data"][-1] == ["class_il", 1, 1, 70, 100, 70.0]
+    [image] = folder.glob("wandb/offline-run-*/files/media/images/accuracy_matrix/class_il*.png")
+    assert image.read_bytes().startswith(b"\x89PNG")
+    summary = {i.key: json.loads(i.value_json) for s in of_kind(after, "summary") for i in s.update if i.key}
+    assert (summary["class_il/forgetting"], summary["cost/train_seconds"]) == (40.0, 2.5)
+
+    # Neither the key nor what a configuration took from the environment is in any file.
+    config = {i.key: json.loads(i.value_json) for c in of_kind(before, "config") for i in c.update}
+    assert config["url"] == "https://me:***@host"
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert b"very-secret-token" not in path.read_bytes(), path
+            assert b"0123456789abcdef" not in path.read_bytes(), path
+    # W&B's service process reports nothing of its own to the network either.
+    assert '"disable-analytics":true' in next(folder.glob("wandb/offline-run-*/logs/debug-core.log")).read_text()
+
+
+def test_wandb_jobs_of_one_process_have_their_own_runs(wandb_home, offline):
+    jobs = [offline_wandb(), offline_wandb()]
+    for seed, job in enumerate(jobs):  # the first one has not finished when the second starts
+        job.start(info(wandb_home / f"seed{seed}", seed))
+    for job in jobs:
+        tell(job, stop=3 + jobs.index(job))
+    for job in jobs:
+        job.finish("finished", None)
+    for seed in range(2):
+        [file] = wandb_files(wandb_home / f"seed{seed}")
+        assert file.name == f"run-0a1b2c-seed{seed}-er-some-experiment.wandb"
+        assert len(logged(wandb_records(file))) == 2 + seed
+
+
+class FakeServer:
+    """Stands for wandb online: remembers the ids it was given, and what was done to each run."""
+
+    def __init__(self, *known: str):
+        self.known = set(known)
+        self.inits: list[dict] = []
+        self.runs: list[SimpleNamespace] = []
+        self.Settings = dict
+
+    def init(self, **arguments):
+        self.inits.append(arguments)
+        resumed = arguments["id"] in self.known
+        self.known.add(arguments["id"])
+        run = SimpleNamespace(resumed=resumed, rows=[], exit_codes=[], config={}, summary={})
+        run.config = SimpleNamespace(update=lambda *args, **kwargs: None)
+        run.define_metric = lambda *args, **kwargs: None
+        run.log = lambda row, step, commit: run.rows.append(step)
+        run.finish = lambda exit_code: run.exit_codes.append(exit_code)
+        self.runs.append(run)
+        return run
+
+
+@pytest.fixture
+def online(monkeypatch):
+    def connect(*known: str) -> FakeServer:
+        server = FakeServer(*known)
+        monkeypatch.setitem(sys.modules, "wandb", server)
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        return server
+
+    return connect
+
+
+def test_wandb_resumes_its_run_online(tmp_path, online):
+    server = online()
+    for first, stop in [(0, 5), (3, 8)]:
+        logger = Wandb(project="p", entity="me", mode="online", tags=[])
+        logger.start(info(tmp_path))
+        tell(logger, first, stop)
+        logger.finish("interrupted", None)
+    assert [run.rows for run in server.runs] == [[1, 2, 3, 4], [5, 6]]
+    assert [(i["id"], i["resume"], i["mode"]) for i in server.inits] == [
+        ("0a1b2c-seed0-er-some-experiment", "allow", "online")
+    ] * 2
+
+
+def test_wandb_does_not_mix_a_run_started_afresh_into_the_old_one(tmp_path, online):
+    ids = [run_id(info(tmp_path)) + suffix for suffix in ("", "-2", "-3")]
+    server = online(*ids[:2])
+    for first, stop in [(0, 3), (3, 8)]:
+        logger = Wandb(project="p", entity=None, mode="online", tags=[])
+        logger.start(info(tmp_path))
+        tell(logger, first, stop)
+        logger.finish("finished", None)
+    assert [i["id"] for i in server.inits] == [*ids, ids[2]]
+    assert [(run.rows, run.exit_codes) for run in server.runs] == [
+        ([], [0]),
+        ([], [0]),
+        ([1, 2], [0]),
+        ([3, 4, 5, 6], [0]),
+    ]
+
+
+@pytest.mark.parametrize(("status", "code"), [("finished", 0), ("interrupted", 130), ("failed", 1)])
+def test_wandb_closes_its_run_even_when_the_end_fails(tmp_path, online, status, code):
+    server = online()
+    logger = Wandb(project="p", entity=None, mode="online", tags=[])
+    logger.start(info(tmp_path))
+    server.runs[0].summary = None
+    with pytest.raises(AttributeError):
+        logger.finish(status, {"class_il": {}})
+    assert server.runs[0].exit_codes == [code]
+
+
+def test_wandb_disabled_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
+    run_through(Wandb(project="p", entity=None, mode="disabled", tags=[]), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_mode_auto(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    accounts = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(accounts))
+    assert resolve_mode("auto") == "offline"
+    accounts.write_text("machine example.org login user password abc\n")
+    accounts.chmod(0o600)
+    assert not has_api_key()
+    accounts.write_text("machine api.wandb.ai login user password abc\n")
+    assert resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert resolve_mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode("auto") == "disabled"
+    assert resolve_mode("offline") == "offline"
+
+
+def test_wandb_refuses_what_cannot_work(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^mode: expected one of auto, .* got dryrun"):
+        Wandb(project="p", entity=None, mode="dryrun", tags=[])
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_IDENTITY_TOKEN_FILE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"^mode: expected an API key .* wandb login"):
+        Wandb(project="p", entity=None, mode="online", tags=[])
+
+
+def test_run_id_is_plain_and_tells_runs_apart(tmp_path):
+    base = RunInfo(tmp_path, experiment="A/b c", name="ER++", seed=0, fingerprint="FF", config={}, num_tasks=2)
+    changed = [{}, {"experiment": "B"}, {"name": "lwf"}, {"seed": 1}, {"fingerprint": "0"}, {"experiment": "x" * 500}]
+    ids = [run_id(replace(base, **change)) for change in changed]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,126}[a-z0-9]", i) for i in ids)
+
+
+def test_summary_values_leave_out_the_unknown():
+    summary = {"class_il": {"forgetting": None, "average_accuracy": 1.0}, "task_il": None, "seed": 3}
+    assert summary_values(summary) == {"class_il/average_accuracy": 1.0}
+
+
+# the console
+
+
+def loop(logger: Logger, clock: SimpleNamespace) -> None:
+    """Two tasks of two epochs of ten steps, each taking a second."""
+    number = 0
+    logger.event(number, EVENTS[0])
+    for event in EVENTS[1:-1]:
+        if event["event"] == "epoch":
+            for step in range(10):
+                clock.now += 1.0
+                logger.step(Progress(event["task"], 2, 0, event["epoch"], 2, step, 10))
+        number += 1
+        logger.event(number, event)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(console_module, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(("min_seconds", "shown"), [(0.0, 4), (11.0, 2), (1e9, 1)])
+def test_console_lines_without_a_terminal(tmp_path, capsys, clock, min_seconds, shown):
+    console = Console(min_seconds=min_seconds)
+    console.start(info(tmp_path))
+    loop(console, clock)
+    console.finish("finished", None)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "\x1b" not in err
+    first, *rest = err.splitlines()
+    assert first == f"some_Experiment: er, seed 0, 2 tasks, in {tmp_path}"
+    # 10 of 40 steps in 10 s; measured since the first step, which is when the loop is first seen.
+    assert rest[0] == "task 1/2, epoch 1/2: loss 2, lr 0.01 [0:00:10, 0:00:30 left]"
+    epochs = [line for line in rest if "epoch" in line]
+    assert len(epochs) == shown
+    if shown == 4:
+        assert epochs[2] == "task 2/2, epoch 1/2: loss 2 (ce 1.5, replay 0.5), lr 0.00333 [0:00:30, 0:00:10 left]"
+    assert [line for line in rest if "done" in line] == [
+        "task 1/2 done: Class-IL  80.00 %, Task-IL        - [0:00:20]",
+        "task 2/2 done: Class-IL  55.00 %, Task-IL        - [0:00:40]",
+    ]
+    assert rest[-1] == "finished after 0:00:40"
+
+
+def test_console_says_where_it_was_interrupted(tmp_path, capsys, clock):
+    console = Console(min_seconds=0.0)
+    console.start(info(tmp_path))
+    console.step(Progress(3, 10, 1, 4, 20, 0, 10))
+    console.finish("interrupted", None)
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted after 0:00:00 in task 4/10, phase 2 epoch 5/20"
+
+
+TERMINAL_SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from cl_bench.loggers.base import Progress, RunInfo
+from cl_bench.loggers.console import Console
+
+console = Console(min_seconds=0.0)
+console.start(RunInfo(Path("."), "exp [bold]", "er", 0, "f", {{}}, 2))
+ending = {ending!r}
+try:
+    for step in range(3):
+        console.step(Progress(0, 2, 0, 1, 4, step, 3))
+        time.sleep(0.21)
+    for _ in range(1000):
+        console.step(Progress(0, 2, 0, 1, 4, step, 3))
+    accuracies = {{"class_il": [80.0], "task_il": [90.0], "class_il_average": 80.0, "task_il_average": 90.0}}
+    console.event(1, {{"event": "task", "step": 3, "task": 0}} | accuracies)
+    print("a warning of some library", file=sys.stderr)
+    if ending == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ending == "failed":
+        raise RuntimeError("boom")
+    if ending == "interrupted":
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+finally:
+    console.finish(ending, None)
+    print("the final table")
+"""
+
+
+def run_on_terminal(script: str) -> tuple[str, str]:
+    """What a script writes to a terminal as stderr, and to a pipe as stdout."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        cwd=CONFIGS.parent,
+        env=environment,
+        text=True,
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            written += os.read(ours, 65536)
+        except OSError:  # how a terminal says that nobody holds its other end
+            break
+    os.close(ours)
+    out, _ = process.communicate(timeout=30)
+    return written.decode(), out
+
+
+@pytest.mark.parametrize("ending", ["finished", "failed", "interrupted", "killed"])
+def test_console_gives_the_terminal_back(ending):
+    err, out = run_on_terminal(TERMINAL_SCRIPT.format(ending=ending))
+    assert "exp [bold]: er, seed 0, 2 tasks" in err
+    assert "━" in err
+    for label in ("task 1/2", "epoch 2/4", "batch 1/3"):
+        assert label in err
+    assert 3 <= err.count("batch ") < 20  # of 1003 steps: each drawing waits for its time
+    assert "task 1/2 done: Class-IL  80.00 %, Task-IL  90.00 %" in err
+    # What is printed meanwhile comes where the bars were.
+    assert err[: err.index("a warning of some library")].endswith("\x1b[2K")
+    assert err.rindex("\x1b[?25h") > err.rindex("\x1b[?25l"), "the cursor is hidden at the end"
+    if ending != "killed":
+        assert out == "the final table\n"
+        assert f"{ending} after 0:00:0" in err
+        assert "\x1b[2K" in err[err.rindex("━") : err.rindex(f"{ending} after")], "the bars are not wiped out"
+
+
+def test_console_on_a_dumb_terminal_writes_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setenv("TERM", "dumb")
+    assert not console_module.on_terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    assert console_module.on_terminal()
+
+
+def test_step_costs_next_to_nothing(tmp_path, capsys, monkeypatch):
+    console = Console(min_seconds=2.0)
+    group = Loggers([JsonLines(), console])
+    group.start(info(tmp_path))
+    group.step(PROGRESS)
+    with monkeypatch.context() as patch:
+        patch.setattr(console, "_times", None)  # looking at the step would fail
+        console.step(PROGRESS)
+    for step, limit in [(console.step, 1e-6), (group.step, 1.5e-6)]:
+        seconds = min(timeit.repeat(lambda step=step: step(PROGRESS), number=10_000, repeat=7)) / 10_000
+        assert seconds < limit
+    group.finish("finished", None)
+
+
+# configuration
+
+
+@pytest.mark.parametrize(
+    ("name", "loggers"),
+    [
+        ("none", []),
+        ("console", ["console"]),
+        ("tensorboard", ["console", "tensorboard"]),
+        ("wandb", ["console", "wandb"]),
+        ("many", ["console", "tensorboard", "wandb"]),
+    ],
+)
+def test_yaml_names_loggers_and_all_their_keys(name, loggers):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = OmegaConf.to_container(compose(f"logger/{name}")["logger"])
+    assert list(config) == loggers
+    for node in config.values():
+        cls = get_object(node.pop("_target_"))
+        assert set(node) == set(signature(cls).parameters)
+        cls(**node)

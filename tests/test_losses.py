@@ -1,0 +1,303 @@
+"""Each loss term against its equation, written out in numpy on three samples."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import batch_of, buffer_context
+
+from cl_bench.backbones.lvt import LVT
+from cl_bench.backbones.mlp import MLP
+from cl_bench.buffers.base import Buffer
+from cl_bench.buffers.reservoir import Reservoir
+from cl_bench.methods.derpp import DERpp
+from cl_bench.methods.er import ER
+from cl_bench.methods.finetune import Finetune
+from cl_bench.methods.lvt import LifelongViT
+from cl_bench.types import Data, Task
+
+SHAPE = {"num_classes": 4, "image_shape": (1, 8, 8)}
+LVT_KEYS = {
+    "alpha": 0.7, "beta": 0.3, "gamma": 2.0, "new_weight": 0.1, "new_weight_rule": "constant", "distillation": "kl",
+    "temperature": 2.0, "replay_size": 3, "inter_task": True, "injection_head": True, "accumulation_head": True,
+}  # fmt: skip
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def cross_entropy(z: np.ndarray, y: np.ndarray) -> float:
+    return float(-np.log(softmax(z)[np.arange(len(y)), y]).mean())
+
+
+def array(t: torch.Tensor) -> np.ndarray:
+    return t.detach().double().numpy()
+
+
+def mlp() -> MLP:
+    torch.manual_seed(0)
+    return MLP(hidden=[8], **SHAPE)
+
+
+def small_lvt(dropout: float = 0.0) -> LVT:
+    torch.manual_seed(0)
+    keys = {"width": 8, "stem_layers": 1, "dims": [8, 16], "depths": [1, 1], "heads": [2, 2], "key_dim": 4}
+    net = LVT(**keys, value_dim=4, mlp_ratio=2, dropout=dropout, **SHAPE)
+    for p in net.parameters():  # away from the gains and biases that start at 0
+        p.data += 0.1 * torch.randn_like(p)
+    return net
+
+
+def remembered(buffer: Buffer, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill the buffer with three images of their own."""
+    generator = torch.Generator().manual_seed(8)
+    raw = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    y = torch.tensor([2, 3, 2])
+    buffer.add(batch_of(raw, y), logits=logits)
+    return raw, y
+
+
+def reservoir() -> Buffer:
+    return Reservoir(capacity=3, context=buffer_context())
+
+
+STORED = torch.tensor([[1.0, -1.0, 0.5, 2.0], [0.0, 3.0, -2.0, 1.0], [0.3, 0.2, 0.1, 0.0]])
+
+
+def test_finetune(three_images):
+    raw, y = three_images
+    method = Finetune(net=mlp())
+    losses = method.observe(batch_of(raw, y))
+    z = array(method.net(raw.float() / 255))
+    assert set(losses) == {"ce"}
+    assert losses["ce"].item() == pytest.approx(cross_entropy(z, y.numpy()), rel=1e-5)
+
+
+def test_er(three_images):
+    raw, y = three_images
+    method = ER(net=mlp(), buffer=reservoir(), replay_size=3)
+    old, old_y = remembered(method.buffer, STORED)
+    losses = method.observe(batch_of(raw, y))
+    z = array(method.net(torch.cat([raw, old]).float() / 255))
+    assert losses["ce"].item() == pytest.approx(cross_entropy(z, np.concatenate([y, old_y])), rel=1e-5)
+
+
+def test_er_without_memory_is_finetuning(three_images):
+    method = ER(net=mlp(), buffer=reservoir(), replay_size=3)
+    assert method.observe(batch_of(*three_images))["ce"] == Finetune(net=mlp()).observe(batch_of(*three_images))["ce"]
+    assert len(method.buffer) == 3  # the batch was offered
+
+
+def test_derpp(three_images):
+    raw, y = three_images
+    method = DERpp(net=mlp(), buffer=reservoir(), alpha=0.4, beta=0.6, replay_size=3)
+    old, old_y = remembered(method.buffer, STORED)
+    losses = method.observe(batch_of(raw, y))
+    z, z_old = array(method.net(raw.float() / 255)), array(method.net(old.float() / 255))
+    assert set(losses) == {"ce", "logit_mse", "replay_ce"}
+    assert losses["ce"].item() == pytest.approx(cross_entropy(z, y.numpy()), rel=1e-5)
+    assert losses["logit_mse"].item() == pytest.approx(0.4 * np.mean((z_old - array(STORED)) ** 2), rel=1e-5)
+    assert losses["replay_ce"].item() == pytest.approx(0.6 * cross_entropy(z_old, old_y.numpy()), rel=1e-5)
+
+
+def test_derpp_draws_twice_and_stores_the_streams_logits(three_images):
+    raw, y = three_images
+    method = DERpp(
+        net=mlp(), buffer=Reservoir(capacity=6, context=buffer_context()), alpha=1.0, beta=1.0, replay_size=1
+    )
+    remembered(method.buffer, STORED)
+    draws = []
+    sample = method.buffer.sample
+    method.buffer.sample = lambda size: draws.append(sample(size)) or draws[-1]
+    method.observe(batch_of(raw, y))
+    assert len(draws) == 2
+    torch.testing.assert_close(method.buffer.columns["logits"][3:6], method.net(raw.float() / 255).detach())
+
+
+def lvt(**changes) -> LifelongViT:
+    method = LifelongViT(net=small_lvt(), buffer=reservoir(), **(LVT_KEYS | changes))
+    return method.eval()  # BatchNorm by running statistics, so that each head's logits can be recomputed alone
+
+
+@pytest.mark.parametrize("distillation", ["kl", "mse"])
+def test_lvt_terms(three_images, distillation):
+    raw, y = three_images
+    method = lvt(distillation=distillation)
+    old, old_y = remembered(method.buffer, STORED)
+    for i, p in enumerate(method.net.keys_and_biases()):
+        method.get_buffer(f"importance_{i}").copy_(torch.randn(p.shape))
+        method.get_buffer(f"old_{i}").copy_(p.detach() + torch.randn(p.shape))
+    losses = method.observe(batch_of(raw, y, task=1))
+
+    net = method.net
+    features, features_old = net.features(raw.float() / 255), net.features(old.float() / 255)
+    inject, accumulate = array(net.injection(features)), array(net.accumulation(features))
+    replayed = array(net.accumulation(features_old))
+    teacher, student = softmax(array(STORED) / 2.0), softmax(replayed / 2.0)
+    kl = 4.0 * np.mean(np.sum(teacher * (np.log(teacher) - np.log(student)), axis=1))
+    mse = np.mean((replayed - array(STORED)) ** 2)
+    held = [
+        np.abs(array(method.get_buffer(f"importance_{i}")) * (array(p) - array(method.get_buffer(f"old_{i}")))).ravel()
+        for i, p in enumerate(net.keys_and_biases())
+    ]
+    expected = {
+        "injection": cross_entropy(inject, y.numpy()),
+        "accumulation": 0.1 * cross_entropy(accumulate, y.numpy()),
+        "replay": 0.7 * cross_entropy(replayed, old_y.numpy()),
+        "distillation": 0.3 * (kl if distillation == "kl" else mse),
+        "attention": 2.0 * np.concatenate(held).mean(),
+    }
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_lvt_first_task_has_no_penalty_and_full_weight(three_images):
+    raw, y = three_images
+    method = lvt()
+    losses = method.observe(batch_of(raw, y, task=0))
+    assert set(losses) == {"injection", "accumulation"}
+    z = array(method.net.accumulation(method.net.features(raw.float() / 255)))
+    assert losses["accumulation"].item() == pytest.approx(cross_entropy(z, y.numpy()), rel=1e-5)
+
+
+def test_lvt_weight_of_new_data():
+    assert [lvt().rate(t) for t in range(4)] == [1.0, 0.1, 0.1, 0.1]
+    decaying = lvt(new_weight_rule="decay")
+    assert [decaying.rate(t) for t in (0, 1, 2, 30)] == pytest.approx([1.0, 0.9, 0.81, 0.1])
+
+
+def test_lvt_penalty_is_zero_for_an_unchanged_net(three_images):
+    raw, y = three_images
+    method = lvt()
+    data = Data(raw, y, torch.arange(3))
+    list(method.learn(Task(0, range(2), data, data, data)))
+    assert max(method.get_buffer(f"importance_{i}").abs().max() for i in range(2)) > 0
+    assert method.penalty().item() == 0.0
+    method.net.keys_and_biases()[0].data += 0.1
+    assert method.penalty().item() > 0
+
+
+def test_lvt_importance_is_the_mean_gradient_of_the_injection_loss(three_images):
+    raw, y = three_images
+    method = lvt()
+    data = Data(raw, y, torch.arange(3))
+    list(method.learn(Task(0, range(2), data, data, data)))
+    parameters = method.net.keys_and_biases()
+    brute = [torch.zeros_like(p) for p in parameters]
+    for image, label in zip(raw, y):  # one image at a time
+        logits = method.net.injection(method.net.features(image[None].float() / 255))
+        loss = torch.nn.functional.cross_entropy(logits, label[None])
+        for total, gradient in zip(brute, torch.autograd.grad(loss, parameters)):
+            total += gradient / 3
+    for i, expected in enumerate(brute):
+        torch.testing.assert_close(method.get_buffer(f"importance_{i}"), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_lvt_memory_sends_no_gradient_to_the_injection_head(three_images):
+    method = lvt().train()
+    remembered(method.buffer, STORED)
+    losses = method.observe(batch_of(*three_images, task=1))
+    head = method.net.injection.weight
+    from_memory = losses["replay"] + losses["distillation"]
+    assert torch.autograd.grad(from_memory, head, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(losses["injection"], head, retain_graph=True)[0].abs().max() > 0
+    assert torch.autograd.grad(from_memory, method.net.accumulation.weight)[0].abs().max() > 0
+
+
+def test_lvt_heads_who_answers_and_who_is_confident(three_images):
+    method, x, y = lvt(), three_images[0].float() / 255, three_images[1]
+    features = method.net.features(x)
+    assert torch.equal(method.predict(x, None), method.net.accumulation(features))
+    described = method.describe(x, y)
+    probability = softmax(array(method.net.injection(features)))[np.arange(3), y.numpy()]
+    assert array(described["confidence"]) == pytest.approx(probability, rel=1e-5)
+    assert torch.equal(described["logits"], method.net.accumulation(features))
+
+
+@pytest.mark.parametrize(
+    ("switch", "terms"),
+    [
+        ("inter_task", {"injection", "accumulation", "replay", "distillation"}),
+        ("injection_head", {"accumulation", "replay", "distillation", "attention"}),
+        ("accumulation_head", {"injection", "replay", "distillation", "attention"}),
+    ],
+)
+def test_lvt_ablation_switches(three_images, switch, terms):
+    method = lvt(**{switch: False})
+    remembered(method.buffer, STORED)
+    losses = method.observe(batch_of(*three_images, task=1))
+    assert set(losses) == terms
+    sum(losses.values()).backward()
+    trained = {id(p) for p in next(method.learn(_task(three_images))).params}
+    for name, p in method.named_parameters():
+        assert (p.grad is not None) == (id(p) in trained), name
+
+
+def _task(three_images) -> Task:
+    data = Data(*three_images, torch.arange(3))
+    return Task(0, range(2), data, data, data)
+
+
+def test_lvt_keys_do_not_depend_on_the_input():
+    attention = small_lvt().eval().stages[0].attention
+    seen = []
+    attention.key.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        attention(torch.randn(2, 8, 8, 8))
+    (q1, s1), (q2, s2) = seen
+    # Scores are linear in the queries with one and the same matrix K_w for every input; nothing of x reaches the key.
+    weight = attention.key.weight[:, :, 0, 0]
+    for q, s in ((q1, s1), (q2, s2)):
+        torch.testing.assert_close(s, torch.einsum("kc,bchw->bkhw", weight, q))
+    assert not torch.equal(q1, q2)
+
+
+def test_lvt_attention_is_the_equation():
+    """A = softmax(BN(K_w Q) + B sqrt(d_k)), out = BN0(W_o GELU(A V)), one query and head at a time in numpy."""
+    from scipy.special import erf
+
+    attention = small_lvt().eval().stages[1].attention  # the shrink: stride 2, 4 heads
+    attention.bias.data.normal_()
+    torch.manual_seed(4)
+    x = torch.randn(1, 8, 8, 8)
+    q, v = array(attention.query(x))[0], array(attention.value(x))[0]  # (h d_k, 4, 4), (h d_v, 8, 8)
+    heads, keys, size = attention.heads, 64, 8
+    norm = attention.norm
+    gain, shift, mean, var = (array(t) for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    scores = np.einsum("kc,cyx->kyx", array(attention.key.weight)[:, :, 0, 0], q)
+    scores = (scores - mean[:, None, None]) / np.sqrt(var + norm.eps)[:, None, None]
+    scores = scores * gain[:, None, None] + shift[:, None, None]
+    bias, out = array(attention.bias), np.zeros((v.shape[0], 4, 4))
+    per_head = v.shape[0] // heads
+    for h in range(heads):
+        values = v[h * per_head : (h + 1) * per_head].reshape(per_head, keys)
+        for qy in range(4):
+            for qx in range(4):
+                row = np.zeros(keys)
+                for ky in range(size):
+                    for kx in range(size):
+                        place = abs(2 * qy - ky) * size + abs(2 * qx - kx)
+                        row[ky * size + kx] = scores[h * keys + ky * size + kx, qy, qx] + bias[place, h] * np.sqrt(4)
+                weights = np.exp(row - row.max())
+                out[h * per_head : (h + 1) * per_head, qy, qx] = values @ (weights / weights.sum())
+    gelu = torch.from_numpy(out * 0.5 * (1 + erf(out / np.sqrt(2)))).float()[None]
+    expected = attention.out[2](attention.out[1](gelu))
+    torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameter_counts():
+    def count(net):
+        return sum(p.numel() for p in net.parameters())
+
+    from conftest import configure
+
+    from cl_bench.build import component
+
+    shape = {"num_classes": 100, "image_shape": (3, 32, 32)}
+    for name, expected in {"lvt": 8_929_088, "lvt_3stage": 7_626_560, "resnet18": 11_220_132}.items():
+        net = component(configure(f"backbone={name}").backbone, "backbone", [], **shape)
+        assert count(net) == expected, name
+        if name == "lvt":
+            assert count(net.stem) == 2_775_104
+            assert sum(p.numel() for p in net.keys_and_biases()) == 263_424

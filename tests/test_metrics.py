@@ -1,0 +1,82 @@
+"""Metrics against numbers worked out by hand."""
+
+import math
+
+import pytest
+
+from cl_bench.metrics.accuracy import (
+    average_accuracy,
+    average_incremental_accuracy,
+    average_incremental_accuracy_micro,
+    learning_accuracy,
+)
+from cl_bench.metrics.forgetting import forgetting, forgetting_clipped, forgetting_first_last
+from cl_bench.metrics.transfer import backward_transfer, forward_transfer
+from cl_bench.record import BASELINE, Matrix, Record
+
+GOLDEN = [[95], [80, 90], [70, 75, 92], [72, 66, 78, 88], [60, 58, 64, 70, 91]]
+
+
+def test_golden_case():
+    matrix = Matrix.from_accuracy(GOLDEN)
+    assert forgetting(matrix) == pytest.approx(28.25)
+    assert backward_transfer(matrix) == pytest.approx(-28.25)
+    assert average_accuracy(matrix) == pytest.approx((60 + 58 + 64 + 70 + 91) / 5)
+    assert learning_accuracy(matrix) == pytest.approx((95 + 90 + 92 + 88 + 91) / 5)
+    rows = [95, 85, 79, 76, 68.6]
+    assert average_incremental_accuracy(matrix) == pytest.approx(sum(rows) / 5)
+
+
+def test_forgetting_variants_differ_where_a_task_recovers():
+    matrix = Matrix.from_accuracy([[50], [80, 60], [90, 70, 10]])
+    assert forgetting(matrix) == pytest.approx(((80 - 90) + (60 - 70)) / 2)  # negative: both got better
+    assert forgetting_first_last(matrix) == pytest.approx(((50 - 90) + (60 - 70)) / 2)
+    assert forgetting_clipped(matrix) == 0
+
+
+def test_forward_transfer_needs_the_row_above_and_the_untrained_network():
+    matrix = Matrix.from_accuracy([[90, 30, 20], [80, 85, 50], [70, 75, 95]], baseline=[12, 10, 11])
+    assert forward_transfer(matrix) == pytest.approx(((30 - 10) + (50 - 11)) / 2)
+    assert math.isnan(forward_transfer(Matrix.from_accuracy(GOLDEN)))
+
+
+def test_micro_weights_tasks_by_their_images():
+    record = Record.empty(2)
+    record.add(0, "class_il", [10, math.nan], [10, 90])
+    record.add(1, "class_il", [5, 45], [10, 90])
+    assert average_incremental_accuracy_micro(record.class_il) == pytest.approx((100 + 50) / 2)
+    record.add(1, "class_il", [10, 9], [10, 90])
+    assert average_incremental_accuracy(record.class_il) == pytest.approx((100 + 55) / 2)
+    assert average_incremental_accuracy_micro(record.class_il) == pytest.approx((100 + 19) / 2)
+
+
+def test_one_task_forgets_nothing_that_could_be_measured():
+    matrix = Matrix.from_accuracy([[70]])
+    assert average_accuracy(matrix) == 70
+    for metric in (forgetting, forgetting_first_last, forgetting_clipped, backward_transfer, forward_transfer):
+        assert math.isnan(metric(matrix))
+
+
+def test_unmeasured_stays_unmeasured():
+    matrix = Matrix.from_accuracy([[], [math.nan, 50], [10, 20, 30]])
+    assert average_accuracy(matrix) == 20
+    for metric in (average_incremental_accuracy, learning_accuracy, forgetting, backward_transfer):
+        assert math.isnan(metric(matrix))
+
+
+def test_record_survives_json_and_csv(tmp_path):
+    record = Record.empty(2)
+    record.add(BASELINE, "task_il", [3, 1], [4, 5])
+    record.add(0, "task_il", [4, 2], [4, 5])
+    record.cost.samples_seen = 7
+    again = Record.from_json(record.to_json())
+    assert again.to_json() == record.to_json()
+    assert again.task_il.baseline.tolist() == [75.0, 20.0]
+    record.write_csv(tmp_path / "m.csv")
+    assert (tmp_path / "m.csv").read_text().splitlines() == [
+        "setting,after_task,task,correct,count,accuracy",
+        "task_il,-1,0,3,4,75.0",
+        "task_il,-1,1,1,5,20.0",
+        "task_il,0,0,4,4,100.0",
+        "task_il,0,1,2,5,40.0",
+    ]

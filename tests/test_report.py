@@ -1,0 +1,389 @@
+"""The report of one run: its numbers, its pictures, its page."""
+
+import base64
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from cl_bench.errors import ConfigError
+from cl_bench.metrics.accuracy import average_accuracy
+from cl_bench.metrics.forgetting import forgetting
+from cl_bench.record import Cost, Matrix, Record
+from cl_bench.report import page, plots
+
+GOLDEN = [[95], [80, 90], [70, 75, 92], [72, 66, 78, 88], [60, 58, 64, 70, 91]]
+TASK_IL = [[96], [94, 97], [93, 95, 98], [92, 94, 96, 97], [91, 93, 95, 96, 98]]
+ORDER = [8, 0, 7, 1, 3, 6, 2, 4, 5, 9]
+TASKS = [ORDER[i : i + 2] for i in range(0, 10, 2)]
+
+
+def make_run(
+    root: Path,
+    *,
+    experiment: str = "digits",
+    name: str = "er",
+    fingerprint: str = "f0",
+    seed: int = 0,
+    class_il: list | None = GOLDEN,
+    accuracy: float | None = 68.6,
+    loss_terms: tuple = ("cross_entropy", "replay"),
+    **summary: object,
+) -> Path:
+    """A finished run of 5 tasks of 2 classes; ``summary`` overrides entries of ``summary.json``."""
+    folder = root / experiment.replace("/", "_") / f"{name.replace('/', '_')}-{fingerprint}" / f"seed{seed}"
+    folder.mkdir(parents=True)
+    unknown = Matrix.empty(5)
+    known = unknown if class_il is None else Matrix.from_accuracy(class_il)
+    Record(known, Matrix.from_accuracy(TASK_IL, [50, 51, 52, 53, 54])).write_csv(folder / "accuracy_matrix.csv")
+    cost = Cost(100.0, 5.0, 5000, 50.0, None, 1_000_000, 900_000, 1.25, 3 * 2**20, None)
+    data = {
+        "schema": 1,
+        "status": "finished",
+        "experiment": experiment,
+        "name": name,
+        "method": "er",
+        "backbone": "mlp",
+        "scenario": "digits",
+        "buffer": "reservoir",
+        "seed": seed,
+        "class_order_seed": 7,
+        "data_seed": 0,
+        "class_order": ORDER,
+        "tasks": TASKS,
+        "class_names": [f"digit_{i}" for i in range(10)],
+        "scale": None,
+        "evaluate_on": "test",
+        "fingerprint": fingerprint,
+        "comparable": {"trainer.epochs": 3, "method.alpha": 0.5},
+        "class_il": {"average_accuracy": accuracy, "average_incremental_accuracy": 80.72, "forgetting": 28.25}
+        if class_il
+        else {"average_accuracy": None, "average_incremental_accuracy": None, "forgetting": None},
+        "task_il": {"average_accuracy": 94.6, "forgetting": 2.5, "forward_transfer": None},
+        "cost": dataclasses.asdict(cost),
+        "published": None,
+    }
+    (folder / "summary.json").write_text(json.dumps(data | summary))
+    label = np.repeat(np.arange(10), 10)
+    right = label if class_il else np.full_like(label, -1)
+    columns = {"index": np.arange(100), "label": label, "task": label // 2, "confidence": np.ones(100)}
+    np.savez(folder / "predictions.npz", class_il=right, task_il=label, **columns)
+    events: list[dict] = [{"event": "start", "step": 0}]
+    for task in range(5):
+        for epoch in range(3):
+            losses = dict.fromkeys(loss_terms, 1.0 / (1 + epoch))
+            step = 30 * task + 10 * (epoch + 1)
+            events.append({"event": "epoch", "step": step, "task": task, "phase": 0, "epoch": epoch, "losses": losses})
+        events.append({"event": "task", "step": 30 * (task + 1), "task": task})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "config.yaml").write_text(f"experiment: {experiment}\n")
+    (folder / "env.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": "2.14"}, "commit": None}))
+    return folder
+
+
+def golden_record() -> Record:
+    return Record(Matrix.from_accuracy(GOLDEN), Matrix.from_accuracy(TASK_IL))
+
+
+def numbers_in(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+# ---- numbers
+
+
+def test_metrics_over_tasks_are_those_of_the_first_tasks():
+    golden = Matrix.from_accuracy(GOLDEN)
+    np.testing.assert_allclose(plots.over_tasks(forgetting, golden), [math.nan, 15, 20, 61 / 3, 28.25])
+    np.testing.assert_allclose(plots.over_tasks(average_accuracy, golden), [95, 85, 79, 76, 68.6])
+
+
+def test_first_tasks_keep_the_untrained_row():
+    part = plots.first_tasks(Matrix.from_accuracy(GOLDEN, [1, 2, 3, 4, 5]), 2)
+    np.testing.assert_equal(part.accuracy, [[95, math.nan], [80, 90]])
+    np.testing.assert_equal(part.baseline, [1, 2])
+
+
+def test_the_matrix_is_read_as_it_was_written(tmp_path):
+    folder = make_run(tmp_path)
+    written = Matrix.from_accuracy(TASK_IL, [50, 51, 52, 53, 54])
+    written.count[:] = [100, 200, 300, 400, 500]
+    Record(Matrix.empty(5), written).write_csv(folder / "accuracy_matrix.csv")
+    record = page.Run.read(folder).record
+    np.testing.assert_equal(record.task_il.correct, written.correct)
+    np.testing.assert_equal(record.task_il.count, written.count)
+    assert np.isnan(record.class_il.accuracy).all()
+
+
+def test_confusion_shares_follow_the_task_order():
+    label = np.array([5, 5, 5, 5, 2, 2])
+    answer = np.array([5, 5, 5, 2, 5, 2])
+    np.testing.assert_equal(plots.confusion_shares([5, 2], label, answer), [[75, 25], [50, 50]])
+
+
+def test_no_answer_has_a_column_of_its_own_and_an_unseen_class_no_number():
+    shares = plots.confusion_shares([2, 0, 1], np.array([2, 2, 0, 0]), np.array([-1, 2, 0, -1]))
+    np.testing.assert_equal(shares, [[50, 0, 0, 50], [0, 50, 0, 50], [math.nan] * 4])
+
+
+# ---- pictures
+
+
+def test_accuracy_matrix_has_a_number_in_each_measured_cell():
+    class_il, task_il, _ = plots.accuracy_matrix(golden_record()).axes
+    assert class_il.get_title() == "Class-IL"
+    assert numbers_in(class_il) == [f"{value:.1f}" for row in GOLDEN for value in row]
+    assert numbers_in(task_il) == [f"{value:.1f}" for row in TASK_IL for value in row]
+
+
+def test_untrained_row_stands_first_in_both_panels():
+    record = Record(Matrix.from_accuracy(GOLDEN), Matrix.from_accuracy(TASK_IL, [50] * 5))
+    class_il, task_il, _ = plots.accuracy_matrix(record).axes
+    assert numbers_in(task_il)[:6] == ["50.0"] * 5 + ["96.0"]
+    for axes in (class_il, task_il):
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["untrained", "0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(("num_tasks", "numbers"), [(20, 210), (21, 0)])
+def test_numbers_up_to_20_tasks(num_tasks, numbers):
+    matrix = Matrix.from_accuracy([[50.0] * (i + 1) for i in range(num_tasks)])
+    axes = plots.accuracy_matrix(Record(matrix, Matrix.empty(num_tasks))).axes
+    assert len(axes) == 2  # one setting and the colour bar: Task-IL was not measured
+    assert numbers_in(axes[0]) == ["50"] * numbers
+
+
+def test_curves_show_both_metrics_of_both_settings():
+    accuracies, forgettings = plots.curves_over_tasks(golden_record()).axes
+    np.testing.assert_allclose(accuracies.lines[0].get_ydata(), [95, 85, 79, 76, 68.6])
+    np.testing.assert_allclose(accuracies.lines[1].get_ydata()[-1], 94.6)
+    np.testing.assert_allclose(forgettings.lines[0].get_ydata(), [math.nan, 15, 20, 61 / 3, 28.25])
+    assert [text.get_text() for text in accuracies.get_legend().get_texts()] == ["Class-IL", "Task-IL"]
+
+
+def test_one_task_has_no_curve_and_nothing_measured_no_picture():
+    assert plots.curves_over_tasks(Record(Matrix.from_accuracy([[90]]), Matrix.empty(1))) is None
+    assert plots.accuracy_matrix(Record.empty(3)) is None
+    assert plots.curves_over_tasks(Record.empty(3)) is None
+
+
+def test_confusion_names_classes_up_to_20_and_tasks_beyond():
+    few = np.arange(10)
+    axes = plots.confusion(
+        TASKS, [f"digit_{i}" for i in range(10)], {"label": few, "class_il": few, "task_il": few}
+    ).axes
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [f"digit_{i}" for i in ORDER]
+    many = np.arange(100)
+    tasks = np.split(many, 10)
+    names = [f"class_{i}" for i in many]
+    axes = plots.confusion(tasks, names, {"label": many, "class_il": many, "task_il": many}).axes
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [f"task {i}" for i in range(10)]
+    assert axes[0].get_yticks()[:2].tolist() == [4.5, 14.5]
+
+
+def test_confusion_leaves_out_a_setting_without_answers():
+    label = np.arange(10)
+    predictions = {"label": label, "class_il": np.full(10, -1), "task_il": label}
+    first, _colour_bar = plots.confusion(TASKS, [str(i) for i in label], predictions).axes
+    assert first.get_title() == "Task-IL"
+    assert plots.confusion(TASKS, [], predictions | {"task_il": np.full(10, -1)}) is None
+
+
+def test_tasks_that_share_classes_show_each_class_once():
+    label = np.array([0, 1, 1])
+    figure = plots.confusion([[1, 0], [1, 0]], ["no", "yes"], {"label": label, "class_il": label, "task_il": label})
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["yes", "no"]
+    assert not figure.axes[0].lines  # no line between tasks: they are not apart
+
+
+def test_loss_lines_break_between_phases_and_mark_the_ends_of_tasks():
+    def epoch(step, task, phase, **losses):
+        return {"event": "epoch", "step": step, "task": task, "phase": phase, "epoch": 0, "losses": losses}
+
+    events = [epoch(5, 0, 0, ce=2.0), epoch(10, 0, 0, ce=1.0), {"event": "task", "step": 10, "task": 0}]
+    events += [epoch(15, 1, 0, ce=3.0, kd=None), epoch(20, 1, 1, ce=1.5), {"event": "task", "step": 20, "task": 1}]
+    ce, kd = plots.losses(events).axes
+    assert (ce.get_title("left"), kd.get_title("left")) == ("ce", "kd")
+    assert [list(line.get_xdata()) for line in ce.lines[:3]] == [[5, 10], [15], [20]]
+    assert [list(line.get_ydata()) for line in ce.lines[:3]] == [[2.0, 1.0], [3.0], [1.5]]
+    assert [list(line.get_xdata()) for line in ce.lines[3:]] == [[10, 10], [20, 20]]
+    assert math.isnan(kd.lines[0].get_ydata()[0])
+    assert plots.losses([{"event": "start", "step": 0}]) is None
+
+
+def test_names_with_dollars_and_underscores_are_drawn_as_they_are():
+    label = np.arange(2)
+    names = [r"$\frac$", r"_$\frac$"]  # not a formula that could be parsed
+    plots.png(plots.confusion([[0], [1]], names, {"label": label, "class_il": label, "task_il": label}))
+    event = {"event": "epoch", "step": 1, "task": 0, "phase": 0, "epoch": 0, "losses": {names[0]: 1.0}}
+    plots.png(plots.losses([event, {"event": "task", "step": 1, "task": 0}]))
+    figure = plots.accuracy_by_row({"class_il": {name: np.array([[1.0, 2.0]]) for name in names}, "task_il": {}})
+    plots.png(figure)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    plots.png(plots.dots({name: [1.0] for name in names}, dict.fromkeys(names), "accuracy [%]"))
+
+
+def test_pyplot_is_never_imported():
+    code = "import sys, cl_bench.report.compare; sys.exit('matplotlib.pyplot' in sys.modules)"
+    root = Path(page.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- page
+
+
+def test_page_holds_the_numbers_and_the_pictures(tmp_path):
+    folder = make_run(tmp_path, published={"class_il_average_accuracy": 70.0, "tolerance": 1.5, "source": "A paper"})
+    path = page.write_report(folder)
+    assert path == folder / "report.html"
+    text = path.read_text()
+    assert '<div class="card"><b>68.60%</b><span>Class-IL average accuracy</span></div>' in text
+    assert '<div class="card"><b>28.25</b><span>Class-IL forgetting (points)</span></div>' in text
+    assert '<td>forgetting</td><td class="number">28.25</td><td class="number">2.50</td>' in text
+    assert '<td>forward transfer</td><td class="number">-</td><td class="number">-</td>' in text  # null is not 0
+    assert '<td>replay buffer</td><td class="number">3.0 MiB</td>' in text
+    assert '<td>peak memory</td><td class="number">-</td>' in text
+    assert re.search(r">70.00</td>\s*<td[^>]*>68.60</td><td[^>]*>-1.40</td>\s*<td[^>]*>1.50</td>", text)
+    assert '<span class="good">yes</span>' in text
+    assert "packages.torch" in text
+    names = ["accuracy_matrix", "over_tasks", "confusion", "losses"]
+    assert sorted(file.stem for file in (folder / "plots").iterdir()) == sorted(names)
+    embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
+    assert embedded == [(folder / "plots" / f"{name}.png").read_bytes() for name in names]
+
+
+def test_page_asks_for_nothing_from_outside(tmp_path):
+    text = page.write_report(make_run(tmp_path)).read_text()
+    assert not re.search(r"https?:|<script|<link|@import|url\(", text)
+    assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', text))
+
+
+def test_text_from_the_configuration_is_escaped(tmp_path):
+    evil = "<script>alert(1)</script>"
+    folder = make_run(
+        tmp_path,
+        experiment=evil,
+        method=evil,
+        class_names=[evil] * 10,
+        scale=evil,
+        loss_terms=(evil,),
+        published={"class_il_average_accuracy": 70.0, "tolerance": 1.5, "source": evil},
+    )
+    (folder / "env.json").write_text(json.dumps({evil: evil}))
+    text = page.write_report(folder).read_text()
+    assert "<script" not in text
+    # title, experiment, method, scale twice (badge, verdict), 10 classes, source, config.yaml, environment twice
+    assert text.count("&lt;script&gt;alert(1)") == 19
+
+
+def test_regenerating_gives_the_same_bytes_and_touches_nothing_else(tmp_path):
+    folder = make_run(tmp_path)
+
+    def content() -> dict[str, bytes]:
+        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    before = content()
+    page.write_report(folder)
+    first = content()
+    page.write_report(folder)
+    assert content() == first
+    assert {name: data for name, data in first.items() if name in before} == before
+    assert all(name == "report.html" or name.startswith("plots") for name in first.keys() - before.keys())
+
+
+def test_a_method_without_class_il_shows_dashes(tmp_path):
+    text = page.write_report(make_run(tmp_path, class_il=None)).read_text()
+    assert '<div class="card"><b>-</b><span>Class-IL average accuracy</span></div>' in text
+    assert '<td>average accuracy</td><td class="number">-</td><td class="number">94.60</td>' in text
+
+
+def test_page_says_which_pictures_are_missing(tmp_path):
+    folder = make_run(tmp_path)
+    (folder / "predictions.npz").unlink()
+    (folder / "metrics.jsonl").unlink()
+    text = page.write_report(folder).read_text()
+    assert "There is no confusion matrix" in text
+    assert "There are no loss curves" in text
+    assert text.count("<figure>") == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "note"),
+    [({"scale": "mini"}, "scale=mini: not compared"), ({"evaluate_on": "val"}, "measured on val images: not compared")],
+)
+def test_a_reduced_or_validation_run_is_not_held_to_a_published_number(tmp_path, override, note):
+    published = {"class_il_average_accuracy": 68.0, "tolerance": 1.0, "source": "A paper"}
+    folder = make_run(tmp_path, published=published, **override)
+    run = page.Run.read(folder)
+    (verdict,) = page.verdicts(run, run.value)
+    assert (verdict.published, verdict.difference, verdict.within, verdict.ours) == (None, None, None, 68.6)
+    text = page.write_report(folder).read_text()
+    assert note in text
+    assert "68.00" not in text
+
+
+@pytest.mark.parametrize(
+    ("published", "ours", "within"), [(57.1, 57.7, True), (57.09, 57.7, False), (58.4, 57.7, False), (58.0, None, None)]
+)
+def test_verdict_looks_both_ways_and_at_the_edge(published, ours, within):
+    verdict = page.Verdict("Class-IL average accuracy", published, ours, 0.6, "A paper", "")
+    assert verdict.within is within
+
+
+def test_several_published_numbers_are_told_apart(tmp_path):
+    published = {"class_il_average_accuracy": 68.0, "task_il_forgetting": 9.0, "tolerance": 1.0, "source": "A paper"}
+    run = page.Run.read(make_run(tmp_path, published=published))
+    lines = page.verdicts(run, run.value)
+    assert [(line.metric, line.ours, line.within) for line in lines] == [
+        ("Class-IL average accuracy", 68.6, True),
+        ("Task-IL forgetting", 2.5, False),
+    ]
+
+
+def test_every_cost_has_a_label():
+    assert set(page.COSTS) == {field.name for field in dataclasses.fields(Cost)}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (61, "1 min"), (3599.0, "1 h 00 min"), (4211.3, "1 h 10 min")],
+)
+def test_durations(seconds, text):
+    assert page.COSTS["train_seconds"][1](seconds) == text
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_unknown_is_a_dash(value):
+    assert page.number(value) == page.signed(value) == "-"
+
+
+def test_numbers_have_no_negative_zero():
+    assert (page.number(-0.001), page.signed(-0.001), page.signed(1.005)) == ("0.00", "+0.00", "+1.00")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "accuracy_matrix.csv", "config.yaml", "env.json"])
+def test_a_missing_file_is_named(tmp_path, name):
+    folder = make_run(tmp_path)
+    (folder / name).unlink()
+    with pytest.raises(ConfigError, match="no such file") as error:
+        page.write_report(folder)
+    assert error.value.key == str(folder / name)
+    assert not (folder / "plots").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [('{"schema": 1,', "breaks off"), ('{"schema": 2}', "schema 2"), ('{"schema": 1, "status": "failed"}', "failed")],
+)
+def test_a_summary_of_no_finished_run_is_refused(tmp_path, text, got):
+    folder = make_run(tmp_path)
+    (folder / "summary.json").write_text(text)
+    with pytest.raises(ConfigError, match=got):
+        page.write_report(folder)

@@ -1,0 +1,169 @@
+"""How classes and images are cut into tasks."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, needs_cifar100, toy_images
+
+from cl_bench.data.cifar100 import cifar100
+from cl_bench.data.digits import digits
+from cl_bench.errors import ConfigError
+from cl_bench.scenarios.split import Split, order_classes, task_sizes
+
+KEYS = {
+    "num_tasks": 2, "classes_per_task": None, "class_order": "natural", "class_order_seed": 0, "data_seed": 0,
+    "val_fraction": 0.0, "train_per_class": None, "test_per_class": None, "crop_padding": 0, "flip": False,
+}  # fmt: skip
+
+
+def split(source=None, **keys) -> Split:
+    return Split(source=source or toy_images(), **(KEYS | keys))
+
+
+def test_tasks_partition_the_classes_and_images():
+    source = toy_images(num_classes=6)
+    scenario = split(source, num_tasks=3, class_order=[5, 0, 3, 1, 4, 2])
+    assert [scenario.original(t) for t in scenario.tasks] == [[5, 0], [3, 1], [4, 2]]
+    assert [t.classes for t in scenario.tasks] == [range(0, 2), range(2, 4), range(4, 6)]
+    seen = torch.cat([t.train.index for t in scenario.tasks])
+    assert sorted(seen.tolist()) == list(range(len(source.train_labels)))
+    for task in scenario.tasks:
+        original = torch.tensor(scenario.class_order)[task.train.labels]
+        assert original.tolist() == source.train_labels[task.train.index.numpy()].tolist()
+        assert torch.equal(task.train.images, torch.from_numpy(source.train_images[task.train.index.numpy()]))
+
+
+def test_class_orders():
+    source = toy_images(num_classes=4)
+    assert order_classes(source, "natural", 0) == [0, 1, 2, 3]
+    assert order_classes(source, "superclass", 0) == [0, 2, 1, 3]  # parents 0, 1, 0, 1
+    assert order_classes(source, "random", 1) != order_classes(source, "random", 2)
+    hundred = toy_images(num_classes=100, per_class=1)
+    # iCaRL's order, as PyCIL and others use it: numpy's global generator seeded with 1993
+    np.random.seed(1993)
+    assert order_classes(hundred, "random", 1993) == np.random.permutation(100).tolist()
+
+
+@pytest.mark.parametrize(
+    "order", ["alphabetical", [0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 4], ["0", "1", "2", "3"], 7, None]
+)
+def test_a_wrong_class_order_is_refused(order):
+    with pytest.raises(ConfigError, match="class_order: expected one of natural, random, superclass, or a list"):
+        split(class_order=order)
+
+
+def test_validation_comes_out_of_training_class_by_class():
+    whole, held = split(), split(val_fraction=0.5)
+    for a, b in zip(whole.tasks, held.tasks):
+        assert sorted(b.train.index.tolist() + b.val.index.tolist()) == a.train.index.tolist()
+        assert torch.bincount(b.val.labels, minlength=4).max() == 3
+        assert torch.equal(a.test.index, b.test.index)
+        assert len(a.val) == 0
+
+
+def test_subsets_are_drawn_by_the_data_seed_only():
+    def chosen(**keys):
+        return [t.train.index.tolist() for t in split(train_per_class=2, test_per_class=1, **keys).tasks]
+
+    assert chosen() == chosen()
+    assert chosen() != chosen(data_seed=1)
+    by_class = {c: set() for c in range(4)}
+    for keys in ({}, {"class_order": "random", "class_order_seed": 3}):
+        for task in split(train_per_class=2, **keys).tasks:
+            for index in task.train.index.tolist():
+                by_class[index % 4].add(index)  # toy labels repeat 0 1 2 3
+    assert all(len(indices) == 2 for indices in by_class.values())  # the order of classes changes no choice of images
+
+
+def test_sizes_of_tasks():
+    assert task_sizes(100, 20, None) == [5] * 20
+    assert task_sizes(100, 10, [50, 10, 10, 10, 10, 10]) == [50, 10, 10, 10, 10, 10]
+    with pytest.raises(ConfigError, match=r"one of \[1, 2, 4, 5, 10, 20, 25, 50, 100\]; got 15") as caught:
+        task_sizes(100, 15, None)
+    suggested = [7] * 10 + [6] * 5
+    assert f"classes_per_task={suggested}" in str(caught.value)
+    assert task_sizes(100, 15, suggested) == suggested
+    for wrong in ([], [50, 49], [101, -1], [0, 100]):
+        with pytest.raises(ConfigError, match="classes_per_task: expected positive numbers that add up to 100"):
+            task_sizes(100, 10, wrong)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"train_per_class": 7}, "train_per_class: expected 1 to 6 images a class"),
+        ({"test_per_class": 0}, "test_per_class: expected 1 to 6"),
+        ({"val_fraction": 1.0}, r"val_fraction: expected a number in \[0, 1\)"),
+        ({"val_fraction": 0.95}, "at least one training image a class left"),
+        ({"data_seed": -1}, "data_seed: expected a whole number"),
+        ({"num_tasks": 0}, "num_tasks: expected a number that divides 4"),
+    ],
+)
+def test_wrong_keys_are_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        split(**keys)
+
+
+def test_digits():
+    source = digits()
+    assert source.train_images.shape == (1437, 1, 8, 8)
+    assert source.test_images.shape == (360, 1, 8, 8)
+    assert source.train_images.dtype == np.uint8
+    from sklearn.datasets import load_digits
+
+    theirs = load_digits()
+    test = np.arange(1797) % 5 == 0
+    assert (source.train_images[:, 0] == np.rint(theirs.images[~test] * 255 / 16)).all()
+    assert (source.test_labels == theirs.target[test]).all()
+    assert source.train_images.max() == 255
+    assert np.bincount(source.test_labels, minlength=10).min() > 25
+
+
+def test_missing_and_damaged_cifar100(tmp_path):
+    with pytest.raises(ConfigError, match=r"no such files.*quickstart needs no download") as caught:
+        cifar100(root=str(tmp_path), download=False)
+    assert str(tmp_path / "cifar-100-python") in str(caught.value)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test", "meta"):
+        (folder / name).write_bytes(b"cos\nsystem\n(S'echo pickled code ran'\ntR.")  # must never be unpickled
+    with pytest.raises(ConfigError, match=r"the official CIFAR-100 file .*train.*; got a damaged or different file"):
+        cifar100(root=str(tmp_path), download=False)
+
+
+def test_a_failed_download_says_where_to_get_the_files(tmp_path, monkeypatch):
+    import torchvision
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", unreachable)
+    with pytest.raises(ConfigError, match=r"fetching it failed \(no route to host\)"):
+        cifar100(root=str(tmp_path), download=True)
+
+
+@needs_cifar100
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Avalanche's imports warn; they are not ours to mend
+def test_the_split_is_avalanches():
+    from avalanche.benchmarks.classic import SplitCIFAR100
+
+    order = np.random.RandomState(7).permutation(100).tolist()
+    ours = Split(source=cifar100(root=str(DATA), download=False), **(KEYS | {"num_tasks": 10, "class_order": order}))
+    theirs = SplitCIFAR100(
+        n_experiences=10, fixed_class_order=order, dataset_root=DATA / "cifar-100-python" / "..", return_task_id=False
+    )
+    for task, train, test in zip(ours.tasks, theirs.train_stream, theirs.test_stream):
+        assert set(ours.original(task)) == set(train.classes_in_this_experience)
+        for data, experience in ((task.train, train), (task.test, test)):
+            targets = sorted(experience.dataset.targets)  # Avalanche sorts a task's images by class
+            assert sorted(torch.tensor(ours.class_order)[data.labels].tolist()) == targets
+    images = {image.numpy().tobytes() for image in ours.tasks[9].test.images}
+    loaded = theirs.test_stream[9].dataset.eval()
+    assert images == {tv_to_uint8(loaded[i][0]).numpy().tobytes() for i in range(len(loaded))}
+
+
+def tv_to_uint8(normalised: torch.Tensor) -> torch.Tensor:
+    """Undo Avalanche's CIFAR-100 normalisation."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)))
+    return ((normalised * std + mean) * 255).round().to(torch.uint8)

@@ -1,0 +1,180 @@
+"""The loop: schedules, clipping, order, logs, and what stops it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import TINY, configure
+from test_methods import trainer_of
+
+from cl_bench.build import build
+from cl_bench.errors import ConfigError
+from cl_bench.loggers.base import Logger
+from cl_bench.methods.base import Method
+from cl_bench.optim import Constant, Cosine, MultiStep, adamw, sgd
+from cl_bench.types import Batch, Phase, Task
+
+
+class Events(Logger):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.events, self.progress = [], []
+
+    def start(self, run):
+        pass
+
+    def event(self, number, event):
+        assert number == len(self.events)
+        self.events.append(event)
+
+    def step(self, progress):
+        self.progress.append(progress)
+
+    def finish(self, status, summary):
+        pass
+
+
+class Probe(Method):
+    """Two phases a task; notes what it sees."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.seen, self.modes, self.rates = net, [], [], []
+
+    def learn(self, task: Task) -> Iterator[Phase]:
+        self.modes.append(("open", self.training))
+        yield Phase(task.train, self.observe, self.net.parameters())
+        self.modes.append(("between", self.training))
+        yield Phase(
+            task.train,
+            self.observe,
+            [self.net.head.weight],
+            epochs=5,
+            lr=0.5,
+            optimizer=lambda params: torch.optim.Adam(params, lr=1.0),
+            schedule=lambda epoch, epochs: 1 / (epoch + 1),
+            after_epoch=lambda epoch: epoch == 2,
+        )
+        self.modes.append(("close", self.training))
+
+    def observe(self, batch: Batch):
+        assert self.training
+        self.seen.append(batch)
+        loss = torch.nn.functional.cross_entropy(self.net(batch.x), batch.y)
+        return {"half": loss / 2, "other_half": loss / 2}
+
+    def predict(self, x, task_id):
+        assert not self.training
+        return self.net(x)
+
+
+def probe(tmp_path, *overrides):
+    parts = build(configure(*TINY, *overrides))
+    trainer = trainer_of(parts, tmp_path)
+    trainer.method, trainer.logger = Probe(parts.method.net), Events()
+    return trainer
+
+
+def test_phases_epochs_rates_and_modes(tmp_path):
+    trainer = probe(
+        tmp_path, "optimizer.lr=0.2", "schedule=multistep", "schedule.milestones=[1]", "schedule.factor=0.5"
+    )
+    trainer.run()
+    epochs = [e for e in trainer.logger.events if e["event"] == "epoch" and e["task"] == 0]
+    assert [(e["phase"], e["epoch"]) for e in epochs] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]  # ended early
+    assert [e["lr"] for e in epochs] == pytest.approx([0.2, 0.1, 0.5, 0.25, 0.5 / 3])
+    assert trainer.method.modes == [("open", False), ("between", False), ("close", False)] * 2
+    for e in epochs:
+        assert e["loss"] == pytest.approx(2 * e["losses"]["half"])
+    # 50 images in batches of 16: 16, 16, 16, 2
+    assert [len(b) for b in trainer.method.seen[:4]] == [16, 16, 16, 2]
+    assert trainer.steps == 2 * (2 + 3) * 4
+    assert trainer.record.cost.samples_seen == 2 * (2 + 3) * 50
+    last = trainer.logger.progress[7]
+    assert (last.task, last.phase, last.epoch, last.epochs, last.step, last.steps) == (0, 0, 1, 2, 3, 4)
+
+
+def test_every_epoch_visits_each_image_once_in_its_own_order(tmp_path):
+    trainer = probe(tmp_path)
+    trainer.run()
+    batches = trainer.method.seen
+    first, second = (torch.cat([b.raw for b in batches[i : i + 4]]) for i in (0, 4))
+    assert not torch.equal(first, second)
+    keys = [sorted(image.numpy().tobytes() for image in epoch) for epoch in (first, second)]
+    train = trainer.scenario.tasks[0].train.images
+    assert keys[0] == keys[1] == sorted(image.numpy().tobytes() for image in train)
+
+
+def test_a_phase_trains_its_parameters_only(tmp_path):
+    trainer = probe(tmp_path)
+    task = trainer.scenario.tasks[0]
+    before = {n: p.detach().clone() for n, p in trainer.method.named_parameters()}
+    trainer.run_phase(task, 0, Phase(task.train, trainer.method.observe, [trainer.method.net.head.bias]), None)
+    changed = {n for n, p in trainer.method.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"net.head.bias"}
+
+
+def test_clipping_bounds_the_step(tmp_path):
+    def moved(*overrides):
+        trainer = probe(tmp_path, "optimizer.lr=1", "trainer.batch_size=50", "trainer.epochs=1", *overrides)
+        task, params = trainer.scenario.tasks[0], list(trainer.method.net.parameters())
+        before = [p.detach().clone() for p in params]
+        trainer.run_phase(task, 0, Phase(task.train, trainer.method.observe, params), None)
+        return torch.cat([(a - b).flatten() for a, b in zip(params, before)]).norm().item()
+
+    assert moved() > 0.2
+    assert moved("trainer.clip_norm=0.1") == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = probe(tmp_path, "optimizer.lr=1e30", "trainer.epochs=20")
+    with pytest.raises(
+        FloatingPointError, match=r"not finite by step \d+ \(task 0, phase 0, epoch \d+\).*optimizer.lr"
+    ):
+        trainer.run()
+
+
+def test_schedules():
+    assert [Constant()(e, 3) for e in range(3)] == [1, 1, 1]
+    assert [MultiStep(milestones=[2, 3], factor=0.1)(e, 5) for e in range(5)] == pytest.approx([1, 1, 0.1, 0.01, 0.01])
+    cosine = Cosine(warmup_epochs=2, warmup_factor=0.5, min_factor=0.1)
+    assert [cosine(e, 6) for e in (0, 1, 2, 4)] == pytest.approx([0.5, 0.75, 1.0, 0.55])
+    assert cosine(6, 6) == pytest.approx(0.1)
+
+
+def test_optimizers_are_torchs():
+    p = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = sgd([p], lr=0.1, momentum=0.0, weight_decay=0.5, nesterov=False)
+    p.grad = torch.tensor([2.0])
+    optimizer.step()
+    assert p.item() == pytest.approx(1 - 0.1 * (2 + 0.5))
+    q = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = adamw([q], lr=0.1, betas=[0.9, 0.999], weight_decay=0.5)
+    q.grad = torch.tensor([2.0])
+    optimizer.step()
+    assert q.item() == pytest.approx(1 - 0.1 * 0.5 - 0.1, rel=1e-5)  # decoupled decay, then a unit step
+
+
+@pytest.mark.parametrize("keys", [{"lr": 0}, {"lr": -1}, {"lr": float("nan")}, {"weight_decay": -1}, {"momentum": 1}])
+def test_wrong_optimizer_values_are_refused(keys):
+    good = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}
+    with pytest.raises(ConfigError, match=next(iter(keys))):
+        sgd([torch.nn.Parameter(torch.zeros(1))], **(good | keys))
+
+
+def test_the_buffer_leaves_the_stream_as_it_was(tmp_path):
+    """Changing what is remembered changes neither the order of the stream nor its augmentation."""
+
+    def stream(*overrides):
+        parts = build(configure(*TINY, "scenario.flip=true", "scenario.crop_padding=1", *overrides))
+        seen = []
+        observe = parts.method.observe
+        parts.method.observe = lambda batch: seen.append(batch.x) or observe(batch)
+        trainer_of(parts, tmp_path / "-".join(overrides)).run()
+        return torch.cat(seen)
+
+    alone = stream("method=finetune")
+    assert torch.equal(alone, stream("method=er", "buffer=reservoir"))
+    assert torch.equal(alone, stream("method=er", "buffer=fixed_memory"))
+    assert not torch.equal(alone, stream("method=finetune", "seed=1"))
