@@ -372,6 +372,10 @@ def logged(records: list) -> list[dict]:
 
 
 def wandb_files(folder: Path) -> list[Path]:
+    """The .wandb files, oldest first, complete: W&B's service process, which writes them, has ended."""
+    import wandb
+
+    wandb.teardown()
     return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
 
 
