@@ -44,6 +44,7 @@ def dry_run(parts: Parts, summary: dict[str, Any]) -> None:
         "parameters": count_parameters(parts.method),
         "parameters_trainable": count_parameters(parts.method, trainable=True),
         "buffer_bytes": parts.buffer.nbytes,
+        "method_bytes": parts.method.memory_bytes(),
     }
     summary = summary | parts.facts()
     summary |= {
@@ -117,7 +118,7 @@ def _training_seconds(parts: Parts) -> tuple[float, list[float]]:
     """Expected seconds of all training, and the seconds of a step in each probed phase.
 
     The first, the second (which replays) and the last task are probed, with few images each; the tasks between are
-    taken to cost what the second one does.
+    opened and closed only, and taken to cost what the second one does.
     """
     watch = Stopwatch(parts.device)
     unsaved = replace(parts.settings, checkpoint_seconds=math.inf, checkpoint_steps=None)
@@ -125,22 +126,26 @@ def _training_seconds(parts: Parts) -> tuple[float, list[float]]:
     tasks = parts.scenario.tasks
     seconds: dict[int, float] = {}
     steps: list[float] = []
-    for number in sorted({0, min(1, len(tasks) - 1), len(tasks) - 1}):
-        task = tasks[number]
+    for number, task in enumerate(tasks):
+        probed = number in (0, 1, len(tasks) - 1)
         few = replace(task, train=_few(task.train, (WARM_UP + TIMED) * parts.settings.batch_size))
         total = 0.0
         parts.method.eval()
         for phase in parts.method.learn(few):
+            if not probed:
+                continue
             images = len(phase.data)
             if images <= len(few.train) + parts.buffer.capacity:  # built on the shortened task
                 images += len(task.train) - len(few.train)
+            visited = len(phase.order(torch.Generator())) / len(phase.data) if phase.order else 1.0
             short = _few(phase.data, (WARM_UP + TIMED) * parts.settings.batch_size)
-            trainer.run_phase(few, 0, replace(phase, data=short, epochs=1), None)
+            trainer.run_phase(few, 0, replace(phase, data=short, epochs=1, order=None), None)
             steps.append(watch.take())
             epochs = phase.epochs or parts.settings.epochs
-            total += epochs * math.ceil(images / parts.settings.batch_size) * steps[-1]
+            total += epochs * math.ceil(images * visited / parts.settings.batch_size) * steps[-1]
             parts.method.eval()
-        seconds[number] = total
+        if probed:
+            seconds[number] = total
     between = [seconds.get(i, seconds[min(1, len(tasks) - 1)]) for i in range(len(tasks))]
     return sum(between), steps
 

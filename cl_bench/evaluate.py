@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cl_bench.methods.base import Method
+from cl_bench.methods.base import Method, Predict
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Data
 
@@ -46,11 +46,20 @@ class Evaluation:
 
 
 @torch.no_grad()  # not inference_mode: some methods differentiate in order to answer
-def evaluate(method: Method, scenario: Scenario, *, learned: int, split: str, autocast: torch.autocast) -> Evaluation:
+def evaluate(
+    method: Method,
+    scenario: Scenario,
+    *,
+    learned: int,
+    split: str,
+    autocast: torch.autocast,
+    rule: Predict | None = None,
+) -> Evaluation:
     """Ask ``method`` about the ``split`` ("test" or "val") images of the tasks learned and of the next one.
 
     Args:
         learned: number of tasks learned so far. The next task is asked in Task-IL only, for forward transfer.
+        rule: one of the method's alternatives; None for its ``predict``.
     """
     tasks = scenario.tasks if learned == 0 else scenario.tasks[: learned + 1]
     data = Data.concatenate(task.asked(split) for task in tasks)
@@ -67,8 +76,8 @@ def evaluate(method: Method, scenario: Scenario, *, learned: int, split: str, au
         task = task_of_class[label]
         own = task_of_class == task[:, None]  # (B, K)
         with autocast:
-            unknown = _scores(method, x, None, len(own[0]))
-            known = unknown if method.task_id == "ignored" else _scores(method, x, task, len(own[0]))
+            unknown = _scores(method, rule, x, None, len(own[0]))
+            known = unknown if method.task_id == "ignored" else _scores(method, rule, x, task, len(own[0]))
         class_il, confidence = _answer(unknown, seen.expand_as(own))
         class_il = torch.where(task < learned, class_il, -1)
         confidence = torch.where(class_il >= 0, confidence, torch.nan)
@@ -77,11 +86,11 @@ def evaluate(method: Method, scenario: Scenario, *, learned: int, split: str, au
     return Evaluation(data.index[order].cpu(), *columns)
 
 
-def _scores(method: Method, x: Tensor, task: Tensor | None, num_classes: int) -> Tensor:
+def _scores(method: Method, rule: Predict | None, x: Tensor, task: Tensor | None, num_classes: int) -> Tensor:
     """(B, K) fp32 scores; -inf throughout where the method needs a task id and gets none."""
     if task is None and method.task_id == "needed":
         return x.new_full((len(x), num_classes), -torch.inf)
-    return method.predict(x, task).float()
+    return (rule or method.predict)(x, task).float()
 
 
 def _answer(scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,8 @@ class Matrix:
 class Cost:
     """What a run cost; None where it could not be measured.
 
-    ``capacity`` is the number of parameters relative to the network after the first task.
+    ``capacity`` is the number of parameters relative to the network after the first task, or what the method counts
+    as its capacity. ``method_bytes`` is what it keeps for old tasks beside parameters and buffer.
     """
 
     train_seconds: float = 0.0
@@ -78,6 +79,7 @@ class Cost:
     parameters_trainable: int | None = None
     capacity: float | None = None
     buffer_bytes: int | None = None
+    method_bytes: int | None = None
     energy_joules: float | None = None
 
 

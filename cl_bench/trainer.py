@@ -13,7 +13,7 @@ from cl_bench.checkpoint import Checkpoint, State, cloned, rng_state, set_rng_st
 from cl_bench.errors import require
 from cl_bench.evaluate import Evaluation, evaluate
 from cl_bench.loggers.base import Logger, Progress
-from cl_bench.methods.base import Method
+from cl_bench.methods.base import Method, Predict
 from cl_bench.record import BASELINE, SETTINGS, Record
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Batch, Data, Phase, Task
@@ -80,6 +80,7 @@ class Trainer:
         self.autocast, self.logger, self.checkpoint, self.stop = autocast, logger, checkpoint, stop
         self.record = Record.empty(len(scenario.tasks))
         self.answers: Evaluation | None = None
+        self.alternatives: dict[str, dict[str, float | None]] = {}
         self.steps = self.events = self.parameters_after_first_task = 0
         self.task_start: State = {}
         self.phase_ends: list[State] = []
@@ -115,6 +116,8 @@ class Trainer:
         if self.answers is None:  # everything was learned before, and stopped just short of the results
             self.answers = self._evaluate(len(self.scenario.tasks))
         self._fill_costs()
+        for name, rule in self.method.alternatives().items():
+            self.alternatives[name] = self._accuracies(self._evaluate(len(self.scenario.tasks), rule))
         return self.record
 
     def run_phase(self, task: Task, number: int, phase: Phase, now: State | None) -> None:
@@ -125,21 +128,21 @@ class Trainer:
         peak = [phase.lr or group["lr"] for group in optimizer.param_groups]
         epochs = phase.epochs or self.settings.epochs
         size = self.settings.batch_size
-        # A last batch of one image is left out of the epoch: BatchNorm cannot normalise a single value.
-        count = len(phase.data) - (len(phase.data) > 1 and len(phase.data) % size == 1 and size > 1)
-        steps = math.ceil(count / size)
         epoch, step, order, sums = 0, 0, None, {}
         if now:
             self._load(now["state"])
             optimizer.load_state_dict(now["optimizer"])
             epoch, step, order, sums = now["epoch"], now["step"], now["order"], _to(now["sums"], phase.data)
+            count, steps = _images_and_steps(len(order), size)
 
         self.method.train()
         saved_at = time.monotonic()
         while epoch < epochs:
-            # every epoch visits each image once, in an order of its own
+            # every epoch visits each image once, in an order of its own, unless the phase says otherwise
             if order is None:
-                order = torch.randperm(len(phase.data), generator=self.generators["batches"])
+                shuffle = self.generators["batches"]
+                order = phase.order(shuffle) if phase.order else torch.randperm(len(phase.data), generator=shuffle)
+                count, steps = _images_and_steps(len(order), size)
             places = order.to(phase.data.labels.device)
             for group, lr in zip(optimizer.param_groups, peak):
                 group["lr"] = lr * schedule(epoch, epochs)
@@ -153,6 +156,8 @@ class Trainer:
                 if self.settings.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(params, self.settings.clip_norm)
                 optimizer.step()
+                if phase.after_step:
+                    phase.after_step()
 
                 # accumulate on the device: the epoch waits for it once, at its end
                 for name, loss in losses.items():
@@ -212,9 +217,8 @@ class Trainer:
         """Enter a row of the accuracy matrix, or the untrained network's baseline."""
         self.answers = answers = self._evaluate(after_task + 1)
         num_tasks = len(self.scenario.tasks)
-        count = [len(task.asked(self.settings.evaluate_on)) for task in self.scenario.tasks]
         for setting in SETTINGS:
-            self.record.add(after_task, setting, answers.correct(setting, num_tasks), count)
+            self.record.add(after_task, setting, answers.correct(setting, num_tasks), self._asked())
         if after_task == 0:
             self.parameters_after_first_task = count_parameters(self.method)
         if after_task != BASELINE:
@@ -222,10 +226,22 @@ class Trainer:
             averages = {f"{s}_average": float(row.mean()) for s, row in seen.items()}
             self._event("task", task=after_task, **{s: row.tolist() for s, row in seen.items()}, **averages)
 
-    def _evaluate(self, learned: int) -> Evaluation:
+    def _accuracies(self, answers: Evaluation) -> dict[str, float | None]:
+        """Average accuracy in percent over all tasks of each setting, None where a task was not answered."""
+        record = Record.empty(len(self.scenario.tasks))
+        for setting in SETTINGS:
+            record.add(0, setting, answers.correct(setting, len(self.scenario.tasks)), self._asked())
+        means = {setting: float(record.matrix(setting).accuracy[0].mean()) for setting in SETTINGS}
+        return {setting: mean if math.isfinite(mean) else None for setting, mean in means.items()}
+
+    def _asked(self) -> list[int]:
+        """Images that each task is measured on."""
+        return [len(task.asked(self.settings.evaluate_on)) for task in self.scenario.tasks]
+
+    def _evaluate(self, learned: int, rule: Predict | None = None) -> Evaluation:
         began = time.monotonic()
         split = self.settings.evaluate_on
-        answers = evaluate(self.method, self.scenario, learned=learned, split=split, autocast=self.autocast)
+        answers = evaluate(self.method, self.scenario, learned=learned, split=split, autocast=self.autocast, rule=rule)
         self.record.cost.evaluate_seconds += time.monotonic() - began
         return answers
 
@@ -237,7 +253,10 @@ class Trainer:
         cost, method = self.record.cost, self.method
         cost.parameters = count_parameters(method)
         cost.parameters_trainable = count_parameters(method, trainable=True)
-        cost.capacity = cost.parameters / self.parameters_after_first_task
+        grown = cost.parameters / self.parameters_after_first_task
+        own = method.capacity()
+        cost.capacity = grown if own is None else own
+        cost.method_bytes = method.memory_bytes()
         cost.images_per_second = cost.samples_seen / cost.train_seconds if cost.train_seconds else None
 
     # -- state -----------------------------------------------------------------------------------------------------
@@ -272,6 +291,15 @@ class Trainer:
 def count_parameters(module: torch.nn.Module, *, trainable: bool = False) -> int:
     """Number of scalar parameters; of the trainable ones only where asked."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+
+
+def _images_and_steps(visited: int, batch_size: int) -> tuple[int, int]:
+    """Images that count in an epoch, and its steps.
+
+    A last batch of one image is left out of the epoch: BatchNorm cannot normalise a single value.
+    """
+    count = visited - (visited > 1 and visited % batch_size == 1 and batch_size > 1)
+    return count, math.ceil(count / batch_size)
 
 
 def _to(sums: dict[str, Tensor], data: Data) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,10 @@ class Phase:
         lr: peak learning rate; None takes ``optimizer.lr``.
         optimizer: parameters -> optimizer; None takes the configured one.
         schedule: (epoch, epochs) -> factor on the learning rate; None takes the configured one.
+        after_step: called after every optimizer step, e.g. for a proximal step.
         after_epoch: called with the epoch just finished, from 0; returning True ends the phase early.
+        order: CPU generator -> positions in ``data`` that an epoch visits, in their order, equally many in every epoch;
+            None visits every image once, shuffled.
     """
 
     data: Data
@@ -120,4 +123,6 @@ class Phase:
     lr: float | None = None
     optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None
     schedule: Callable[[int, int], float] | None = None
+    after_step: Callable[[], None] | None = None
     after_epoch: Callable[[int], bool | None] | None = None
+    order: Callable[[Generator], Tensor] | None = None

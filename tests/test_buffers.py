@@ -1,5 +1,8 @@
 """Buffers: capacity at every moment, quotas, what is kept, and state."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from conftest import batch_of, buffer_context
@@ -9,12 +12,13 @@ from hypothesis import strategies as st
 from cl_bench.buffers.base import Buffer
 from cl_bench.buffers.confidence_aware import ConfidenceAware
 from cl_bench.buffers.fixed_memory import FixedMemory
+from cl_bench.buffers.herding import Herding, herding_order
 from cl_bench.buffers.none import NoBuffer
 from cl_bench.buffers.reservoir import Reservoir
 from cl_bench.errors import ConfigError
 from cl_bench.types import Data, Task
 
-POLICIES = [Reservoir, FixedMemory, ConfidenceAware]
+POLICIES = [Reservoir, FixedMemory, ConfidenceAware, Herding]
 
 
 def task_of(number: int, classes: range, per_class: int) -> Task:
@@ -29,7 +33,8 @@ def task_of(number: int, classes: range, per_class: int) -> Task:
 def describe(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
     """The brighter, the more confident; logits tell the image as well."""
     brightness = x.mean(dim=(1, 2, 3))
-    return {"confidence": brightness, "logits": torch.stack([brightness, y.float()], dim=1)}
+    logits = torch.stack([brightness, y.float()], dim=1)
+    return {"confidence": brightness, "logits": logits, "features": x.flatten(1)}
 
 
 def feed(buffer: Buffer, task: Task, batch_size: int, check) -> None:
@@ -180,3 +185,26 @@ def test_no_capacity_is_refused(policy, capacity):
 def test_less_than_one_image_a_class_is_refused(policy):
     with pytest.raises(ConfigError, match="capacity: expected at least 4 images, one a class"):
         policy(capacity=3, context=buffer_context(num_classes=4))
+
+
+def test_herding_equals_a_brute_force_search():
+    features = torch.nn.functional.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(5)), dim=1)
+    phi = features.double().numpy()
+    mean, chosen = phi.mean(axis=0), []
+    for k in range(1, 10):
+        left = [i for i in range(9) if i not in chosen]
+        chosen.append(min(left, key=lambda i: np.linalg.norm(mean - phi[[*chosen, i]].sum(axis=0) / k)))
+    assert herding_order(features).tolist() == chosen
+
+
+def test_herding_keeps_each_classs_front():
+    task = task_of(0, range(2), 6)
+    noise = torch.randint(256, task.train.images.shape, generator=torch.Generator().manual_seed(6), dtype=torch.uint8)
+    task = replace(task, train=replace(task.train, images=noise))
+    buffer = Herding(capacity=4, context=buffer_context())
+    buffer.close_task(task, describe)
+    for c in range(2):
+        images = task.train.images[task.train.labels == c]
+        features = torch.nn.functional.normalize(images.flatten(1).float() / 255, dim=1)
+        kept = buffer.images[:4][buffer.labels[:4] == c]
+        assert torch.equal(kept, images[herding_order(features)[:2]])

@@ -43,7 +43,7 @@ def make_run(
     unknown = Matrix.empty(5)
     known = unknown if class_il is None else Matrix.from_accuracy(class_il)
     Record(known, Matrix.from_accuracy(TASK_IL, [50, 51, 52, 53, 54])).write_csv(folder / "accuracy_matrix.csv")
-    cost = Cost(100.0, 5.0, 5000, 50.0, None, 1_000_000, 900_000, 1.25, 3 * 2**20, None)
+    cost = Cost(100.0, 5.0, 5000, 50.0, None, 1_000_000, 900_000, 1.25, 3 * 2**20, 2**19, None)
     data = {
         "schema": 1,
         "status": "finished",

@@ -19,7 +19,7 @@ Columns = dict[str, Tensor]
 Describe = Callable[[Tensor, Tensor], Columns]
 """(x (B, C, H, W) normalised and not augmented, y (B,)) -> what the method says of each image, by name, (B, ...) each.
 
-``confidence`` (B,) and ``logits`` (B, K) are the names that policies and methods share.
+``confidence`` (B,), ``logits`` (B, K) and ``features`` (B, D) are the names that policies and methods share.
 """
 
 CHUNK = 256

@@ -4,14 +4,19 @@ Shapes: B images of a batch, C channels, H x W pixels, K classes of the scenario
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cl_bench.backbones.base import Backbone
+from cl_bench.buffers.base import Columns
 from cl_bench.errors import require
 from cl_bench.types import Batch, Losses, Phase, Task
+
+Predict = Callable[[Tensor, Tensor | None], Tensor]
+"""(B, C, H, W) images, (B,) task ids or None -> (B, K) scores, see :meth:`Method.predict`."""
 
 
 class Method(nn.Module, ABC):
@@ -47,6 +52,25 @@ class Method(nn.Module, ABC):
     def after_backward(self) -> None:
         """Change gradients before the optimizer's step."""
 
+    def alternatives(self) -> dict[str, Predict]:
+        """Other rules to answer by than :meth:`predict`, by name.
+
+        Each is measured once, after the last task, and stands in ``summary.json`` under ``alternatives``.
+        """
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What else is known of the learned method, as plain JSON values: ``method_facts`` of ``summary.json``."""
+        return {}
+
+    def capacity(self) -> float | None:
+        """Size relative to the method's own base network, where that is more than a count of parameters."""
+        return None
+
+    def memory_bytes(self) -> int:
+        """Bytes kept for old tasks beside the network's parameters and the buffer: masks, copies, statistics."""
+        return 0
+
 
 def check_replay_size(replay_size: int) -> None:
     """Refuse a rehearsal step without rehearsal."""
@@ -57,6 +81,12 @@ def check_replay_size(replay_size: int) -> None:
         got=replay_size,
         fix="32 is usual at batch size 32.",
     )
+
+
+def described(net: Backbone, x: Tensor, y: Tensor) -> Columns:
+    """What a buffer may rank by or store of images (B, C, H, W) with labels (B,), by the network's own head."""
+    logits = net(x)
+    return {"confidence": true_class_probability(logits, y), "logits": logits, "features": net.features(x)}
 
 
 def true_class_probability(logits: Tensor, y: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer, Columns
-from cl_bench.methods.base import Method, check_replay_size, true_class_probability
+from cl_bench.methods.base import Method, check_replay_size, described
 from cl_bench.types import Batch, Losses, Phase, Task
 
 
@@ -54,8 +54,7 @@ class DERpp(Method):
 
     def describe(self, x: Tensor, y: Tensor) -> Columns:
         """What a buffer may rank by, and the logits to store."""
-        logits = self.net(x)
-        return {"confidence": true_class_probability(logits, y), "logits": logits}
+        return described(self.net, x, y)
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer, Columns
-from cl_bench.methods.base import Method, check_replay_size, true_class_probability
+from cl_bench.methods.base import Method, check_replay_size, described
 from cl_bench.types import Batch, Losses, Phase, Task
 
 
@@ -46,7 +46,7 @@ class ER(Method):
 
     def describe(self, x: Tensor, y: Tensor) -> Columns:
         """What a buffer may rank by."""
-        return {"confidence": true_class_probability(self.net(x), y)}
+        return described(self.net, x, y)
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K)."""

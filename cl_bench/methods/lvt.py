@@ -146,7 +146,14 @@ class LifelongViT(Method):
         return {
             "confidence": true_class_probability(self.injecting(features), y),
             "logits": self.answering(features),
+            "features": features,
         }
+
+    def memory_bytes(self) -> int:
+        """Old keys and biases and their importance."""
+        return sum(
+            t.nbytes for name, t in self.named_buffers(recurse=False) if name.startswith(("old_", "importance_"))
+        )
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K), the accumulation head's logits."""

@@ -56,6 +56,7 @@ ACCURACIES = (
 COSTS = (
     Column("cost.parameters", "parameters [millions]", unit=1e6, decimals=3),
     Column("cost.buffer_bytes", "buffer [MiB]", unit=2.0**20),
+    Column("cost.method_bytes", "masks and copies [MiB]", unit=2.0**20),
     Column("cost.train_seconds", "training [s]", decimals=1),
 )
 """Columns of the table of costs."""

@@ -350,8 +350,9 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak_memory_bytes": ("peak memory", _size),
     "parameters": ("parameters", "{:,}".format),
     "parameters_trainable": ("of these trainable", "{:,}".format),
-    "capacity": ("parameters, relative to the first task", "{:.2f} ×".format),
+    "capacity": ("capacity, relative to the first task or the method's base network", "{:.2f} ×".format),
     "buffer_bytes": ("replay buffer", _size),
+    "method_bytes": ("masks, copies and statistics of old tasks", _size),
     "energy_joules": ("energy", _energy),
 }
 """Field of :class:`cl_bench.record.Cost` -> its label and how its number is written."""

@@ -1,0 +1,43 @@
+"""Herding selection of iCaRL (Rebuffi, Kolesnikov, Sperl, Lampert, CVPR 2017, Algorithm 4)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_bench.buffers.base import Describe, PerClassBuffer, described_in_chunks
+from cl_bench.types import Data
+
+
+class Herding(PerClassBuffer):
+    """floor(M / classes seen) images of every class whose mean feature follows the class's mean most closely.
+
+    Features are the method's ``features`` on un-augmented images, scaled to unit length.
+    """
+
+    def rank(self, data: Data, describe: Describe) -> Tensor:
+        """(N,) minus each image's place in the herding order of its class."""
+        features = F.normalize(described_in_chunks(data, self.transform, describe)["features"].float(), dim=1)
+        scores = torch.empty(len(data))
+        for c in data.labels.unique():
+            (of_class,) = torch.nonzero(data.labels == c, as_tuple=True)
+            order = herding_order(features[of_class]).cpu()
+            scores[of_class.cpu()[order]] = -torch.arange(len(order), dtype=torch.float32)
+        return scores
+
+
+def herding_order(features: Tensor) -> Tensor:
+    """(n, D) unit features of one class -> (n,) their order of selection.
+
+    p_k = argmin over what is left of || mu - (phi(x) + sum_{j<k} phi(p_j)) / k ||, mu the mean over the class.
+    """
+    mean = features.mean(dim=0)
+    chosen = torch.zeros_like(mean)
+    left = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    order = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    for k in range(len(features)):
+        distance = (mean - (features + chosen) / (k + 1)).norm(dim=1)
+        best = distance.masked_fill(~left, torch.inf).argmin()
+        order[k] = best
+        left[best] = False
+        chosen = chosen + features[best]
+    return order
