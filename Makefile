@@ -22,7 +22,7 @@ quickstart: $(VENV)/.made ## a small LVT on the bundled digits: accuracy table a
 	$(RUN) -m cl_bench +experiment=quickstart
 
 test: $(VENV)/.made ## all tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4
 
 lint: $(VENV)/.made ## ruff: format and lint
 	$(VENV)/bin/ruff format --check .

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from cl_bench.backbones.base import Backbone
+from cl_bench.backbones.base import Backbone, SingleHead
 from cl_bench.buffers.base import Buffer, Context
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import Precision, arguments, named, target
@@ -143,11 +143,11 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
     """Ask the annotations of the method's constructor whether network and buffer suit it."""
     wanted = inspect.signature(target(config.method, "method", allow)).parameters
     kind = wanted["net"].annotation if "net" in wanted else Backbone
-    if inspect.isclass(kind) and not isinstance(net, kind):
-        suits = kind.__module__.rpartition(".")[2]
+    if not isinstance(net, kind):
+        suits = "resnet18" if kind is SingleHead else kind.__module__.rpartition(".")[2]
         raise ConfigError(
             "backbone",
-            expected=f"a {suits} network ({kind.__name__}), which method={config.choices.method} needs",
+            expected=f"a network of kind {kind.__name__}, which method={config.choices.method} needs",
             got=config.choices.backbone,
             fix=f"Use backbone={suits}, or another method.",
         )
@@ -157,6 +157,14 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
             expected=f"a buffer with a capacity, which method={config.choices.method} replays from",
             got=config.choices.buffer,
             fix="Use buffer=reservoir, or method=finetune for training without memory.",
+        )
+    kind = wanted["buffer"].annotation if "buffer" in wanted else Buffer
+    if not isinstance(buffer, kind):
+        raise ConfigError(
+            "buffer",
+            expected=f"a buffer of kind {kind.__name__}, which method={config.choices.method} needs",
+            got=config.choices.buffer,
+            fix="Use buffer=herding or buffer=fixed_memory, which keep images of every class.",
         )
     if "buffer" not in wanted and buffer.capacity > 0:
         raise ConfigError(

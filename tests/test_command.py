@@ -283,7 +283,16 @@ WRONG = {
     "memory without replay": (["buffer=reservoir"], "buffer: expected none, since method=finetune replays nothing"),
     "a method on a network it cannot use": (
         ["method=lvt", "backbone=mlp", "buffer=reservoir"],
-        "backbone: expected a lvt network .*; got mlp",
+        "backbone: expected a network of kind LVT, which method=lvt needs; got mlp. Use backbone=lvt",
+    ),
+    "a method on a network without one head": (
+        ["backbone=lvt_digits", "method=lwf", "buffer=none"],
+        "backbone: expected a network of kind SingleHead, which method=lwf needs; got lvt_digits.",
+    ),
+    "class means without memory": (["method=icarl"], "buffer: expected a buffer with a capacity.*; got none"),
+    "class means of a buffer that may miss a class": (
+        ["method=icarl", "buffer=reservoir"],
+        "buffer: expected a buffer of kind PerClassBuffer, which method=icarl needs; got reservoir. Use buffer=herding",
     ),
     "missing data": (
         ["scenario=cifar100", "data_dir=/nowhere", "scenario.source.download=false"],

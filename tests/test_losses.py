@@ -1,18 +1,26 @@
 """Each loss term against its equation, written out in numpy on three samples."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, buffer_context
+from conftest import batch_of, buffer_context, identity_transform
 
 from cl_bench.backbones.lvt import LVT
 from cl_bench.backbones.mlp import MLP
+from cl_bench.backbones.resnet18 import ResNet18
 from cl_bench.buffers.base import Buffer
+from cl_bench.buffers.fixed_memory import FixedMemory
 from cl_bench.buffers.reservoir import Reservoir
+from cl_bench.methods.base import Teacher
 from cl_bench.methods.derpp import DERpp
 from cl_bench.methods.er import ER
+from cl_bench.methods.ewc import EWC
 from cl_bench.methods.finetune import Finetune
+from cl_bench.methods.icarl import ICaRL
 from cl_bench.methods.lvt import LifelongViT
+from cl_bench.methods.lwf import LwF
 from cl_bench.types import Data, Task
 
 SHAPE = {"num_classes": 4, "image_shape": (1, 8, 8)}
@@ -301,3 +309,237 @@ def test_parameter_counts():
         if name == "lvt":
             assert count(net.stem) == 2_775_104
             assert sum(p.numel() for p in net.keys_and_biases()) == 263_424
+
+
+# iCaRL, LwF, EWC
+
+
+class TwoTasks:
+    """What these methods ask of a scenario: two tasks of two classes."""
+
+    num_classes = 4
+    transform = identity_transform()
+    tasks = (SimpleNamespace(classes=range(0, 2)), SimpleNamespace(classes=range(2, 4)))
+
+
+def changed(net):
+    """Other weights than the teacher's."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def icarl() -> ICaRL:
+    return ICaRL(net=mlp(), buffer=FixedMemory(capacity=4, context=buffer_context()), scenario=TwoTasks())
+
+
+def test_icarl(three_images):
+    raw, _ = three_images
+    y = torch.tensor([2, 3, 0])  # two new images and an exemplar
+    method = icarl()
+    q = sigmoid(array(method.teacher(raw.float() / 255)))[:, :2]
+    changed(method.net)
+    losses = method.observe(batch_of(raw, y, task=1))
+    g = sigmoid(array(method.net(raw.float() / 255)))
+    targets = np.eye(4)[y.numpy()][:, 2:]
+    new = -(targets * np.log(g[:, 2:]) + (1 - targets) * np.log(1 - g[:, 2:])).sum() / 12
+    old = -(q * np.log(g[:, :2]) + (1 - q) * np.log(1 - g[:, :2])).sum() / 12
+    assert set(losses) == {"classification", "distillation"}
+    assert losses["classification"].item() == pytest.approx(new, rel=1e-5)
+    assert losses["distillation"].item() == pytest.approx(old, rel=1e-5)
+
+
+def test_icarl_first_task_has_its_own_classes_only(three_images):
+    raw, y = three_images
+    method = icarl()
+    losses = method.observe(batch_of(raw, y, task=0))
+    g, targets = sigmoid(array(method.net(raw.float() / 255)))[:, :2], np.eye(4)[y.numpy()][:, :2]
+    expected = -(targets * np.log(g) + (1 - targets) * np.log(1 - g)).mean()
+    assert set(losses) == {"classification"}
+    assert losses["classification"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_icarl_answers_with_the_nearest_mean_of_exemplars():
+    method = icarl()
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    data = Data(images, torch.tensor([0, 1] * 6), torch.arange(12))
+    method.net.eval()
+    for _ in method.learn(Task(0, range(2), data, data.take(slice(0)), data)):
+        changed(method.net)  # the means belong to the network after the phase
+
+    def phi(raw):
+        features = array(method.net.features(raw.float() / 255))
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    held = method.buffer.data()
+    assert torch.bincount(held.labels).tolist() == [2, 2]
+    means = np.stack([phi(held.images[held.labels == c]).mean(axis=0) for c in range(2)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    scores = array(method.predict(images.float() / 255, None))
+    assert np.isneginf(scores[:, 2:]).all()
+    distances = np.linalg.norm(phi(images)[:, None] - means[None], axis=2)
+    np.testing.assert_allclose(-scores[:, :2], distances, atol=1e-5)
+    assert len(set(scores[:, :2].argmax(axis=1))) == 2
+
+
+def test_icarl_trains_on_the_exemplars_too():
+    method = icarl()
+    data = Data(torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8), torch.tensor([0, 1] * 4), torch.arange(8))
+    for _ in method.learn(Task(0, range(2), data, data.take(slice(0)), data)):
+        pass
+    new = Data(data.images, data.labels + 2, data.index)
+    [phase] = method.learn(Task(1, range(2, 4), new, new.take(slice(0)), new))
+    assert torch.bincount(phase.data.labels).tolist() == [2, 2, 4, 4]
+
+
+def lwf(**changes) -> LwF:
+    return LwF(net=mlp(), scenario=TwoTasks(), **({"alpha": 0.7, "temperature": 2.0, "warm_up_epochs": 1} | changes))
+
+
+def test_lwf(three_images):
+    raw, _ = three_images
+    y = torch.tensor([2, 3, 3])
+    method = lwf()
+    old = array(method.teacher(raw.float() / 255))[:, :2]
+    changed(method.net)
+    losses = method.observe(batch_of(raw, y, task=1))
+    z = array(method.net(raw.float() / 255))
+    assert set(losses) == {"ce", "distillation"}
+    assert losses["ce"].item() == pytest.approx(cross_entropy(z[:, 2:], y.numpy() - 2), rel=1e-5)
+    kept = -(softmax(old / 2) * np.log(softmax(z[:, :2] / 2))).sum(axis=1).mean()
+    assert losses["distillation"].item() == pytest.approx(0.7 * kept, rel=1e-5)
+    assert set(method.observe(batch_of(raw, y - 2, task=0))) == {"ce"}
+
+
+def test_lwf_warms_up_the_head_alone(three_images):
+    raw, _ = three_images
+    method = lwf(warm_up_epochs=3)
+    data = Data(raw, torch.tensor([2, 3, 3]), torch.arange(3))
+    warm_up, joint = method.learn(Task(1, range(2, 4), data, data.take(slice(0)), data))
+    assert warm_up.epochs == 3
+    assert {id(p) for p in warm_up.params} == {id(p) for p in method.net.head.parameters()}
+    method.zero_grad()
+    sum(warm_up.observe(batch_of(raw, data.labels, task=1)).values()).backward()
+    assert all(p.grad is None for p in method.net.trunk.parameters())
+    assert not method.net.head.weight.grad[:2].any()  # the old classes' rows stay
+    assert {id(p) for p in joint.params} == {id(p) for p in method.net.parameters()}
+    assert len(list(lwf(warm_up_epochs=0).learn(Task(1, range(2, 4), data, data.take(slice(0)), data)))) == 1
+
+
+def test_lwf_distils_each_old_task_by_itself(three_images):
+    raw, _ = three_images
+
+    class ThreeTasks(TwoTasks):
+        tasks = (*[SimpleNamespace(classes=range(i, i + 1)) for i in range(2)], SimpleNamespace(classes=range(2, 4)))
+
+    method = LwF(net=mlp(), scenario=ThreeTasks(), alpha=1.0, temperature=2.0, warm_up_epochs=0)
+    losses = method.observe(batch_of(raw, torch.tensor([2, 3, 3]), task=2))
+    assert losses["distillation"].item() == pytest.approx(0.0, abs=1e-7)  # a softmax over a single class is 1
+
+
+def ewc(net, **changes) -> EWC:
+    keys = {"strength": 3.0, "online": False, "decay": 0.5, "fisher": "empirical", "fisher_images": None}
+    return EWC(net=net, scenario=TwoTasks(), **(keys | changes)).eval()
+
+
+def brute_force_fisher(net, raw, y) -> list[np.ndarray]:
+    totals = [np.zeros(p.shape) for p in net.parameters()]
+    for image, label in zip(raw, y):
+        loss = torch.nn.functional.cross_entropy(net(image[None].float() / 255), label[None])
+        for total, g in zip(totals, torch.autograd.grad(loss, list(net.parameters()))):
+            total += array(g) ** 2 / len(raw)
+    return totals
+
+
+def small_resnet() -> ResNet18:
+    torch.manual_seed(0)
+    return ResNet18(width=2, **SHAPE).eval()
+
+
+@pytest.mark.parametrize("make", [mlp, small_resnet])
+def test_ewc_fisher_equals_a_brute_force_version(make, three_images, monkeypatch):
+    raw, y = three_images
+    method = ewc(make())
+    monkeypatch.setattr("cl_bench.methods.ewc.GRADIENT_BYTES", 1)  # one image at a time, and all at once
+    data = Data(raw, y, torch.arange(3))
+    task = Task(0, range(2), data, data.take(slice(0)), data)
+    single = method.fisher_information(task)
+    monkeypatch.undo()
+    expected = brute_force_fisher(method.net, raw, y)
+    for one, together, brute in zip(single, method.fisher_information(task), expected):
+        np.testing.assert_allclose(array(together), brute, rtol=2e-3, atol=1e-7)
+        np.testing.assert_allclose(array(one), brute, rtol=2e-3, atol=1e-7)
+
+
+def test_ewc_sampled_fisher_draws_labels_from_the_network(three_images):
+    raw, y = three_images
+    method = ewc(mlp(), fisher="sampled")
+    data = Data(raw[:1].expand(4000, -1, -1, -1), y[:1].expand(4000), torch.arange(4000))
+    measured = method.fisher_information(Task(0, range(2), data, data.take(slice(0)), data))
+    p = softmax(array(method.net(raw[:1].float() / 255)))[0]
+    # exactly: the expectation over the network's own labels
+    of_label = [brute_force_fisher(method.net, raw[:1], torch.tensor([c])) for c in range(4)]
+    exact = [sum(p[c] * of_label[c][i] for c in range(4)) for i in range(len(measured))]
+    for m, e in zip(measured, exact):
+        assert np.abs(array(m) - e).sum() < 0.1 * np.abs(e).sum()
+
+
+def test_ewc_penalty_is_the_sum_of_the_tasks_quadratics(three_images):
+    raw, y = three_images
+    method = ewc(mlp())
+    anchors = []
+    for seed in (1, 2):
+        information = [
+            torch.rand(p.shape, generator=torch.Generator().manual_seed(seed)) for p in method.net.parameters()
+        ]
+        anchors.append((information, [p.detach().clone() for p in method.net.parameters()]))
+        method._consolidate(information)
+        changed(method.net)
+    losses = method.observe(batch_of(raw, y, task=1))
+    params = list(method.net.parameters())
+    got = torch.autograd.grad(losses["pull"], params)
+    for i, p in enumerate(params):
+        expected = sum(3.0 * array(f[i]) * array(p - old[i]) for f, old in anchors)
+        np.testing.assert_allclose(array(got[i]), expected, rtol=1e-3, atol=1e-5)
+    value = sum((array(f[i]) * array(p - old[i]) ** 2).sum() for f, old in anchors for i, p in enumerate(params))
+    fixed = sum(
+        (array(f[i]) * array(c - old[i]) ** 2).sum() for f, old in anchors for i, c in enumerate(centres(method))
+    )
+    assert losses["pull"].item() == pytest.approx(1.5 * (value - fixed), rel=1e-3)  # all but the constant
+
+
+def centres(method: EWC) -> list[torch.Tensor]:
+    return [method.get_buffer(f"centre_{i}") for i, _ in enumerate(method.net.parameters())]
+
+
+def test_ewc_online_decays_and_moves_its_centre():
+    method = ewc(mlp(), online=True)
+    first, second = ([torch.full(p.shape, v) for p in method.net.parameters()] for v in (4.0, 1.0))
+    method._consolidate(first)
+    changed(method.net)
+    method._consolidate(second)
+    for i, p in enumerate(method.net.parameters()):
+        assert torch.equal(method.get_buffer(f"precision_{i}"), torch.full(p.shape, 3.0))  # 0.5 * 4 + 1
+        assert torch.equal(method.get_buffer(f"centre_{i}"), p)
+
+
+def test_a_teacher_only_answers(three_images):
+    raw, _ = three_images
+    net = small_resnet().train()
+    teacher = Teacher(net).train()
+    assert not list(teacher.parameters())
+    assert not teacher.training
+    before = {name: t.clone() for name, t in teacher.state_dict().items()}
+    answer = teacher(raw.float() / 255)
+    assert not answer.requires_grad
+    assert torch.equal(answer, net.eval()(raw.float() / 255))
+    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
+    changed(net)
+    assert torch.equal(answer, teacher(raw.float() / 255))
+    teacher.take(net)
+    assert torch.equal(teacher(raw.float() / 255), net(raw.float() / 255))

@@ -19,6 +19,9 @@ MLP_RESERVOIR = ["backbone=mlp", "backbone.hidden=[32]", "buffer=reservoir", "bu
 SUITS = {
     "finetune": ["backbone=mlp", "backbone.hidden=[32]"],
     "joint": ["backbone=mlp", "backbone.hidden=[32]"],
+    "lwf": ["backbone=mlp", "backbone.hidden=[32]"],
+    "ewc": ["backbone=mlp", "backbone.hidden=[32]"],
+    "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
     "lvt": ["backbone=lvt_digits", "buffer.capacity=20"],
 }
 """The network and buffer that a method needs; any other one is tried on an MLP with a reservoir."""

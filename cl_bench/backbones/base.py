@@ -18,3 +18,14 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K) logits."""
+
+
+class SingleHead(Backbone):
+    """A network that is its features and one linear head on them."""
+
+    head: nn.Module
+    """(B, D) -> (B, K)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K) logits."""
+        return self.head(self.features(x))

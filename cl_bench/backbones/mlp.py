@@ -5,11 +5,11 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import Backbone
+from cl_bench.backbones.base import SingleHead
 from cl_bench.errors import require
 
 
-class MLP(Backbone):
+class MLP(SingleHead):
     """Linear layers with ReLU between them.
 
     Args:
@@ -33,7 +33,3 @@ class MLP(Backbone):
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D), D the last hidden width or the number of pixels."""
         return self.trunk(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
-        return self.head(self.features(x))

@@ -2,12 +2,12 @@
 
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import Backbone
+from cl_bench.backbones.base import SingleHead
 from cl_bench.backbones.layers.resnet import resnet_layers
 from cl_bench.errors import require
 
 
-class ResNet18(Backbone):
+class ResNet18(SingleHead):
     """Four layers of two basic blocks, global average pooling, one linear head; 11,220,132 parameters at 100 classes.
 
     Args:
@@ -25,7 +25,3 @@ class ResNet18(Backbone):
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 8 width)."""
         return self.layers(x).mean(dim=(2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
-        return self.head(self.features(x))

@@ -91,6 +91,11 @@ class Buffer(nn.Module, ABC):
             columns={name: column[which] for name, column in self.columns.items()},
         )
 
+    def data(self) -> Data:
+        """Everything remembered, as a set to train on; where an image stood in the data set is not kept (-1)."""
+        labels = self.labels[: self.filled]
+        return Data(self.images[: self.filled], labels, torch.full_like(labels, -1))
+
     def __len__(self) -> int:
         return self.filled
 

@@ -3,6 +3,7 @@
 Shapes: B images of a batch, C channels, H x W pixels, K classes of the scenario.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
@@ -70,6 +71,37 @@ class Method(nn.Module, ABC):
     def memory_bytes(self) -> int:
         """Bytes kept for old tasks beside the network's parameters and the buffer: masks, copies, statistics."""
         return 0
+
+
+class Teacher(nn.Module):
+    """A network as it was, which only answers: its weights are buffers, and it is always in evaluation mode."""
+
+    def __init__(self, net: Backbone) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net)
+        for module in self.net.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+        self.train()
+
+    def take(self, net: Backbone) -> None:
+        """Become a copy of ``net``."""
+        self.net.load_state_dict(net.state_dict())
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K) logits."""
+        return self.net(x)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights and statistics."""
+        return sum(t.nbytes for t in self.buffers())
 
 
 def check_replay_size(replay_size: int) -> None:

@@ -1,0 +1,91 @@
+"""iCaRL: incremental classifier and representation learning (Rebuffi, Kolesnikov, Sperl, Lampert, CVPR 2017).
+
+The network is trained on the new task's images and the exemplars together, with a sigmoid g_y for every class:
+
+    L = mean over images and the classes seen of  BCE( g_y(x), q_y )
+    q_y = the old network's g_y(x) for old classes (distillation),  1[y = label] for the task's classes   (Algorithm 3)
+
+and answers with the class whose exemplars' mean feature is nearest (Eq. 2): features and means have unit length,
+means are measured anew with the network after every task. Exemplars are chosen by herding (``buffer=herding``).
+
+Departures: the paper sums the loss over classes, this is its mean (as Mammoth does; the published learning rates belong
+to the mean). The old network answers on the augmented image that the new one sees; the paper stores its answers once.
+The network's own argmax is reported as the alternative ``head``.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_bench.backbones.base import Backbone
+from cl_bench.buffers.base import CHUNK, Columns, PerClassBuffer
+from cl_bench.methods.base import Method, Predict, Teacher, described
+from cl_bench.scenarios.base import Scenario
+from cl_bench.types import Batch, Data, Losses, Phase, Task
+
+
+class ICaRL(Method):
+    """Nearest mean of exemplars on features learned with distillation and rehearsal."""
+
+    means: Tensor
+    known: Tensor
+
+    def __init__(self, *, net: Backbone, buffer: PerClassBuffer, scenario: Scenario) -> None:
+        super().__init__()
+        self.net, self.buffer, self.teacher = net, buffer, Teacher(net)
+        self._classes = [task.classes for task in scenario.tasks]
+        with torch.no_grad():
+            width = self.net.eval().features(buffer.transform.plain(buffer.images[:1])).shape[1]
+        self.register_buffer("means", torch.zeros(scenario.num_classes, width))  # (K, D)
+        self.register_buffer("known", torch.zeros(scenario.num_classes, dtype=torch.bool))  # (K,)
+
+    def learn(self, task: Task) -> Iterator[Phase]:
+        """One phase on the task's images and the exemplars; then exemplars and class means."""
+        self.teacher.take(self.net)
+        yield Phase(Data.concatenate([task.train, self.buffer.data()]), self.observe, self.net.parameters())
+        self.buffer.close_task(task, self.describe)
+        self._measure_means()
+
+    def observe(self, batch: Batch) -> Losses:
+        """Binary cross-entropy on the task's classes, distillation on the old ones."""
+        classes = self._classes[batch.task]
+        logits = self.net(batch.x)[:, : classes.stop]
+        targets = F.one_hot(batch.y, classes.stop).to(logits.dtype)
+        if classes.start:
+            targets[:, : classes.start] = torch.sigmoid(self.teacher(batch.x)[:, : classes.start])
+        terms = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") / logits.numel()
+        losses = {"classification": terms[:, classes.start :].sum()}
+        if classes.start:
+            losses["distillation"] = terms[:, : classes.start].sum()
+        return losses
+
+    def describe(self, x: Tensor, y: Tensor) -> Columns:
+        """What a buffer may rank by."""
+        return described(self.net, x, y)
+
+    def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
+        """(B, C, H, W) -> (B, K), minus the distance to each class's mean."""
+        distances = torch.cdist(self._features(x), self.means)
+        return -distances.masked_fill(~self.known, torch.inf)
+
+    def alternatives(self) -> dict[str, Predict]:
+        """``head``: the network's own scores."""
+        return {"head": lambda x, task_id: self.net(x)}
+
+    def memory_bytes(self) -> int:
+        """The old network and the class means."""
+        return self.teacher.nbytes + self.means.nbytes
+
+    def _features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D) of unit length."""
+        return F.normalize(self.net.features(x).float(), dim=1)
+
+    @torch.no_grad()
+    def _measure_means(self) -> None:
+        exemplars = self.buffer.data()
+        features = torch.cat([self._features(self.buffer.transform.plain(c.images)) for c in exemplars.chunks(CHUNK)])
+        sums = torch.zeros_like(self.means).index_add_(0, exemplars.labels, features)
+        self.means.copy_(F.normalize(sums, dim=1))
+        self.known[exemplars.labels] = True
