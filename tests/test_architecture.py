@@ -166,3 +166,26 @@ def test_no_placeholder_is_left():
     texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
     for path in texts:
         assert not re.search(r"\b(HOURS|TODO|FIXME|QUICKTABLE|LVTCOST|MINICOMMANDS)\b", path.read_text()), path
+
+
+ABLATIONS = sorted(p for p in (ROOT / "configs" / "ablation").glob("*.yaml") if p.stem != "none")
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
+def test_an_ablation_changes_its_experiment_and_its_name_only(path):
+    from cl_bench.config import comparable, plain
+
+    method = path.stem.split("_without_")[0]
+    (experiment,) = [p.stem for p in (ROOT / "configs" / "experiment").glob(f"{method}_cifar100_10s*.yaml")]
+    whole, without = (
+        plain(configure(f"+experiment={experiment}", f"+ablation={name}")) for name in ("none", path.stem)
+    )
+    assert whole["name"] == plain(configure(f"+experiment={experiment}"))["name"]
+    assert without["name"] == path.stem.replace("_", "-")
+    before, after = comparable(whole), comparable(without)
+    changed = {key for key in before | after if before.get(key) != after.get(key)}
+    assert 1 <= len(changed) <= 2
+    assert {key.split(".")[0] for key in changed} <= {"method", "backbone", "buffer"}
+    for group in GROUPS:
+        config = configure(f"+experiment={experiment}", f"+ablation={path.stem}")
+        arguments(config[group], group, target(config[group], group, []), RUNTIME[group])
