@@ -114,6 +114,13 @@ def component(node: DictConfig, key: str, allow: list[str], **runtime: Any) -> A
 def partial_component(node: DictConfig, key: str, allow: list[str]) -> Any:
     """Check what ``node`` describes now, and build it when the result is called with its runtime objects."""
     built = target(node, key, allow)
+    if inspect.isabstract(built):
+        raise ConfigError(
+            f"{key}._target_",
+            expected="a class that can be built",
+            got=f"{node._target_}, of which there are kinds only",
+            fix=f"Choose one: {key}=NAME.",
+        )
     parameters = inspect.signature(built).parameters
     values = arguments(node, key, built, RUNTIME.get(key, ()))
     for name, value in values.items():

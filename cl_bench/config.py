@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -158,7 +159,11 @@ def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: ty
 
 
 def typed(value: Any, hint: Any, key: str) -> Any:
-    """``value`` as OmegaConf converts it to the annotation ``hint``."""
+    """``value`` as OmegaConf converts it to the annotation ``hint``, without its leniency towards odd numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(key, expected="a finite number", got=value, fix="Correct the value.")
+    if hint is bool and not isinstance(value, bool):
+        raise ConfigError(key, expected="true or false", got=value, fix="Choose one of them.")
     if typing.get_origin(hint) is Literal:
         options = typing.get_args(hint)
         if value not in options:
@@ -203,6 +208,9 @@ def _resolved(node: DictConfig, name: str, key: str) -> Any:
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """The whole resolved configuration as plain values: what ``config.yaml`` records."""
+    for name in (f.name for f in dataclasses.fields(Run)):
+        if name not in config:
+            raise ConfigError(name, expected="a value", got="nothing", fix=f"Leave {name} be, or set it.")
     resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}

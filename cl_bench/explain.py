@@ -11,7 +11,7 @@ def explain_hydra(error: Exception) -> str:
     text = str(error)
     chain = f"{text}\n{error.__cause__ or ''}"
     if found := re.search(r"Could not find '(.+)/([^/']+)'", text):
-        listed = re.search(r"Available options in '[^']*':\s*(.*)", text, flags=re.S)
+        listed = re.search(r"Available options in '[^']*':\s*(.*?)(?:Config search path|\Z)", text, flags=re.S)
         return _unknown_choice(found[1], found[2], sorted(listed[1].split()) if listed else [])
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1], chain)

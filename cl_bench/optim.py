@@ -64,6 +64,13 @@ class MultiStep:
 
     def __init__(self, *, milestones: list[int], factor: float) -> None:
         require(factor > 0, "factor", expected="above 0", got=factor, fix="0.1 divides the rate by ten.")
+        require(
+            min(milestones, default=0) >= 0,
+            "milestones",
+            expected="epochs, 0 or more",
+            got=list(milestones),
+            fix="An empty list keeps the rate as it is.",
+        )
         self.milestones, self.factor = list(milestones), factor
 
     def __call__(self, epoch: int, epochs: int) -> float:
@@ -78,6 +85,10 @@ class Cosine:
         require(
             warmup_epochs >= 0, "warmup_epochs", expected="0 or more epochs", got=warmup_epochs, fix="0 is no warm-up."
         )
+        for key, factor in {"warmup_factor": warmup_factor, "min_factor": min_factor}.items():
+            require(
+                0 <= factor <= 1, key, expected="a part of the rate, in [0, 1]", got=factor, fix="0.01 is a hundredth."
+            )
         self.warmup_epochs, self.warmup_factor, self.min_factor = warmup_epochs, warmup_factor, min_factor
 
     def __call__(self, epoch: int, epochs: int) -> float:

@@ -34,6 +34,7 @@ def run(config: DictConfig) -> float | None:
         measured on test images, which a search must not see.
     """
     values = plain(config)
+    _refuse_false_names(values)
     settings = comparable(values)
     place = run_folder(values, settings)
     if values["dry_run"]:
@@ -61,6 +62,19 @@ def run(config: DictConfig) -> float | None:
     return _objective(summary)
 
 
+def _refuse_false_names(values: dict[str, Any]) -> None:
+    """``choices`` is a record of what was chosen; set by hand, a run would go under another method's name."""
+    chosen = HydraConfig.get().runtime.choices
+    for group, name in values["choices"].items():
+        if name != chosen.get(group):
+            raise ConfigError(
+                f"choices.{group}",
+                expected=f"{chosen.get(group)}, the {group} that was chosen",
+                got=name,
+                fix=f"Choose with {group}={name}.",
+            )
+
+
 def write_report(place: Path) -> None:
     """Plots and page of a finished run; matplotlib is loaded here and not before."""
     from cl_bench.report import page
@@ -75,6 +89,8 @@ def run_folder(values: dict[str, Any], settings: dict[str, Any]) -> Path:
             raise ConfigError(
                 key, expected="a plain name, a single folder", got=values[key], fix=f"Set {key}=NAME without slashes."
             )
+    if not values["results_dir"]:
+        raise ConfigError("results_dir", expected="a folder", got="nothing", fix="results_dir=results is the default.")
     name = f"{values['name']}-{fingerprint(settings)}"
     return Path(values["results_dir"]) / values["experiment"] / name / f"seed{values['seed']}"
 

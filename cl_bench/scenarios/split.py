@@ -64,6 +64,13 @@ class Split(Scenario):
         self.class_names = source.class_names
         channels, height, width = source.train_images.shape[1:]
         self.image_shape = (channels, height, width)
+        require(
+            crop_padding <= min(height, width),
+            "crop_padding",
+            expected=f"at most the side of an image, {min(height, width)} pixels",
+            got=crop_padding,
+            fix="4 is usual for 32 x 32 pixels.",
+        )
         self.transform = Transform(mean=source.mean, std=source.std, crop_padding=crop_padding, flip=flip)
 
         train = _first(source.train_labels, train_per_class, "train_per_class", data_seed)
