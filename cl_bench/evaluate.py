@@ -5,6 +5,7 @@ task id through BatchNorm or any batch-wise rule. Masking is done here, for ever
 seen yet, in Task-IL classes outside the image's task.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from cl_bench.types import Data
 
 MAX_BATCH = 500
 """Images an evaluation batch; changes the speed only, since networks are in evaluation mode."""
+
+Arrange = Callable[[Tensor], list[Tensor]]
+"""(N,) the task of each image -> positions of the images of each batch, every image once."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,14 @@ def evaluate(
     split: str,
     autocast: torch.autocast,
     rule: Predict | None = None,
+    arrange: Arrange = lambda task: mixed(len(task)),
 ) -> Evaluation:
     """Ask ``method`` about the ``split`` ("test" or "val") images of the tasks learned and of the next one.
 
     Args:
         learned: number of tasks learned so far. The next task is asked in Task-IL only, for forward transfer.
         rule: one of the method's alternatives; None for its ``predict``.
+        arrange: how the images come in batches; anything but the default is for audits.
     """
     tasks = scenario.tasks if learned == 0 else scenario.tasks[: learned + 1]
     data = Data.concatenate(task.asked(split) for task in tasks)
@@ -67,11 +73,11 @@ def evaluate(
     task_of_class = torch.cat([torch.full((len(t.classes),), t.id) for t in scenario.tasks]).to(device)  # (K,)
     num_seen = tasks[learned - 1].classes.stop if learned else 0
     seen = torch.arange(scenario.num_classes, device=device) < num_seen  # (K,)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).to(device)
+    batches = [which.to(device) for which in arrange(task_of_class[data.labels].cpu())]
 
     method.eval()
     answers = []
-    for which in order.split(MAX_BATCH):
+    for which in batches:
         x, label = scenario.transform.plain(data.images[which]), data.labels[which]
         task = task_of_class[label]
         own = task_of_class == task[:, None]  # (B, K)
@@ -83,7 +89,12 @@ def evaluate(
         confidence = torch.where(class_il >= 0, confidence, torch.nan)
         answers.append((label, task, class_il, _answer(known, own)[0], confidence))
     columns = [torch.cat(column).cpu() for column in zip(*answers)]
-    return Evaluation(data.index[order].cpu(), *columns)
+    return Evaluation(data.index[torch.cat(batches)].cpu(), *columns)
+
+
+def mixed(images: int) -> list[Tensor]:
+    """Positions of all images, shuffled, in batches."""
+    return list(torch.randperm(images, generator=torch.Generator().manual_seed(0)).split(MAX_BATCH))
 
 
 def _scores(method: Method, rule: Predict | None, x: Tensor, task: Tensor | None, num_classes: int) -> Tensor:

@@ -21,7 +21,7 @@ LEVELS = [
     {"evaluate", "checkpoint", "config"},
     {"trainer", "explain"},
     {"build", "folder", "report"},
-    {"dry_run"},
+    {"dry_run", "audit"},
     {"run"},
     {"__main__"},
 ]

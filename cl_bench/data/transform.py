@@ -59,3 +59,7 @@ class Transform:
     def plain(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 -> (B, C, H, W) float32, normalised only."""
         return images.float().mul_(self._scale).add_(self._shift)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`plain`, up to rounding: (B, C, H, W) float -> uint8."""
+        return ((images - self._shift) / self._scale).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,63 @@
+"""Leak audit of a finished run: PASS or FAIL a line, and audit.json in the run folder.
+
+python scripts/audit.py RUN
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from cl_bench.atomic import write_text
+from cl_bench.audit import audit
+from cl_bench.build import Parts, build
+from cl_bench.checkpoint import Checkpoint
+from cl_bench.config import Run
+from cl_bench.errors import ConfigError
+from cl_bench.folder import read_summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0 all passed, 1 something failed, 2 there is no finished run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    folder: Path = parser.parse_args(arguments).run
+    try:
+        checks = audit(*finished(folder))
+    except ConfigError as error:
+        print(f"cl_bench: {error}", file=sys.stderr)
+        return 2
+    for check in checks:
+        print(f"{'PASS' if check.passed else 'FAIL'}  {check.name}: {check.found}")
+    write_text(folder / "audit.json", json.dumps([asdict(check) for check in checks], indent=2) + "\n")
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def finished(folder: Path) -> tuple:  # of what audit() asks for
+    """How to build the run's parts, its learned state and its predictions."""
+    summary = read_summary(folder)
+    saved = Checkpoint(folder / "checkpoint").load() if summary else None
+    if saved is None or saved["task"] < len(summary["tasks"]):
+        raise ConfigError(
+            "RUN",
+            expected="the folder of a finished run, with config.yaml, predictions.npz and checkpoint/",
+            got=str(folder),
+            fix="Finish it with the command that began it.",
+        )
+    config = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(config, DictConfig)
+
+    def rebuild() -> Parts:
+        return build(config)
+
+    with np.load(folder / "predictions.npz") as predictions:
+        return rebuild, saved["task_start"]["method"], dict(predictions)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""The leak audit passes honest runs and catches a method that cheats in each of the ways it is there for."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, command, configure
+
+from cl_bench import folder as files
+from cl_bench.audit import audit
+from cl_bench.build import Parts, build
+from cl_bench.checkpoint import Checkpoint, cloned
+from cl_bench.loggers.group import Loggers
+from cl_bench.methods.er import ER
+from cl_bench.types import Data, Phase
+
+RUN = [*TINY, "scenario.test_per_class=20", "backbone=mlp", "backbone.hidden=[16]", "method=er", "method.replay_size=8"]
+RUN += ["buffer=reservoir", "buffer.capacity=20"]
+
+
+class Honest(ER):
+    """What the cheats are made of."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(net=parts.method.net, buffer=parts.buffer, replay_size=8)
+        self.scenario = parts.scenario
+
+
+class AnswersByBatch(Honest):
+    """Takes the commonest answer of a batch for all its images."""
+
+    def predict(self, x, task_id):
+        scores = self.net(x)
+        return scores + 100 * scores.mean(dim=0)
+
+
+class LooksLabelsUp(Honest):
+    """Finds each test image in the scenario and answers with its label."""
+
+    def predict(self, x, task_id):
+        everything = Data.concatenate(task.test for task in self.scenario.tasks)
+        known = self.scenario.transform.plain(everything.images).flatten(1)
+        return torch.nn.functional.one_hot(
+            everything.labels[torch.cdist(x.flatten(1), known).argmin(dim=1)], 10
+        ).float()
+
+
+class TrainsOnTestImages(Honest):
+    """Adds the test images to its phase."""
+
+    def learn(self, task):
+        data = Data.concatenate([task.test, task.train])
+        yield Phase(data, self.observe, self.net.parameters())
+        self.buffer.close_task(task, self.describe)
+
+
+class PeeksAtTestImages(Honest):
+    """Adds a test batch to every step."""
+
+    def observe(self, batch):
+        test = self.scenario.tasks[batch.task].test
+        loss = torch.nn.functional.cross_entropy(self.net(self.scenario.transform.plain(test.images)), test.labels)
+        return super().observe(batch) | {"peek": loss}
+
+
+class KeepsImagesAside(Honest):
+    """Stores a task's images outside the buffer."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.register_buffer("statistics", torch.zeros(5, *parts.scenario.image_shape))
+
+    def learn(self, task):
+        yield from super().learn(task)
+        self.statistics.copy_(self.scenario.transform.plain(task.train.images[:5]))
+
+
+class OverfillsItsBuffer(Honest):
+    """Allocates more places than the capacity."""
+
+    def learn(self, task):
+        yield from super().learn(task)
+        self.buffer.images = torch.cat([self.buffer.images, task.train.images[:1]])
+
+
+class StoresTestImages(Honest):
+    """Puts test images into the buffer."""
+
+    def learn(self, task):
+        yield from super().learn(task)
+        self.buffer.images[:5] = task.test.images[:5]
+
+
+class LearnsWhileAnswering(Honest):
+    """Moves its weights when asked."""
+
+    def predict(self, x, task_id):
+        self.net.head.weight.data += 1e-3
+        return self.net(x)
+
+
+class LeavesGradients(Honest):
+    """Differentiates when asked, and leaves the gradients."""
+
+    def predict(self, x, task_id):
+        with torch.enable_grad():
+            scores = self.net(x)
+            scores.sum().backward()
+        return scores.detach()
+
+
+class NormalisesByBatch(Honest):
+    """BatchNorm in training mode at test time."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.norm = torch.nn.BatchNorm1d(64, affine=False, track_running_stats=False)
+
+    def predict(self, x, task_id):
+        self.norm.train()
+        return self.net(self.norm(x.flatten(1)).view_as(x) if len(x) > 1 else x)
+
+
+CHEATS = {
+    AnswersByBatch: {"one image a batch gives the same answers", "batches of a single task give the same answers"},
+    LooksLabelsUp: {"exchanged test labels bring the accuracy down to chance"},
+    TrainsOnTestImages: {
+        "every phase trains on training images",
+        "every remembered image was in the training set",
+        "training does not depend on the test set",
+    },
+    PeeksAtTestImages: {"training does not depend on the test set"},
+    KeepsImagesAside: {"no training image is kept outside the buffer"},
+    OverfillsItsBuffer: {"the buffer is within its budget", "the buffer stays within its budget while learning"},
+    StoresTestImages: {"every remembered image was in the training set", "training does not depend on the test set"},
+    LearnsWhileAnswering: {"answering leaves the method's state as it was"},
+    LeavesGradients: {"answering leaves no gradient behind"},
+    NormalisesByBatch: {"BatchNorm is in evaluation mode"},
+}
+
+
+def verdicts(make: Callable[[Parts], ER], tmp_path) -> dict[str, bool]:
+    def rebuild() -> Parts:
+        parts = build(configure(*RUN))
+        return replace(parts, method=make(parts))
+
+    parts = rebuild()
+    trainer = parts.trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False)
+    trainer.run()
+    files.write_predictions(tmp_path, trainer.answers, parts.scenario)
+    with np.load(tmp_path / "predictions.npz") as stored:
+        predictions = dict(stored)
+    learned = cloned(parts.method.state_dict())
+    if make is OverfillsItsBuffer:  # a state of another shape does not load into fresh parts: look at these ones
+        from cl_bench.audit import contents_are_training_images, rehearsal_is_clean
+
+        checks = [*contents_are_training_images(parts), *rehearsal_is_clean(rebuild)]
+    else:
+        checks = audit(rebuild, learned, predictions)
+    return {check.name: check.passed for check in checks}
+
+
+def test_an_honest_run_passes(tmp_path):
+    found = verdicts(Honest, tmp_path)
+    assert len(found) == 14
+    assert all(found.values()), found
+
+
+@pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.__name__)
+def test_a_cheat_is_caught(cheat, tmp_path):
+    found = verdicts(cheat, tmp_path)
+    caught = {name for name, passed in found.items() if not passed}
+    assert CHEATS[cheat] <= caught
+    if cheat not in (LearnsWhileAnswering, NormalisesByBatch, AnswersByBatch):  # which change answers as well
+        assert caught == CHEATS[cheat]
+
+
+def test_the_command_audits_a_run_folder(tmp_path, capsys):
+    done = command(*RUN, "results_dir=r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [run] = (tmp_path / "r").rglob("seed0")
+    spec = importlib.util.spec_from_file_location("audit_command", ROOT / "scripts" / "audit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main([str(run)]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((run / "audit.json").read_text())
+    assert printed.count("PASS  ") == len(written) == 14
+    assert all(check["passed"] and check["found"] for check in written)
+    assert module.main([str(tmp_path)]) == 2
+    assert "RUN: expected the folder of a finished run" in capsys.readouterr().err
