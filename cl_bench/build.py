@@ -86,8 +86,9 @@ def build(config: DictConfig) -> Parts:
             fix="Set scenario.val_fraction=0.1 as well.",
         )
     shared = {"num_classes": scenario.num_classes, "image_shape": scenario.image_shape}
-    net = make_net(**shared).to(device)
-    context = Context(transform=scenario.transform, generator=generators["buffer"], device=device, **shared)
+    transform = scenario.transform
+    net = make_net(image_mean=transform.mean, image_std=transform.std, **shared).to(device)
+    context = Context(transform=transform, generator=generators["buffer"], device=device, **shared)
     buffer = make_buffer(context=context)
     _refuse_unsuitable(config, allow, net, buffer)
     method = make_method(net=net, buffer=buffer, scenario=scenario).to(device)
@@ -98,7 +99,7 @@ def build(config: DictConfig) -> Parts:
 
 
 RUNTIME: dict[str, tuple[str, ...]] = {
-    "backbone": ("num_classes", "image_shape"),
+    "backbone": ("num_classes", "image_shape", "image_mean", "image_std"),
     "buffer": ("context",),
     "method": ("net", "buffer", "scenario"),
     "optimizer": ("params",),

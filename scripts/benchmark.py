@@ -56,6 +56,7 @@ def scenario() -> Split:
     """One task with augmentation."""
     return Split(
         source=random_set(BATCH * STEPS // 100 * 100 + 100),
+        pretrain_classes=0,
         num_tasks=1,
         classes_per_task=None,
         class_order="natural",

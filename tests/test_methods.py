@@ -23,6 +23,15 @@ SUITS = {
     "ewc": ["backbone=mlp", "backbone.hidden=[32]"],
     "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
     "lvt": ["backbone=lvt_digits", "buffer.capacity=20"],
+    # class means answer: a trunk that knows only the first task's digits favours their head over the second one's
+    "memory_vit": [
+        "backbone=memory_vit_digits",
+        "method.rule=nearest_mean",
+        "optimizer=adamw",
+        "optimizer.lr=0.01",
+        "method.warm_up_epochs=5",
+        "method.warm_up_lr=0.002",
+    ],
 }
 """The network and buffer that a method needs; any other one is tried on an MLP with a reservoir."""
 

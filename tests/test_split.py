@@ -11,8 +11,9 @@ from cl_bench.errors import ConfigError
 from cl_bench.scenarios.split import Split, order_classes, task_sizes
 
 KEYS = {
-    "num_tasks": 2, "classes_per_task": None, "class_order": "natural", "class_order_seed": 0, "data_seed": 0,
-    "val_fraction": 0.0, "train_per_class": None, "test_per_class": None, "crop_padding": 0, "flip": False,
+    "pretrain_classes": 0, "num_tasks": 2, "classes_per_task": None, "class_order": "natural", "class_order_seed": 0,
+    "data_seed": 0, "val_fraction": 0.0, "train_per_class": None, "test_per_class": None, "crop_padding": 0,
+    "flip": False,
 }  # fmt: skip
 
 
@@ -61,6 +62,20 @@ def test_validation_comes_out_of_training_class_by_class():
         assert len(a.val) == 0
 
 
+def test_classes_for_pretraining_are_part_of_no_task():
+    source = toy_images(num_classes=6)
+    order = [5, 0, 3, 1, 4, 2]
+    held = split(source, pretrain_classes=2, class_order=order, val_fraction=0.5)
+    assert held.pretrain_order == [5, 0]
+    assert held.class_order == [3, 1, 4, 2]
+    assert held.num_classes == 4
+    assert [held.original(t) for t in held.tasks] == [[3, 1], [4, 2]]
+    for data, ids in ((held.pretrain, [5, 0]), *((t.train, held.class_order) for t in held.tasks)):
+        assert torch.tensor(ids)[data.labels].tolist() == source.train_labels[data.index.numpy()].tolist()
+    assert len(held.pretrain) == 2 * 3  # validation images are held out of these classes, too
+    assert len(split(source).pretrain) == 0
+
+
 def test_subsets_are_drawn_by_the_data_seed_only():
     def chosen(**keys):
         return [t.train.index.tolist() for t in split(train_per_class=2, test_per_class=1, **keys).tasks]
@@ -96,6 +111,9 @@ def test_sizes_of_tasks():
         ({"val_fraction": 1.0}, r"val_fraction: expected a number in \[0, 1\)"),
         ({"val_fraction": 0.95}, "at least one training image a class left"),
         ({"data_seed": -1}, "data_seed: expected a whole number"),
+        ({"pretrain_classes": 4}, "pretrain_classes: expected 0 to 3 classes"),
+        ({"pretrain_classes": -1}, "pretrain_classes: expected 0 to 3 classes"),
+        ({"pretrain_classes": 1}, "num_tasks: expected a number that divides 3"),
         ({"num_tasks": 0}, "num_tasks: expected a number that divides 4"),
     ],
 )

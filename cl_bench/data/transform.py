@@ -34,7 +34,7 @@ class Transform:
             got=std,
             fix="Give mean and std of the training images, a value a channel.",
         )
-        self.crop_padding, self.flip = crop_padding, flip
+        self.mean, self.std, self.crop_padding, self.flip = list(mean), list(std), crop_padding, flip
         self._scale = (1.0 / (255.0 * torch.tensor(std))).view(-1, 1, 1)
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1)
 

@@ -18,6 +18,9 @@ class Scenario(ABC):
         class_names: a name a class id of the data set.
         image_shape: (C, H, W).
         transform: augmentation and normalisation.
+        pretrain: training images of classes that are part of no task, for methods that train a network before the
+            first task; labels are positions in ``pretrain_order``. Both are empty unless the scenario holds some out.
+        pretrain_order: the data set's class id at each of those positions.
     """
 
     tasks: list[Task]
@@ -25,6 +28,8 @@ class Scenario(ABC):
     class_names: list[str]
     image_shape: tuple[int, int, int]
     transform: Transform
+    pretrain: Data
+    pretrain_order: list[int]
 
     @property
     def num_classes(self) -> int:
@@ -34,6 +39,7 @@ class Scenario(ABC):
     def to(self, device: torch.device) -> "Scenario":
         """Put every image on ``device``; returns self."""
         self.transform.to(device)
+        self.pretrain = _on(self.pretrain, device)
         self.tasks = [
             replace(t, train=_on(t.train, device), val=_on(t.val, device), test=_on(t.test, device)) for t in self.tasks
         ]

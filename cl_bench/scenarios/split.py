@@ -23,6 +23,7 @@ class Split(Scenario):
 
     Args:
         source: the data set.
+        pretrain_classes: the first so many classes of the order are part of no task, but :attr:`Scenario.pretrain`.
         num_tasks: equal tasks; must divide the number of classes. Not used where ``classes_per_task`` is given.
         classes_per_task: sizes of the tasks, adding up to the number of classes; None for equal tasks.
         class_order: ``natural`` (0, 1, ...), ``random`` (numpy's legacy permutation of ``class_order_seed``, so that
@@ -38,6 +39,7 @@ class Split(Scenario):
         self,
         *,
         source: ImageSet,
+        pretrain_classes: int,
         num_tasks: int,
         classes_per_task: list[int] | None,
         class_order: Any,
@@ -59,8 +61,16 @@ class Split(Scenario):
         )
         for key, seed in {"class_order_seed": class_order_seed, "data_seed": data_seed}.items():
             require(0 <= seed < 2**32, key, expected="a whole number in [0, 2^32)", got=seed, fix="Use a smaller seed.")
-        sizes = task_sizes(num_classes, num_tasks, classes_per_task)
-        self.class_order = order_classes(source, class_order, class_order_seed)
+        require(
+            0 <= pretrain_classes < num_classes,
+            "pretrain_classes",
+            expected=f"0 to {num_classes - 1} classes, so that some are left for the tasks",
+            got=pretrain_classes,
+            fix="0 holds none out.",
+        )
+        sizes = task_sizes(num_classes - pretrain_classes, num_tasks, classes_per_task)
+        order = order_classes(source, class_order, class_order_seed)
+        self.pretrain_order, self.class_order = order[:pretrain_classes], order[pretrain_classes:]
         self.class_names = source.class_names
         channels, height, width = source.train_images.shape[1:]
         self.image_shape = (channels, height, width)
@@ -83,21 +93,31 @@ class Split(Scenario):
             got=val_fraction,
             fix="Lower val_fraction or raise train_per_class.",
         )
+
+        def gather(images: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray], order: list[int]) -> Data:
+            which = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
+            return _gather(images, labels, which, order)
+
+        unheld = [chosen[n:] for chosen, n in zip(train, held_out)]
+        self.pretrain = gather(
+            source.train_images, source.train_labels, [unheld[c] for c in self.pretrain_order], self.pretrain_order
+        )
         self.tasks = []
         ends = np.cumsum(sizes).tolist()
         for task, (start, end) in enumerate(zip([0, *ends], ends)):
             ids = self.class_order[start:end]
-
-            def gather(images: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray]) -> Data:
-                return _gather(images, labels, np.sort(np.concatenate(chosen)), self.class_order)
-
             self.tasks.append(
                 Task(
                     id=task,
                     classes=range(start, end),
-                    train=gather(source.train_images, source.train_labels, [train[c][held_out[c] :] for c in ids]),
-                    val=gather(source.train_images, source.train_labels, [train[c][: held_out[c]] for c in ids]),
-                    test=gather(source.test_images, source.test_labels, [test[c] for c in ids]),
+                    train=gather(source.train_images, source.train_labels, [unheld[c] for c in ids], self.class_order),
+                    val=gather(
+                        source.train_images,
+                        source.train_labels,
+                        [train[c][: held_out[c]] for c in ids],
+                        self.class_order,
+                    ),
+                    test=gather(source.test_images, source.test_labels, [test[c] for c in ids], self.class_order),
                 )
             )
 
@@ -170,5 +190,6 @@ def _first(labels: np.ndarray, per_class: int | None, key: str, data_seed: int) 
 
 
 def _gather(images: np.ndarray, labels: np.ndarray, which: np.ndarray, class_order: list[int]) -> Data:
-    position = np.argsort(class_order)  # class id -> position in the order
+    position = np.full(int(labels.max()) + 1, -1)  # class id -> position in the order
+    position[class_order] = np.arange(len(class_order))
     return Data(torch.from_numpy(images[which]), torch.from_numpy(position[labels[which]]), torch.from_numpy(which))

@@ -1,0 +1,54 @@
+"""A plain Vision Transformer (Dosovitskiy et al. 2021) for small images, built of timm's blocks."""
+
+from timm.models.vision_transformer import VisionTransformer
+
+from cl_bench.errors import require
+
+
+def small_vit(
+    *,
+    patch_size: int,
+    dim: int,
+    depth: int,
+    heads: int,
+    mlp_ratio: float,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+) -> VisionTransformer:
+    """timm's pre-norm network with learned positions, a class token and no dropout.
+
+    Args:
+        patch_size: side of a patch in pixels; must divide the images' side.
+        dim, depth, heads: width of a token, blocks, attention heads a block.
+        mlp_ratio: width of the MLP relative to ``dim``.
+        num_classes: outputs of the linear head; 0 for none.
+        image_shape: (C, H, W) of the images.
+    """
+    for key, value in {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}.items():
+        require(value > 0, key, expected="1 or more", got=value, fix="See configs/backbone/vit.yaml.")
+    require(mlp_ratio > 0, "mlp_ratio", expected="above 0", got=mlp_ratio, fix="4 is usual.")
+    channels, height, width = image_shape
+    require(
+        height % patch_size == 0 and width % patch_size == 0,
+        "patch_size",
+        expected=f"a divisor of both sides of images of {height} x {width}",
+        got=patch_size,
+        fix="4 suits 32 x 32 pixels, 2 suits 8 x 8.",
+    )
+    require(
+        dim % heads == 0,
+        "heads",
+        expected=f"a divisor of dim = {dim}",
+        got=heads,
+        fix="64 or 32 channels a head are usual.",
+    )
+    return VisionTransformer(
+        img_size=(height, width),
+        patch_size=patch_size,
+        in_chans=channels,
+        num_classes=num_classes,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=mlp_ratio,
+    )
