@@ -78,6 +78,18 @@ class MultiStep:
         return self.factor ** sum(epoch >= m for m in self.milestones)
 
 
+class Exponential:
+    """``factor`` to the power of the epochs passed."""
+
+    def __init__(self, *, factor: float) -> None:
+        require(0 < factor <= 1, "factor", expected="a number in (0, 1]", got=factor, fix="0.95 is DEN's.")
+        self.factor = factor
+
+    def __call__(self, epoch: int, epochs: int) -> float:
+        """Factor on the learning rate in ``epoch`` (from 0) of ``epochs``."""
+        return self.factor**epoch
+
+
 class Cosine:
     """Linear warm-up from ``warmup_factor`` over ``warmup_epochs``, then half a cosine down to ``min_factor``."""
 

@@ -17,6 +17,16 @@ from cl_bench.trainer import Interrupted, Trainer
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 MLP_RESERVOIR = ["backbone=mlp", "backbone.hidden=[32]", "buffer=reservoir", "buffer.capacity=20"]
 SUITS = {
+    "den": [
+        "backbone=den_mlp",
+        "backbone.hidden=[32,16]",
+        "method.units=2",
+        "method.split_limit=2",
+        "method.tau=0",
+        "method.sigma=0.001",
+        "optimizer=adamw",
+        "optimizer.lr=0.01",
+    ],
     "finetune": ["backbone=mlp", "backbone.hidden=[32]"],
     "joint": ["backbone=mlp", "backbone.hidden=[32]"],
     "lwf": ["backbone=mlp", "backbone.hidden=[32]"],

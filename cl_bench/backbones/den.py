@@ -1,0 +1,269 @@
+"""The growable networks of DEN, Dynamically Expandable Networks (Yoon, Yang, Lee, Hwang, ICLR 2018, section 4).
+
+Shapes: B images, C channels, H x W pixels, K classes of the scenario; a layer has n units that read m units of the
+layer below, each pair connected by a kernel: (k, k) in a convolution, (positions,) where a linear layer reads maps,
+() between linear layers. A unit is one feature map or one neuron: a row of the layer's weight (n, m, *kernel).
+
+Units are only ever appended, and each carries the task at which it was added. Task t is answered by the units stamped
+t or earlier, which are the first ones of every layer, and by its own head, so later units cannot change the answer.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_bench.backbones.base import Backbone
+from cl_bench.errors import require
+
+Units = list[Tensor]
+"""For each hidden layer, positions of some of its units: (number,) int64."""
+
+
+class Layer(nn.Module):
+    """Units with their incoming weights (n, m, *kernel) and biases (n,), drawn as He et al. 2015 do.
+
+    Args:
+        gain: standard deviation of the weights times the root of the fan-in: sqrt(2) before a ReLU.
+    """
+
+    def __init__(self, units: int, inputs: int, kernel: tuple[int, ...], gain: float) -> None:
+        super().__init__()
+        self.kernel, self.gain = kernel, gain
+        self.weight = nn.Parameter(self._drawn(units, inputs))
+        self.bias = nn.Parameter(torch.zeros(units))
+
+    def forward(self, x: Tensor, units: int) -> Tensor:
+        """The first ``units`` units on the first x.shape[1] inputs: (B, m, ...) -> (B, units, ...) before the ReLU."""
+        # Contiguous, so that an old task's slice of a grown layer goes through the very kernels it went through before.
+        inputs = x.shape[1]
+        weight, bias = self.weight[:units, :inputs].contiguous(), self.bias[:units]
+        if len(self.kernel) == 2:
+            return F.conv2d(x, weight, bias, padding=self.kernel[0] // 2)
+        return F.linear(x.flatten(1), weight.flatten(1), bias)
+
+    @torch.no_grad()
+    def grow(self, units: int, inputs: int) -> None:
+        """Append that many units and inputs, newly drawn; what was there keeps its weights."""
+        n, m = self.weight.shape[:2]
+        weight = self._drawn(n + units, m + inputs).to(self.weight.device)
+        weight[:n, :m] = self.weight
+        self._set(weight, torch.cat([self.bias, self.bias.new_zeros(units)]))
+
+    @torch.no_grad()
+    def gather(self, units: Tensor, inputs: Tensor) -> None:
+        """Keep ``units`` and ``inputs`` in this order; a repeated position is a copy."""
+        self._set(self.weight[units][:, inputs], self.bias[units])
+
+    def resize(self, units: int, inputs: int) -> None:
+        """Make room for a saved layer of this size; the weights are to be loaded next."""
+        if self.weight.shape[:2] != (units, inputs):
+            self._set(self.weight.new_zeros(units, inputs, *self.kernel), self.bias.new_zeros(units))
+
+    def _set(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def _drawn(self, units: int, inputs: int) -> Tensor:
+        deviation = self.gain / math.sqrt(inputs * math.prod(self.kernel))
+        return deviation * torch.randn(units, inputs, *self.kernel)
+
+
+class DEN(Backbone):
+    """Convolutions, then linear layers, ReLU after each, and a head a task; everything but the heads can grow.
+
+    Args:
+        channels: units of the convolutions; an empty list is a multi-layer perceptron.
+        kernel_size: side of the convolutions' kernels, odd; stride 1, the maps keep their size.
+        pool_after: convolutions, counted from 1, that a 3 x 3 maximum with stride 2 follows (AlexNet: 1, 2, 5).
+        hidden: units of the linear layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: list[int],
+        kernel_size: int,
+        pool_after: list[int],
+        hidden: list[int],
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        super().__init__()
+        require(
+            len(hidden) > 0 and min([*hidden, 1]) > 0,
+            "hidden",
+            expected="one or more widths of 1 or more",
+            got=list(hidden),
+            fix="The paper has [384,192] after convolutions and [312,128] without.",
+        )
+        require(
+            min([*channels, 1]) > 0,
+            "channels",
+            expected="widths of 1 or more",
+            got=list(channels),
+            fix="The paper has [64,128,256,256,128]; an empty list is a multi-layer perceptron.",
+        )
+        require(
+            kernel_size % 2 == 1 and kernel_size > 0,
+            "kernel_size",
+            expected="an odd number above 0",
+            got=kernel_size,
+            fix="The paper has 5.",
+        )
+        require(
+            set(pool_after) <= set(range(1, len(channels) + 1)),
+            "pool_after",
+            expected=f"numbers of convolutions, 1 to {len(channels)}",
+            got=list(pool_after),
+            fix="AlexNet has [1,2,5].",
+        )
+        inputs, height, width = image_shape
+        self.num_classes = num_classes
+        self.pooled = [number in pool_after for number in range(1, len(channels) + 1)] + [False] * len(hidden)
+        self.layers, self.heads = nn.ModuleList(), nn.ModuleList()
+        for units, pooled in zip(channels, self.pooled):
+            self.layers.append(Layer(units, inputs, (kernel_size, kernel_size), math.sqrt(2)))
+            inputs = units
+            if pooled:
+                height, width = (height + 1) // 2, (width + 1) // 2
+        kernel: tuple[int, ...] = (height * width,)
+        for units in hidden:
+            self.layers.append(Layer(units, inputs, kernel, math.sqrt(2)))
+            inputs, kernel = units, ()
+        self.stamps = [[0] * units for units in [*channels, *hidden]]
+
+    @property
+    def widths(self) -> list[int]:
+        """Units of each hidden layer."""
+        return [len(stamps) for stamps in self.stamps]
+
+    def widths_at(self, task: int) -> list[int]:
+        """Units of each hidden layer that were there when ``task`` was learned."""
+        return [bisect_right(stamps, task) for stamps in self.stamps]
+
+    def path(self) -> list[Layer]:
+        """The hidden layers and the newest head: what the newest task is answered by."""
+        return [*self.hidden(), self.head(len(self.heads) - 1)]
+
+    def hidden(self) -> list[Layer]:
+        """The layers below the heads."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def head(self, task: int) -> Layer:
+        """The head of ``task``."""
+        return self.heads[task]  # type: ignore[return-value]
+
+    def classes(self, task: int) -> slice:
+        """The classes of ``task``, as positions in the class order."""
+        ends = [0]
+        for number in range(task + 1):
+            ends.append(ends[-1] + len(self.head(number).bias))
+        return slice(ends[-2], ends[-1])
+
+    def features_at(self, x: Tensor, task: int) -> Tensor:
+        """(B, C, H, W) -> (B, D_task), what the head of ``task`` reads: only units stamped ``task`` or earlier."""
+        for layer, units, pooled in zip(self.hidden(), self.widths_at(task), self.pooled):
+            x = F.relu(layer(x, units))
+            if pooled:
+                x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        return x
+
+    def answer(self, x: Tensor, task: int) -> Tensor:
+        """(B, C, H, W) -> (B, classes of the task) logits."""
+        head = self.head(task)
+        return head(self.features_at(x, task), len(head.bias))
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D), all units of the last hidden layer."""
+        return self.features_at(x, len(self.heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K): the heads side by side, each on its own units; -inf for tasks without a head."""
+        scores = x.new_full((len(x), self.num_classes), -torch.inf)
+        for task in range(len(self.heads)):
+            scores[:, self.classes(task)] = self.answer(x, task)
+        return scores
+
+    # -- growing ---------------------------------------------------------------------------------------------------
+
+    def add_head(self, classes: int) -> None:
+        """A head for the next task, on all units there are."""
+        head = Layer(classes, self.widths[-1], (), 1.0)
+        self.heads.append(head.to(self.hidden()[0].weight.device))
+
+    def grow(self, units: int) -> None:
+        """Append ``units`` new units to every hidden layer, stamped with the newest task; only its head reads them."""
+        below = 0
+        for layer, stamps in zip(self.hidden(), self.stamps):
+            layer.grow(units, below)
+            stamps += [len(self.heads) - 1] * units
+            below = units
+        self.path()[-1].grow(0, below)
+
+    def remove(self, units: Units) -> None:
+        """Delete units of the newest task and what they feed."""
+        kept = [torch.tensor([i for i in range(n) if i not in gone]) for n, gone in zip(self.widths, _lists(units))]
+        self._gather(kept)
+        self.stamps = [[stamps[i] for i in which.tolist()] for stamps, which in zip(self.stamps, kept)]
+
+    @torch.no_grad()
+    def split(self, units: Units, old: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make two of each of ``units``: in its place the unit of ``old``, at the layer's end the one as it is now.
+
+        Args:
+            old: weight and bias of each hidden layer before the newest task, as large as the layers were then.
+
+        Units that old tasks share go on reading the old copy, the newest task's own units and its head read the
+        drifted one. If every unit that differs from ``old`` is split, the old tasks' networks are those of ``old``.
+        """
+        before = [self.hidden()[0].weight.shape[1], *self.widths]
+        task = len(self.heads) - 1
+        self._gather([torch.cat([torch.arange(n), which.cpu()]) for n, which in zip(self.widths, units)])
+        for stamps, which in zip(self.stamps, units):
+            stamps += [task] * len(which)
+        none = units[0][:0]
+        head = self.path()[-1]
+        shapes = [*old, (head.weight[:0, :0], head.bias[:0])]  # no output of the newest head serves an old task
+        for layer, m, below, which, (weight, bias) in zip(
+            self.path(), before, [none, *units], [*units, none], shapes, strict=True
+        ):
+            n_old, m_old = weight.shape[:2]
+            layer.weight[n_old:, below] = 0
+            layer.weight[:n_old, m:] = 0
+            layer.weight[which] = 0
+            layer.weight[which, :m_old] = weight[which]
+            layer.bias[which] = bias[which]
+
+    def _gather(self, kept: Units) -> None:
+        """Keep the units at positions ``kept`` of each hidden layer, in this order, also as inputs of the next one."""
+        device = self.hidden()[0].weight.device
+        first, head = self.hidden()[0], self.path()[-1]
+        inputs = [torch.arange(first.weight.shape[1]), *kept]
+        for layer, rows, columns in zip(self.path(), [*kept, torch.arange(len(head.bias))], inputs):
+            layer.gather(rows.to(device), columns.to(device))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Sizes: the stamp of every unit, and (classes, inputs) of every head."""
+        stamps = [list(stamps) for stamps in self.stamps]
+        return {"stamps": stamps, "heads": [list(self.head(t).weight.shape[:2]) for t in range(len(self.heads))]}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take on the saved sizes; the layers' own tensors are loaded after this."""
+        self.stamps = [list(stamps) for stamps in state["stamps"]]
+        inputs = self.hidden()[0].weight.shape[1]
+        for layer, units in zip(self.hidden(), self.widths):
+            layer.resize(units, inputs)
+            inputs = units
+        del self.heads[len(state["heads"]) :]
+        for task, (classes, read) in enumerate(state["heads"]):
+            if task == len(self.heads):
+                self.add_head(classes)
+            self.head(task).resize(classes, read)
+
+
+def _lists(units: Units) -> list[list[int]]:
+    return [which.tolist() for which in units]
