@@ -27,7 +27,6 @@ from cl_bench.methods.den import (
 )
 from cl_bench.optim import Exponential
 from cl_bench.trainer import Interrupted
-from cl_bench.types import Phase
 
 IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -191,7 +190,7 @@ def test_selected_sub_network_is_all_that_changes():
     net.add_head(5)
     with torch.no_grad():
         for layer in net.path():
-            layer.weight *= torch.rand_like(layer.weight) < 0.3
+            layer.weight *= torch.rand_like(layer.weight) < 0.15
     chosen = connected([layer.weight.detach() for layer in net.path()])
     outputs = net.answer(IMAGES, 0)
     disturbed = [layer.weight.detach().clone() for layer in net.path()]
@@ -421,7 +420,7 @@ def run(parts: Parts) -> DynamicallyExpandable:
 
 
 def test_capacity_and_sparsity_against_counting():
-    method = run(parts_of("method.l1=1e-3"))
+    method = run(parts_of("method.l1=1e-2"))
     net = method.net
     base = 64 * 32 + 32 + 32 * 16 + 16 + 16 * 10 + 10  # 64-32-16 and one head over ten classes
     count = zeros = weights = 0
@@ -444,11 +443,10 @@ def test_capacity_and_sparsity_against_counting():
 
 def test_answers_with_and_without_a_task_id():
     method = run(parts_of())
-    x = IMAGES[:, :, :, :]
     with torch.no_grad():
-        heads = [method.net.answer(x, t) for t in (0, 1)]
-        assert torch.equal(method.predict(x, None), torch.cat(heads, dim=1))
-        known = method.predict(x, torch.tensor([0, 1, 0, 1, 1]))
+        heads = [method.net.answer(IMAGES, t) for t in (0, 1)]
+        assert torch.equal(method.predict(IMAGES, None), torch.cat(heads, dim=1))
+        known = method.predict(IMAGES, torch.tensor([0, 1, 0, 1, 1]))
     for i, task in enumerate([0, 1, 0, 1, 1]):
         own = slice(5 * task, 5 * task + 5)
         torch.testing.assert_close(known[i, own], heads[task][i])
@@ -508,9 +506,7 @@ def test_the_networks_are_the_papers():
     assert net.layers[5].weight.shape == (384, 128, 16)  # 32 -> 16 -> 8 -> 4 pixels
     net.add_head(10)
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
-    parameters = sum(p.numel() for p in net.parameters()) + 193 * 90
-    convolutions = sum(a * b * 25 + b for a, b in zip([3, 64, 128, 256, 256], [64, 128, 256, 256, 128]))
-    assert parameters == convolutions + 2048 * 384 + 384 + 384 * 192 + 192 + 193 * 100
+    assert sum(p.numel() for p in net.parameters()) + 193 * 90 == 4_367_268  # 90 more classes
     assert build_net("den_mlp", (1, 28, 28), 10).widths == [312, 128]
 
 
@@ -536,10 +532,3 @@ def test_exponential_schedule():
     assert [Exponential(factor=0.5)(e, 3) for e in range(3)] == [1.0, 0.5, 0.25]
     with pytest.raises(ConfigError, match="factor"):
         Exponential(factor=0.0)
-
-
-def test_a_phase_is_the_trainers():
-    parts = parts_of()
-    phase = next(iter(parts.method.learn(parts.scenario.tasks[0])))
-    assert isinstance(phase, Phase)
-    assert phase.after_epoch is not None

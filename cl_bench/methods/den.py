@@ -3,14 +3,14 @@
 L is the cross-entropy of the newest task's head over the task's classes, W^{t-1} the network before task t, each
 line a phase that runs until its loss has converged:
 
-    first task   min_W      L + mu |W|_1                                                     (paper Eq. 2)
-    (a) head     min_o      L(o; W^{t-1}) + mu |o|_1      o the weights of the new head        (Eq. 3)
+    first task   min_W      L + mu |W|_1
+    (a) head     min_o      L(o; W^{t-1}) + mu |o|_1      o the weights of the new head
         S = units from which the head is reached through non-zero weights (breadth-first)
-        retrain  min_W_S    L(W_S; W_{S^c}) + nu/2 |W_S|_2^2                                 (Eq. 4)
-    (b) expand   min_W^N    L(W^N; W^{t-1}) + mu |W^N|_1 + gamma sum_g |W^N_g|_2   if L > tau  (Eq. 5)
+        retrain  min_W_S    L(W_S; W_{S^c}) + nu/2 |W_S|_2^2
+    (b) expand   min_W^N    L(W^N; W^{t-1}) + mu |W^N|_1 + gamma sum_g |W^N_g|_2   if L > tau
         k new units a layer, W^N their incoming and outgoing weights, g the weights entering one of them;
         a unit whose group is zero is deleted
-    (c) drift    min_W      L + lambda/2 |W - W^{t-1}|_2^2                                   (Eq. 6)
+    (c) drift    min_W      L + lambda/2 |W - W^{t-1}|_2^2
         rho_i = |w_i^t - w_i^{t-1}|_2; units with rho_i > sigma are split in two, an old and a drifted copy
         split    min_W      L + lambda/2 |W - W^{t-1}|_2^2                       if any was split
 
