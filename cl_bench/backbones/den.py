@@ -164,18 +164,26 @@ class DEN(Backbone):
             ends.append(ends[-1] + len(self.head(number).bias))
         return slice(ends[-2], ends[-1])
 
-    def features_at(self, x: Tensor, task: int) -> Tensor:
-        """(B, C, H, W) -> (B, D_task), what the head of ``task`` reads: only units stamped ``task`` or earlier."""
-        for layer, units, pooled in zip(self.hidden(), self.widths_at(task), self.pooled):
-            x = F.relu(layer(x, units))
-            if pooled:
-                x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    def features_at(self, x: Tensor, task: int, known: dict[tuple[int, ...], Tensor] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, D_task), what the head of ``task`` reads: only units stamped ``task`` or earlier.
+
+        Args:
+            known: maps of the same images by the widths up to their layer; read, and added to.
+        """
+        known = {} if known is None else known
+        widths = self.widths_at(task)
+        for number, (layer, pooled) in enumerate(zip(self.hidden(), self.pooled)):
+            through = tuple(widths[: number + 1])
+            if through not in known:
+                maps = F.relu(layer(x, widths[number]))
+                known[through] = F.max_pool2d(maps, kernel_size=3, stride=2, padding=1) if pooled else maps
+            x = known[through]
         return x
 
-    def answer(self, x: Tensor, task: int) -> Tensor:
-        """(B, C, H, W) -> (B, classes of the task) logits."""
+    def answer(self, x: Tensor, task: int, known: dict[tuple[int, ...], Tensor] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, classes of the task) logits; ``known`` as above."""
         head = self.head(task)
-        return head(self.features_at(x, task), len(head.bias))
+        return head(self.features_at(x, task, known), len(head.bias))
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D), all units of the last hidden layer."""
@@ -184,8 +192,9 @@ class DEN(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K): the heads side by side, each on its own units; -inf for tasks without a head."""
         scores = x.new_full((len(x), self.num_classes), -torch.inf)
+        known: dict[tuple[int, ...], Tensor] = {}  # tasks between which a layer did not grow share its maps
         for task in range(len(self.heads)):
-            scores[:, self.classes(task)] = self.answer(x, task)
+            scores[:, self.classes(task)] = self.answer(x, task, known)
         return scores
 
     # -- growing ---------------------------------------------------------------------------------------------------
