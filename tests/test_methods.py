@@ -17,13 +17,17 @@ from cl_bench.trainer import Interrupted, Trainer
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 MLP_RESERVOIR = ["backbone=mlp", "backbone.hidden=[32]", "buffer=reservoir", "buffer.capacity=20"]
 SUITS = {
+    "apd": [
+        "backbone=apd_digits", "optimizer=adamw", "optimizer.lr=0.005", "scenario.val_fraction=0.2",
+        "method.consolidate_every=2", "method.clusters=1",
+    ],
     "finetune": ["backbone=mlp", "backbone.hidden=[32]"],
     "joint": ["backbone=mlp", "backbone.hidden=[32]"],
     "lwf": ["backbone=mlp", "backbone.hidden=[32]"],
     "ewc": ["backbone=mlp", "backbone.hidden=[32]"],
     "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
     "lvt": ["backbone=lvt_digits", "buffer.capacity=20"],
-}
+}  # fmt: skip
 """The network and buffer that a method needs; any other one is tried on an MLP with a reservoir."""
 
 
