@@ -139,25 +139,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Orders:
-    """Rows that differ only in the order of the same tasks.
+    """Runs that differ only in ``seed`` and in the order of the same tasks.
 
     Attributes:
         label: experiment and name.
-        rows: a row an order, each with its place in the tables.
+        places: of their rows in the tables.
+        runs: by seed, an entry an order.
     """
 
     label: str
-    rows: dict[int, Row]
+    places: list[int]
+    runs: list[dict[int, Run]]
 
     @property
     def seeds(self) -> list[int]:
         """The seeds that every order was run with."""
-        each = [{run.summary["seed"] for run in row.runs} for row in self.rows.values()]
-        return sorted(set.intersection(*each))
+        return sorted(set.intersection(*(set(of_order) for of_order in self.runs)))
 
     def final(self, setting: str, seed: int) -> list[dict[Classes, float]]:
         """Final accuracies of each task, an entry an order."""
-        runs = [run for row in self.rows.values() for run in row.runs if run.summary["seed"] == seed]
+        runs = [of_order[seed] for of_order in self.runs]
         return [final_accuracies(run.record.matrix(setting), run.summary["tasks"]) for run in runs]
 
     def stat(self, setting: str, disparity: str) -> Stat:
@@ -172,7 +173,7 @@ class Comparison:
 
     Attributes:
         rows: best Class-IL accuracy first.
-        orders: rows whose order robustness can be told.
+        orders: runs whose order robustness can be told.
         pairs: paired tests, a line a pair of rows with enough seeds in common.
         published: label of the row and published number beside the row's mean.
         unfinished: run folders that were left out.
@@ -248,24 +249,27 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def make_orders(rows: Sequence[Row]) -> list[Orders]:
-    """Rows that differ only in the order of the same tasks and have a seed in common, in the order of the rows.
+    """Runs that differ only in seed and in the order of the same tasks, where two orders have a seed in common.
 
-    A task is known by its set of classes. Of rows with one and the same order of tasks the first one counts.
+    A task is known by its set of classes; rows whose tasks share classes are left out, since they could not be told
+    apart. Where one order was run twice with one seed, the run of the upper row counts.
     """
-    groups: dict[tuple[str, str, str], dict[tuple[Classes, ...], int]] = {}
+    groups: dict[tuple[str, str, str], dict[tuple[Classes, ...], list[int]]] = {}
     for place, row in enumerate(rows, start=1):
         run = row.runs[0]
         tasks = tuple(frozenset(task) for task in run.summary["tasks"])
-        if len(set(tasks)) == len(tasks):  # not where tasks share their classes: they could not be told apart
+        if len(set(tasks)) == len(tasks):
             alike = {key: value for key, value in _settings(run).items() if key not in ORDER_KEYS}
             same = json.dumps([alike, sorted(map(sorted, tasks))], sort_keys=True)
-            groups.setdefault((*_identity(run)[:2], same), {}).setdefault(tasks, place)
-    found = [
-        Orders(f"{experiment}/{name}", {place: rows[place - 1] for place in places.values()})
-        for (experiment, name, _), places in groups.items()
-        if len(places) > 1
-    ]
-    return [orders for orders in found if orders.seeds]
+            groups.setdefault((*_identity(run)[:2], same), {}).setdefault(tasks, []).append(place)
+    found = []
+    for (experiment, name, _), orders in groups.items():
+        runs = [
+            {run.summary["seed"]: run for place in reversed(places) for run in rows[place - 1].runs}
+            for places in orders.values()
+        ]
+        found.append(Orders(f"{experiment}/{name}", sorted(itertools.chain(*orders.values())), runs))
+    return [orders for orders in found if len(orders.runs) > 1 and orders.seeds]
 
 
 def paired_tests(rows: Sequence[Row]) -> pd.DataFrame:
@@ -512,8 +516,8 @@ def _orders_table(comparison: Comparison, interval: bool) -> Table:
     lines = [
         [
             orders.label,
-            ", ".join(map(str, orders.rows)),
-            str(len(orders.rows)),
+            ", ".join(map(str, orders.places)),
+            str(len(orders.runs)),
             str(len(orders.seeds)),
             *(orders.stat(*column).text(Column("", ""), interval) for column in columns),
         ]
@@ -628,7 +632,7 @@ def _orders_frame(groups: Sequence[Orders]) -> pd.DataFrame:
         for seed, setting in itertools.product(orders.seeds, SETTINGS):
             final = orders.final(setting, seed)
             for task, disparity in order_disparity(final).items():
-                line = {"label": orders.label, "rows": " ".join(map(str, orders.rows)), "orders": len(orders.rows)}
+                line = {"label": orders.label, "rows": " ".join(map(str, orders.places)), "orders": len(orders.runs)}
                 line |= {"seed": seed, "setting": setting, "classes": " ".join(map(str, sorted(task)))}
                 values = [run[task] for run in final]
                 lines.append(line | {"lowest": np.min(values), "highest": np.max(values), "disparity": disparity})
