@@ -1,4 +1,4 @@
-"""Table, paired tests, published numbers and pictures over finished runs.
+"""Table, order robustness, paired tests, published numbers and pictures over finished runs.
 
 python scripts/compare.py RUN_OR_FOLDER ... [--out DIR]
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import make_run
+from test_report import TASKS, make_run
 
 from cl_bench.errors import ConfigError
 from cl_bench.report import plots
@@ -214,6 +214,82 @@ def test_holm_counts_the_tests_and_never_falls():
     corrected = holm(pd.Series([0.01, 0.04, 0.03, math.nan, 0.9]))
     np.testing.assert_allclose(corrected, [0.04, 0.09, 0.09, math.nan, 0.9])
     np.testing.assert_allclose(holm(pd.Series([0.8, 0.7])), [1.0, 1.0])
+
+
+# ---- order robustness
+
+LAST = [60.0, 58.0, 64.0, 70.0, 91.0]
+"""Final Class-IL accuracies of the tasks of ``make_run`` by place; Task-IL: 91, 93, 95, 96, 98."""
+
+
+def in_order(root: Path, places: list[int], last: list[float] = LAST, **options) -> None:
+    """A run of the tasks of ``make_run`` in another order, with the given final Class-IL accuracies by place."""
+    tasks = [TASKS[place] for place in places]
+    order = [c for task in tasks for c in task]
+    keys = {"trainer.epochs": 3, "method.alpha": 0.5, "scenario.class_order": order}
+    settings = {
+        "comparable": keys,
+        "fingerprint": "o" + "".join(map(str, places)),
+        "class_order": order,
+        "tasks": tasks,
+    }
+    class_il = [*[[50.0] * (i + 1) for i in range(4)], last]
+    make_run(root, class_il=class_il, **(settings | options))
+
+
+def order_lines(root: Path) -> list[list[str]]:
+    shown = tables(compare([str(root)]), interval=False)
+    return [line for table in shown if table.title == "Order robustness" for line in table.lines]
+
+
+def test_rows_that_differ_in_the_order_of_tasks_have_a_disparity(tmp_path):
+    in_order(tmp_path, [0, 1, 2, 3, 4], accuracy=68.0)
+    in_order(tmp_path, [4, 3, 2, 1, 0], [81.0, 70.0, 61.0, 62.0, 75.0], accuracy=69.0)
+    make_run(tmp_path, name="other", accuracy=90.0)
+    # Class-IL: 60/75, 58/62, 64/61, 70/70, 91/81; Task-IL: 91/98, 93/96, 95/95, 96/93, 98/91
+    (line,) = order_lines(tmp_path)
+    assert line[:4] == ["digits/er", "2, 3", "2", "1"]
+    assert line[4:] == ["6.40 (1)", "15.00 (1)", "4.00 (1)", "7.00 (1)"]
+    comparison = compare([str(tmp_path)])
+    write(comparison, tmp_path / "out", "command")
+    frame = pd.read_csv(tmp_path / "out" / "orders.csv")
+    assert len(frame) == 2 * 5
+    first = frame[(frame["setting"] == "class_il") & (frame["classes"] == "0 8")].iloc[0]
+    assert (first["lowest"], first["highest"], first["disparity"]) == (60, 75, 15)
+    for file in ("table.md", "compare.html"):
+        assert "Order robustness" in (tmp_path / "out" / file).read_text()
+
+
+def test_disparities_are_taken_seed_by_seed_over_the_seeds_that_every_order_has(tmp_path):
+    for seed, high in [(0, 70.0), (1, 80.0), (2, 99.0)]:
+        in_order(tmp_path, [0, 1, 2, 3, 4], [60.0] * 5, seed=seed)
+        if seed < 2:
+            in_order(tmp_path, [1, 0, 2, 3, 4], [60.0, high, 60.0, 60.0, 60.0], seed=seed)
+    (line,) = order_lines(tmp_path)
+    assert line[2:6] == ["2", "2", "3.00 ± 1.41 (2)", "15.00 ± 7.07 (2)"]  # task 0: 10 and 20 points
+
+
+def test_no_disparity_of_other_tasks_other_settings_or_one_order(tmp_path):
+    in_order(tmp_path, [0, 1, 2, 3, 4])
+    regrouped = [[8, 7], [0, 1], *TASKS[2:]]  # the same classes in other tasks
+    in_order(tmp_path, [0, 1, 2, 3, 4], tasks=regrouped, fingerprint="f1", class_order=[8, 7, 0, 1, 3, 6, 2, 4, 5, 9])
+    keys = {"trainer.epochs": 9, "method.alpha": 0.5, "scenario.class_order": list(range(10))}
+    in_order(tmp_path, [1, 0, 2, 3, 4], fingerprint="f2", comparable=keys)
+    in_order(tmp_path, [1, 0, 2, 3, 4], fingerprint="f3", experiment="elsewhere")
+    in_order(tmp_path, [1, 0, 2, 3, 4], fingerprint="f4", seed=7)  # no seed in common
+    # the same order, said in another way
+    keys = {"trainer.epochs": 3, "method.alpha": 0.5, "scenario.class_order": "natural"}
+    in_order(tmp_path, [0, 1, 2, 3, 4], fingerprint="f5", comparable=keys)
+    assert order_lines(tmp_path) == []
+    write(compare([str(tmp_path)]), tmp_path / "out", "command")
+    assert not (tmp_path / "out" / "orders.csv").exists()
+
+
+def test_a_setting_that_was_not_answered_has_no_disparity(tmp_path):
+    in_order(tmp_path, [0, 1, 2, 3, 4], [math.nan] * 5, accuracy=None)
+    in_order(tmp_path, [1, 0, 2, 3, 4], [math.nan] * 5, accuracy=None)
+    (line,) = order_lines(tmp_path)
+    assert line[4:] == ["", "", "0.80 (1)", "2.00 (1)"]  # 91 and 93 have changed places
 
 
 # ---- published numbers

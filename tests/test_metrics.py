@@ -11,6 +11,12 @@ from cl_bench.metrics.accuracy import (
     learning_accuracy,
 )
 from cl_bench.metrics.forgetting import forgetting, forgetting_clipped, forgetting_first_last
+from cl_bench.metrics.order_robustness import (
+    average_order_disparity,
+    final_accuracies,
+    maximum_order_disparity,
+    order_disparity,
+)
 from cl_bench.metrics.transfer import backward_transfer, forward_transfer
 from cl_bench.record import BASELINE, Matrix, Record
 
@@ -80,3 +86,34 @@ def test_record_survives_json_and_csv(tmp_path):
         "task_il,0,0,4,4,100.0",
         "task_il,0,1,2,5,40.0",
     ]
+
+
+def test_order_robustness_by_hand():
+    """Three tasks A = {0, 1}, B = {2, 3}, C = {4, 5} in three orders; a task is its classes, not its place."""
+    a, b, c = [0, 1], [2, 3], [4, 5]
+    in_orders = {
+        # last rows: A 60, B 70, C 80
+        (0, 1, 2): Matrix.from_accuracy([[90], [70, 75], [60, 70, 80]]),
+        # C first: C 50, A 66, B 71
+        (2, 0, 1): Matrix.from_accuracy([[88], [60, 70], [50, 66, 71]]),
+        # B first: B 73, C 77, A 64
+        (1, 2, 0): Matrix.from_accuracy([[99], [80, 78], [73, 77, 64]]),
+    }
+    tasks = [a, b, c]
+    runs = [final_accuracies(matrix, [tasks[i] for i in order]) for order, matrix in in_orders.items()]
+    a, b, c = map(frozenset, tasks)
+    assert runs[1] == {a: 66, b: 71, c: 50}
+    assert order_disparity(runs) == pytest.approx({a: 66 - 60, b: 73 - 70, c: 80 - 50})
+    assert average_order_disparity(runs) == pytest.approx((6 + 3 + 30) / 3)
+    assert maximum_order_disparity(runs) == pytest.approx(30)
+
+
+def test_order_robustness_needs_the_same_tasks_and_their_answers():
+    first = {frozenset([0, 1]): 60.0, frozenset([2, 3]): 70.0}
+    with pytest.raises(ValueError, match="two or more runs"):
+        order_disparity([first])
+    with pytest.raises(ValueError, match="the same tasks"):
+        order_disparity([first, {frozenset([0, 2]): 60.0, frozenset([1, 3]): 70.0}])
+    unanswered = dict.fromkeys(first, math.nan)
+    assert math.isnan(average_order_disparity([first, unanswered]))
+    assert math.isnan(maximum_order_disparity([first, unanswered]))

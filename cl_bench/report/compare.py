@@ -1,6 +1,7 @@
 """Comparison of finished runs: rows over seeds, paired tests, published numbers, pictures, one page.
 
-A row holds runs that differ in nothing but ``seed``: equal experiment, name and fingerprint.
+A row holds runs that differ in nothing but ``seed``: equal experiment, name and fingerprint. Rows that differ in
+nothing but the order of the same tasks are also held against each other: their order robustness.
 """
 
 import itertools
@@ -20,7 +21,14 @@ from rich.text import Text
 
 from cl_bench.errors import ConfigError, require
 from cl_bench.metrics.accuracy import average_accuracy
-from cl_bench.record import SETTINGS
+from cl_bench.metrics.order_robustness import (
+    Classes,
+    average_order_disparity,
+    final_accuracies,
+    maximum_order_disparity,
+    order_disparity,
+)
+from cl_bench.record import SETTINGS, TITLES
 from cl_bench.report import plots
 from cl_bench.report.page import Picture, Run, Verdict, number, render, signed, verdicts
 
@@ -32,6 +40,13 @@ MIN_SEEDS = 3
 
 FREE = ("method", "backbone", "buffer", "optimizer", "schedule")
 """Groups of settings in which the rows of a comparison are meant to differ."""
+
+
+ORDER_KEYS = ("scenario.class_order", "scenario.class_order_seed")
+"""Settings in which rows may differ whose order robustness is measured."""
+
+DISPARITIES = {"AOPD": average_order_disparity, "MOPD": maximum_order_disparity}
+"""Columns of the table of order robustness, in each setting."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +138,49 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Orders:
+    """Runs that differ only in ``seed`` and in the order of the same tasks.
+
+    Attributes:
+        label: experiment and name.
+        places: of their rows in the tables.
+        runs: by seed, an entry an order.
+    """
+
+    label: str
+    places: list[int]
+    runs: list[dict[int, Run]]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that every order was run with."""
+        return sorted(set.intersection(*(set(of_order) for of_order in self.runs)))
+
+    def final(self, setting: str, seed: int) -> list[dict[Classes, float]]:
+        """Final accuracies of each task, an entry an order."""
+        runs = [of_order[seed] for of_order in self.runs]
+        return [final_accuracies(run.record.matrix(setting), run.summary["tasks"]) for run in runs]
+
+    def stat(self, setting: str, disparity: str) -> Stat:
+        """AOPD or MOPD over the seeds in common."""
+        values = [DISPARITIES[disparity](self.final(setting, seed)) for seed in self.seeds]
+        return Stat.of(pd.Series(values, dtype=float).dropna())
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What was compared.
 
     Attributes:
         rows: best Class-IL accuracy first.
+        orders: runs whose order robustness can be told.
         pairs: paired tests, a line a pair of rows with enough seeds in common.
         published: label of the row and published number beside the row's mean.
         unfinished: run folders that were left out.
     """
 
     rows: list[Row]
+    orders: list[Orders]
     pairs: pd.DataFrame
     published: list[tuple[str, Verdict]]
     unfinished: list[Path]
@@ -162,7 +209,7 @@ def compare(paths: Sequence[str]) -> Comparison:
     runs, unfinished = find_runs(paths)
     rows = make_rows(runs)
     published = [(row.label, verdict) for row in rows for verdict in verdicts(row.runs[0], row.mean)]
-    return Comparison(rows, paired_tests(rows), published, unfinished)
+    return Comparison(rows, make_orders(rows), paired_tests(rows), published, unfinished)
 
 
 def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[Path]]:
@@ -199,6 +246,30 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
     labels = _labels([identity for identity, _ in ordered])
     members = [group for _, group in ordered]
     return [Row(group, labels[i], _differs(members, i)) for i, group in enumerate(members)]
+
+
+def make_orders(rows: Sequence[Row]) -> list[Orders]:
+    """Runs that differ only in seed and in the order of the same tasks, where two orders have a seed in common.
+
+    A task is known by its set of classes; rows whose tasks share classes are left out, since they could not be told
+    apart. Where one order was run twice with one seed, the run of the upper row counts.
+    """
+    groups: dict[tuple[str, str, str], dict[tuple[Classes, ...], list[int]]] = {}
+    for place, row in enumerate(rows, start=1):
+        run = row.runs[0]
+        tasks = tuple(frozenset(task) for task in run.summary["tasks"])
+        if len(set(tasks)) == len(tasks):
+            alike = {key: value for key, value in _settings(run).items() if key not in ORDER_KEYS}
+            same = json.dumps([alike, sorted(map(sorted, tasks))], sort_keys=True)
+            groups.setdefault((*_identity(run)[:2], same), {}).setdefault(tasks, []).append(place)
+    found = []
+    for (experiment, name, _), orders in groups.items():
+        runs = [
+            {run.summary["seed"]: run for place in reversed(places) for run in rows[place - 1].runs}
+            for places in orders.values()
+        ]
+        found.append(Orders(f"{experiment}/{name}", sorted(itertools.chain(*orders.values())), runs))
+    return [orders for orders in found if len(orders.runs) > 1 and orders.seeds]
 
 
 def paired_tests(rows: Sequence[Row]) -> pd.DataFrame:
@@ -239,6 +310,8 @@ def show(comparison: Comparison) -> None:
 def write(comparison: Comparison, out: Path, command: str) -> None:
     """Write ``table.md``, ``table.csv``, ``pairs.csv``, the pictures and ``compare.html`` into the folder ``out``.
 
+    Also ``orders.csv`` where rows differ in nothing but the order of their tasks.
+
     Args:
         comparison: what to write.
         out: made if missing.
@@ -251,6 +324,8 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
         (out / f"{name}.png").write_bytes(picture.png)
     _frame(comparison.rows).to_csv(out / "table.csv", index=False, lineterminator="\n")
     comparison.pairs.to_csv(out / "pairs.csv", index=False, lineterminator="\n")
+    if comparison.orders:
+        _orders_frame(comparison.orders).to_csv(out / "orders.csv", index=False, lineterminator="\n")
     (out / "table.md").write_text(_markdown(comparison, command), encoding="utf-8")
     page = render(
         "compare.html.j2",
@@ -270,6 +345,8 @@ def tables(comparison: Comparison, interval: bool) -> list[Table]:
         _accuracy_table(comparison, interval),
         _stat_table(comparison, "Cost", COSTS, interval),
     ]
+    if comparison.orders:
+        shown.append(_orders_table(comparison, interval))
     if comparison.published:
         shown.append(_published_table(comparison))
     if len(comparison.pairs):
@@ -434,6 +511,29 @@ def _stat_table(comparison: Comparison, title: str, columns: Sequence[Column], i
     return Table(title, note, header, lines, [0, *range(2, len(columns) + 3)])
 
 
+def _orders_table(comparison: Comparison, interval: bool) -> Table:
+    columns = [(setting, disparity) for setting in SETTINGS for disparity in DISPARITIES]
+    lines = [
+        [
+            orders.label,
+            ", ".join(map(str, orders.places)),
+            str(len(orders.runs)),
+            str(len(orders.seeds)),
+            *(orders.stat(*column).text(Column("", ""), interval) for column in columns),
+        ]
+        for orders in comparison.orders
+    ]
+    titles = [f"{TITLES[setting]} {disparity} [points]" for setting, disparity in columns]
+    header = ["run", "rows", "orders", "seeds in common", *titles]
+    note = (
+        "Rows that differ only in the order of the same tasks. The disparity of a task is its highest minus its lowest "
+        "final accuracy over the orders, a task being known by its set of classes; AOPD is its mean and MOPD its "
+        "maximum over the tasks. Smaller is better; more orders make it larger. Mean ± sample standard deviation over "
+        "the seeds that every order was run with."
+    )
+    return Table("Order robustness", note, header, lines, range(2, len(header)))
+
+
 def _published_table(comparison: Comparison) -> Table:
     lines = []
     for label, verdict in comparison.published:
@@ -522,6 +622,20 @@ def _frame(rows: Sequence[Row]) -> pd.DataFrame:
             line |= {f"{key}_{part}": getattr(stat, part) for part in ("n", "mean", "std", "ci95")}
             line |= {f"{key}_seed{seed}": values.get(seed) for seed in seeds}
         lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _orders_frame(groups: Sequence[Orders]) -> pd.DataFrame:
+    """``orders.csv``: a line a seed, setting and task: lowest and highest final accuracy over the orders."""
+    lines: list[dict[str, Any]] = []
+    for orders in groups:
+        for seed, setting in itertools.product(orders.seeds, SETTINGS):
+            final = orders.final(setting, seed)
+            for task, disparity in order_disparity(final).items():
+                line = {"label": orders.label, "rows": " ".join(map(str, orders.places)), "orders": len(orders.runs)}
+                line |= {"seed": seed, "setting": setting, "classes": " ".join(map(str, sorted(task)))}
+                values = [run[task] for run in final]
+                lines.append(line | {"lowest": np.min(values), "highest": np.max(values), "disparity": disparity})
     return pd.DataFrame(lines)
 
 

@@ -1,0 +1,298 @@
+"""Additive Parameter Decomposition (Yoon, Kim, Yang, Hwang, "Scalable and Order-robust Continual Learning with Additive
+Parameter Decomposition", ICLR 2020), the learning rule.
+
+A weight of task i is theta_i = sigma * sigmoid(v_i) + tau_i (:mod:`cl_bench.backbones.apd`). When task t arrives, with
+theta_i* the weights of task i < t as they are then, and M_i = sigmoid(v_i),
+
+    L =   CE(x, y; theta_t)                                                       ``ce``
+        + lambda1 sum_{i<=t} ||tau_i||_1                                          ``sparsity``
+        + lambda2 / 2 sum_{i<t} || theta_i* - (sigma * M_i + tau_i) ||_2^2        ``drift``
+        + l2 / 2 ( ||tau_t||_2^2 + ||v_t||_2^2  [+ ||sigma||_2^2 for t = 1] )     ``l2``
+
+is minimised over sigma, v_t, the bias and head of t, and tau_1 .. tau_t: old v are frozen, old tau are not, so that
+sigma may move and the old tasks are compensated without their data (``variant=fixed``: old tau are frozen as well).
+At test, and where capacity is counted, |tau| <= lambda1 is 0. The task id is needed at test.
+
+``apd2`` consolidates after every s-th task (section 3.3): at each layer k-means puts the tensors tau_i into
+K = k0 t / s clusters; in a cluster with two or more members an element whose values lie within beta of each other goes
+into a tensor tau~ that the cluster shares, as the middle of their range, and is 0 in every member; elsewhere tau~ is 0
+and members keep theirs. theta_i = sigma * M_i + tau~_g(i) + tau_i from then on, with tau~ frozen until the next
+consolidation, which begins from tau~_g(i) + tau_i and drops the older tau~.
+
+Departures and what the sources leave open: docs/methods/apd.md.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_bench.backbones.apd import NO_GROUP, APDNet, TaskPart
+from cl_bench.errors import require
+from cl_bench.methods.base import Method
+from cl_bench.scenarios.base import Scenario
+from cl_bench.types import Batch, Data, Losses, Phase, Task
+
+CANDIDATES = 5
+"""The epoch that is kept is one of the last so many of a task."""
+
+LLOYD_STEPS = 100
+"""At most so many steps of k-means."""
+
+CHUNK = 500
+"""Validation images in one forward pass; changes no result."""
+
+
+class APD(Method):
+    """Shared weights, task masks and sparse task weights that make up for the drift of the shared ones.
+
+    Args:
+        variant: ``fixed`` (old tau frozen), ``apd1`` (old tau trained), ``apd2`` (and consolidated).
+        epochs: passes over a task; the best of the last 5 on the task's validation images is kept, the later one of
+            equals; the last where none are held out.
+        lambda1: weight of the l1 norms, and the threshold below which tau counts as 0.
+        lambda2: weight of half the squared drift of old weights.
+        l2: weight of half the squared norms of tau_t and v_t, and of sigma in the first task.
+        consolidate_every: s, tasks between consolidations (``apd2``).
+        clusters: k0, clusters more at each of them.
+        beta: largest range of an element that a cluster shares.
+    """
+
+    task_id: ClassVar[Literal["ignored", "used", "needed"]] = "needed"
+
+    def __init__(
+        self,
+        *,
+        net: APDNet,
+        scenario: Scenario,
+        variant: Literal["fixed", "apd1", "apd2"],
+        epochs: int,
+        lambda1: float,
+        lambda2: float,
+        l2: float,
+        consolidate_every: int,
+        clusters: int,
+        beta: float,
+    ) -> None:
+        super().__init__()
+        for key, weight in {"lambda1": lambda1, "lambda2": lambda2, "l2": l2, "beta": beta}.items():
+            require(weight >= 0, key, expected="0 or more", got=weight, fix="See configs/method/apd.yaml.")
+        require(epochs > 0, "epochs", expected="1 or more", got=epochs, fix="Leave it at ${trainer.epochs}.")
+        require(
+            0 < clusters <= consolidate_every,
+            "clusters",
+            expected=f"1 to consolidate_every={consolidate_every}, for there are no more tasks to cluster",
+            got=clusters,
+            fix="The paper has clusters=2, consolidate_every=5.",
+        )
+        self.net, self.variant, self.epochs = net, variant, epochs
+        self.lambda1, self.lambda2, self.l2 = lambda1, lambda2, l2
+        self.consolidate_every, self.clusters, self.beta = consolidate_every, clusters, beta
+        self.num_classes, self.transform = scenario.num_classes, scenario.transform
+        self.classes = [task.classes for task in scenario.tasks]
+        self.anchors: list[list[Tensor]] = []  # theta_i* of the task that is being learned; computed, never saved
+        self.best: list[Tensor] = []  # what is trained, as it was at the best epoch so far
+        self.best_epoch, self.best_accuracy = -1, -1.0
+        self.centroids: list[Tensor] = []  # (K, weights of the layer), a layer each, of the last consolidation
+        self.history: list[dict[str, Any]] = []  # what facts() tells of each task
+
+    def learn(self, task: Task) -> Iterator[Phase]:
+        """One phase; then the best epoch is laid back, and every s-th time tau is consolidated."""
+        net = self.net
+        net.add_task(len(task.classes))
+        if self.variant == "fixed":
+            for part in net.parts[: task.id]:
+                part.tau.requires_grad_(False)
+        self.anchors = [[w.detach() for w in net.weights(i)] for i in range(task.id)]
+        self._forget_best()
+        trained = [p for p in net.parameters() if p.requires_grad]
+        yield Phase(
+            task.train,
+            self.observe,
+            trained,
+            epochs=self.epochs,
+            after_epoch=lambda epoch: self._keep_best(epoch, task, trained),
+        )
+        with torch.no_grad():
+            for parameter, best in zip(trained, self.best):
+                parameter.copy_(best)
+            kept = self.best_epoch if self.best else self.epochs - 1
+            self._forget_best()
+            drift = self.drift()
+            learned = task.id + 1
+            if self.variant == "apd2" and learned % self.consolidate_every == 0:
+                self.consolidate()
+        self.history.append({"capacity": self.capacity(), **drift, "epoch_kept": kept})
+
+    def observe(self, batch: Batch) -> Losses:
+        """The named terms of the loss, weights included."""
+        net, new = self.net, self.net.parts[-1]
+        logits = net.task_logits(batch.x, batch.task)
+        losses = {"ce": F.cross_entropy(logits, batch.y - self.classes[batch.task].start)}
+        norms = [tau.abs().sum() for part in net.parts for tau in part.tau]
+        losses["sparsity"] = self.lambda1 * torch.stack(norms).sum()
+        if batch.task > 0:
+            moved = [
+                (anchor - weight).square().sum()
+                for old, anchors in enumerate(self.anchors)
+                for anchor, weight in zip(anchors, net.weights(old))
+            ]
+            losses["drift"] = self.lambda2 / 2 * torch.stack(moved).sum()
+        decayed = [*new.tau, *new.v, *(net.sigma if batch.task == 0 else [])]
+        losses["l2"] = self.l2 / 2 * torch.stack([p.square().sum() for p in decayed]).sum()
+        return losses
+
+    def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
+        """(B, C, H, W) -> (B, K), each image by the weights of its task; -inf for other tasks and unlearned ones."""
+        assert task_id is not None  # the evaluation asks no method that needs a task id without one
+        scores = x.new_full((len(x), self.num_classes), -torch.inf)
+        for task in range(len(self.net.tasks)):
+            rows = torch.nonzero(task_id == task).flatten()
+            if len(rows):
+                classes = self.classes[task]
+                logits = self.net.task_logits(x[rows], task, self.lambda1)
+                scores[rows, classes.start : classes.stop] = logits.to(scores.dtype)
+        return scores
+
+    @torch.no_grad()
+    def drift(self) -> dict[str, float | None]:
+        """L2 distance of old weights, all layers together, to theta_i*: mean and max over the old tasks.
+
+        ``drift_relative`` is the largest distance divided by ||theta_i*||. None for the first task.
+        """
+        pairs = [(_flat(self.net.weights(old)), _flat(anchors)) for old, anchors in enumerate(self.anchors)]
+        if not pairs:
+            return {"drift_mean": None, "drift_max": None, "drift_relative": None}
+        moved = torch.stack([torch.linalg.vector_norm(now - then) for now, then in pairs])
+        lengths = torch.stack([torch.linalg.vector_norm(then) for _, then in pairs])
+        return {
+            "drift_mean": float(moved.mean()),
+            "drift_max": float(moved.max()),
+            "drift_relative": float((moved / lengths).max()),
+        }
+
+    @torch.no_grad()
+    def consolidate(self) -> None:
+        """Cluster the task weights of each layer, and move what a cluster has in common into its tau~."""
+        net = self.net
+        num_tasks = len(net.tasks)
+        count = self.clusters * num_tasks // self.consolidate_every
+        centroids: list[Tensor] = []
+        local: list[Tensor] = []
+        groups = [[NO_GROUP] * num_tasks for _ in net.layers]
+        for layer in net.layers:
+            tensors = torch.stack([net.adaptive(i, layer, self.lambda1) for i in range(num_tasks)])
+            # K grows: the newest tasks are where the clusters without a centroid begin
+            points = tensors.flatten(1).float().cpu()
+            old = self.centroids[layer] if self.centroids else points[:0]
+            labels, means = k_means(points, torch.cat([old, points[num_tasks - (count - len(old)) :]]))
+            centroids.append(means)
+            for cluster in range(count):
+                members = torch.nonzero(labels == cluster).flatten().tolist()
+                if len(members) == 1:
+                    (only,) = members
+                    net.parts[only].tau[layer].copy_(net.adaptive(only, layer))
+                elif members:
+                    shared, own = split(tensors[members], self.beta)
+                    for task, tau in zip(members, own):
+                        net.parts[task].tau[layer].copy_(tau)
+                        groups[layer][task] = len(local)
+                    local.append(shared)
+        net.share(local, groups)
+        self.centroids = centroids
+
+    def capacity(self) -> float | None:
+        """Numbers that are not 0 at test, relative to the weights of one network with a head for every class seen."""
+        net = self.net
+        if not len(net.tasks):
+            return None
+        kept = [*net.sigma, *net.local]
+        for part in net.parts:
+            kept += [*part.v, *part.bias, *part.head.parameters(), *self._pruned(part)]
+        base = [*net.sigma, *(part.head.weight for part in net.parts)]
+        return sum(int(torch.count_nonzero(p)) for p in kept) / sum(p.numel() for p in base)
+
+    def facts(self) -> dict[str, Any]:
+        """After each task: capacity, drift of the old ones, epoch kept; at the end: share of zeros in each tau."""
+        names = self.history[0] if self.history else {}
+        facts: dict[str, Any] = {name: [entry[name] for entry in self.history] for name in names}
+        return facts | {"tau_sparsity": [self.sparsity(task) for task in range(len(self.net.tasks))]}
+
+    def sparsity(self, task: int) -> float:
+        """Share of a task's tau that is 0 at test."""
+        return float((_flat(self._pruned(self.net.parts[task])) == 0).float().mean())
+
+    def memory_bytes(self) -> int:
+        """theta_i* of the old tasks while the last one was learned, and the centroids."""
+        return sum(t.nbytes for tensors in [*self.anchors, self.centroids] for t in tensors)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The best epoch so far, the centroids, what was measured after each task."""
+        return {
+            "best": list(self.best),
+            "best_epoch": self.best_epoch,
+            "best_accuracy": self.best_accuracy,
+            "centroids": list(self.centroids),
+            "history": [dict(entry) for entry in self.history],
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`get_extra_state`."""
+        self.best = list(state["best"])
+        self.best_epoch, self.best_accuracy = state["best_epoch"], state["best_accuracy"]
+        self.centroids, self.history = list(state["centroids"]), [dict(entry) for entry in state["history"]]
+
+    def _pruned(self, part: TaskPart) -> list[Tensor]:
+        return [F.hardshrink(tau, self.lambda1) for tau in part.tau]
+
+    def _forget_best(self) -> None:
+        self.best, self.best_epoch, self.best_accuracy = [], -1, -1.0
+
+    @torch.no_grad()
+    def _keep_best(self, epoch: int, task: Task, trained: list[nn.Parameter]) -> None:
+        """Remember what is trained where no epoch before was better on held-out images."""
+        if len(task.val) and epoch >= self.epochs - CANDIDATES:
+            accuracy = self._accuracy(task.val, task)
+            if accuracy >= self.best_accuracy:
+                self.best = [p.detach().clone() for p in trained]
+                self.best_epoch, self.best_accuracy = epoch, accuracy
+
+    def _accuracy(self, data: Data, task: Task) -> float:
+        """Share of right answers of the task's own head, as at test."""
+        right = 0
+        for chunk in data.chunks(CHUNK):
+            logits = self.net.task_logits(self.transform.plain(chunk.images), task.id, self.lambda1)
+            right += int((logits.argmax(dim=1) + task.classes.start == chunk.labels).sum())
+        return right / len(data)
+
+
+def split(members: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """What the members (n, *shape) of a cluster share (*shape), and what each keeps (n, *shape).
+
+    An element whose largest and smallest values differ by at most ``beta`` is shared as the middle between them, so
+    that no member's sum of both moves by more than ``beta / 2``; the others stay as they are.
+    """
+    low, high = members.amin(dim=0), members.amax(dim=0)
+    close = high - low <= beta
+    return torch.where(close, (low + high) / 2, 0.0), torch.where(close, 0.0, members)
+
+
+def k_means(points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm on the CPU: points (n, d), first centroids (K, d) -> cluster of each (n,), centroids (K, d)."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than clusters: some stay empty
+        found = KMeans(len(start), init=start.numpy(), n_init=1, max_iter=LLOYD_STEPS, random_state=0).fit(
+            np.ascontiguousarray(points.numpy())
+        )
+    return torch.from_numpy(found.labels_), torch.from_numpy(found.cluster_centers_)
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
