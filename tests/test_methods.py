@@ -23,6 +23,7 @@ SUITS = {
     "ewc": ["backbone=mlp", "backbone.hidden=[32]"],
     "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
     "lvt": ["backbone=lvt_digits", "buffer.capacity=20"],
+    "supsup": ["backbone=mlp", "backbone.hidden=[64]", "method.mask=threshold", "method.outputs=50", "optimizer=adam"],
 }
 """The network and buffer that a method needs; any other one is tried on an MLP with a reservoir."""
 
