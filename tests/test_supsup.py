@@ -265,6 +265,7 @@ def test_all_weight_on_one_mask_is_that_task(net):
 
 
 def learned(net=mlp, shape=GREY, **changes) -> SupSup:
+    torch.manual_seed(0)
     method = supsup(net(), shape=shape, **changes).eval()
     for task in Classes(3, shape).tasks:
         for phase in method.learn(task):
