@@ -21,9 +21,28 @@ def sgd(
     return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 
+def adam(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_decay: float) -> torch.optim.Optimizer:
+    """Adam (Kingma and Ba 2015); ``weight_decay`` is the L2 coefficient, part of the gradient."""
+    _check(lr, weight_decay)
+    _check_betas(betas)
+    return torch.optim.Adam(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
+
+
 def adamw(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_decay: float) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
     _check(lr, weight_decay)
+    _check_betas(betas)
+    return torch.optim.AdamW(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
+
+
+def rmsprop(params: Iterable[Parameter], *, lr: float, alpha: float, weight_decay: float) -> torch.optim.Optimizer:
+    """RMSprop (Tieleman and Hinton 2012); ``alpha`` smooths the squared gradients, ``weight_decay`` is L2."""
+    _check(lr, weight_decay)
+    require(0 <= alpha < 1, "alpha", expected="a number in [0, 1)", got=alpha, fix="0.99 is usual.")
+    return torch.optim.RMSprop(params, lr=lr, alpha=alpha, weight_decay=weight_decay, foreach=True)
+
+
+def _check_betas(betas: list[float]) -> None:
     require(
         len(betas) == 2 and all(0 <= b < 1 for b in betas),
         "betas",
@@ -31,7 +50,6 @@ def adamw(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_
         got=list(betas),
         fix="[0.9,0.999] is usual.",
     )
-    return torch.optim.AdamW(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
 
 
 def _check(lr: float, weight_decay: float) -> None:

@@ -50,6 +50,7 @@ SUITS = {
         "method.warm_up_epochs=5",
         "method.warm_up_lr=0.002",
     ],
+    "supsup": ["backbone=mlp", "backbone.hidden=[64]", "method.mask=threshold", "method.outputs=50", "optimizer=adam"],
 }
 """The network and buffer that a method needs; any other one is tried on an MLP with a reservoir."""
 
