@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -21,8 +22,13 @@ def sgd(
     return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 
-def adamw(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_decay: float) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+def adamw(
+    params: Iterable[Parameter], *, lr: float, betas: list[float], weight_decay: float, decay_vectors: bool
+) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
+
+    Without ``decay_vectors`` biases, gains and whatever else has one dimension are left out of the decay, as timm does.
+    """
     _check(lr, weight_decay)
     require(
         len(betas) == 2 and all(0 <= b < 1 for b in betas),
@@ -31,7 +37,17 @@ def adamw(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_
         got=list(betas),
         fix="[0.9,0.999] is usual.",
     )
-    return torch.optim.AdamW(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
+    params = list(params)
+    vectors = [p for p in params if p.ndim <= 1 and not decay_vectors]
+    others = [p for p in params if p.ndim > 1 or decay_vectors]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        betas=(betas[0], betas[1]),
+        weight_decay=weight_decay,
+        fused=True,
+    )
 
 
 def _check(lr: float, weight_decay: float) -> None:

@@ -66,6 +66,7 @@ def scenario() -> Split:
         test_per_class=None,
         crop_padding=4,
         flip=True,
+        rand_augment=None,
     )
 
 

@@ -23,6 +23,17 @@ SUITS = {
     "ewc": ["backbone=mlp", "backbone.hidden=[32]"],
     "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
     "lvt": ["backbone=lvt_digits", "buffer.capacity=20"],
+    "dytox": [
+        "backbone=dytox_digits",
+        "backbone.patch_size=4",
+        "backbone.dim=32",
+        "backbone.depth=1",
+        "buffer.capacity=20",
+        "method.finetune_epochs=2",
+        "method.finetune_lr=1e-4",
+        "optimizer=adamw",
+        "optimizer.lr=0.003",
+    ],
 }
 """The network and buffer that a method needs; any other one is tried on an MLP with a reservoir."""
 
