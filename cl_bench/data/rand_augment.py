@@ -1,9 +1,9 @@
 """RandAugment in batches (Cubuk, Zoph, Shlens, Le, 2020), the variant of timm's ``rand-m9-mstd0.5-inc1``.
 
 Every image gets two operations of its own, drawn with replacement from fifteen; each is applied with probability 1/2,
-at a magnitude of its own, N(m, s^2) cut to [0, 10]. "inc1" means that operations distort more as the magnitude grows. The
-images that drew the same operation are changed together, on the device; nothing waits for it, since all draws are made
-on the CPU.
+at a magnitude of its own, N(m, s^2) cut to [0, 10]. "inc1" means that operations distort more as the magnitude grows.
+The images that drew the same operation are changed together, on the device; nothing waits for it, since all draws are
+made on the CPU.
 
 Shapes: b images that drew an operation, C = 1 or 3 channels, H x W pixels; images are uint8. An argument is what the
 magnitude means to an operation: degrees, pixels, a threshold, (b, 1, 1, 1) float32.

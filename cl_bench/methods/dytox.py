@@ -13,8 +13,8 @@ tasks), the auxiliary classifier goes, and the fine-tuning phase minimises L_clf
 the encoder frozen and all tokens and classifiers free. The first task has L_clf only, and no fine-tuning.
 
 DyTox+ mixes the images of a batch: x' = l x + (1 - l) flipped(x), targets alike and smoothed, l ~ Beta(mixup, mixup)
-once a batch, in both phases. One epoch of repeated augmentation runs over the first floor(N / 256) 256 entries of a shuffled
-list in which every image stands three times in a row (Hoffer et al. 2020; DeiT's sampler).
+once a batch, in both phases. One epoch of repeated augmentation runs over the first floor(N / 256) 256 entries of a
+shuffled list in which every image stands three times in a row (Hoffer et al. 2020; DeiT's sampler).
 
 Departures from the release, all in docs/methods/dytox.md: one memory of M images in all, chosen by un-augmented images
 (the release chose with augmented ones, on every GPU by itself); fine-tuning visits the memory shuffled.
