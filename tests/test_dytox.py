@@ -449,9 +449,11 @@ def test_one_dimensional_parameters_are_not_decayed():
 
 
 def test_another_network_or_buffer_is_refused():
-    with pytest.raises(ConfigError, match=r"backbone: expected a dytox network .*method=dytox.*Use backbone=dytox"):
+    with pytest.raises(
+        ConfigError, match=r"backbone: expected a network of kind DyTox, .*method=dytox.*Use backbone=dytox"
+    ):
         build(configure("method=dytox", "backbone=resnet18", "buffer=herding", "device=cpu"))
-    with pytest.raises(ConfigError, match=r"buffer: expected a buffer that takes an equal share.*buffer=herding"):
+    with pytest.raises(ConfigError, match=r"buffer: expected a buffer of kind PerClassBuffer.*Use buffer=herding"):
         build(configure("backbone=dytox_digits", "buffer=reservoir", "device=cpu"))
 
 

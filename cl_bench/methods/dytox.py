@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from cl_bench.backbones.dytox import Classifier, DyTox
-from cl_bench.buffers.base import Buffer, Columns, PerClassBuffer
+from cl_bench.buffers.base import Columns, PerClassBuffer
 from cl_bench.errors import require
 from cl_bench.methods.base import Method
 from cl_bench.types import Batch, Data, Losses, Phase, Task
@@ -58,7 +58,7 @@ class DyToxRule(Method):
         self,
         *,
         net: DyTox,
-        buffer: Buffer,
+        buffer: PerClassBuffer,
         divergence: float,
         distillation: bool,
         temperature: float,
@@ -69,13 +69,6 @@ class DyToxRule(Method):
         repeated_augmentation: int,
     ) -> None:
         super().__init__()
-        require(
-            isinstance(buffer, PerClassBuffer),
-            "buffer",
-            expected="a buffer that takes an equal share of every class when a task is closed",
-            got=type(buffer).__name__,
-            fix="Use buffer=herding, or fixed_memory or confidence_aware.",
-        )
         amounts = {"divergence": divergence, "finetune_epochs": finetune_epochs, "mixup": mixup}
         for key, value in amounts.items():
             require(value >= 0, key, expected="0 or more", got=value, fix="0 switches it off.")
