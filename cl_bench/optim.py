@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -28,11 +29,26 @@ def adam(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_d
     return torch.optim.Adam(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
 
 
-def adamw(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_decay: float) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+def adamw(
+    params: Iterable[Parameter], *, lr: float, betas: list[float], weight_decay: float, decay_vectors: bool
+) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
+
+    Without ``decay_vectors`` biases, gains and whatever else has one dimension are left out of the decay, as timm does.
+    """
     _check(lr, weight_decay)
     _check_betas(betas)
-    return torch.optim.AdamW(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
+    params = list(params)
+    vectors = [p for p in params if p.ndim <= 1 and not decay_vectors]
+    others = [p for p in params if p.ndim > 1 or decay_vectors]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        betas=(betas[0], betas[1]),
+        weight_decay=weight_decay,
+        fused=True,
+    )
 
 
 def rmsprop(params: Iterable[Parameter], *, lr: float, alpha: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -67,6 +67,7 @@ def scenario() -> Split:
         test_per_class=None,
         crop_padding=4,
         flip=True,
+        rand_augment=None,
     )
 
 

@@ -26,7 +26,8 @@ def small(**changes) -> APD:
     torch.manual_seed(0)
     net = APDNet(channels=[3], kernel=3, hidden=[6, 5], num_classes=4, image_shape=(1, 8, 8))
     scenario = Split(
-        source=toy_images(), num_tasks=4, classes_per_task=None, class_order="natural", class_order_seed=0, data_seed=0,
+        source=toy_images(), pretrain_classes=0, rand_augment=None, num_tasks=4, classes_per_task=None,
+        class_order="natural", class_order_seed=0, data_seed=0,
         val_fraction=0.0, train_per_class=None, test_per_class=None, crop_padding=0, flip=False,
     )  # fmt: skip
     scenario.transform = identity_transform()

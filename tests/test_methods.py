@@ -51,6 +51,17 @@ SUITS = {
         "method.warm_up_lr=0.002",
     ],
     "supsup": ["backbone=mlp", "backbone.hidden=[64]", "method.mask=threshold", "method.outputs=50", "optimizer=adam"],
+    "dytox": [
+        "backbone=dytox_digits",
+        "backbone.patch_size=4",
+        "backbone.dim=32",
+        "backbone.depth=1",
+        "buffer.capacity=20",
+        "method.finetune_epochs=2",
+        "method.finetune_lr=1e-4",
+        "optimizer=adamw",
+        "optimizer.lr=0.003",
+    ],
 }
 """The network and buffer that a method needs; any other one is tried on an MLP with a reservoir."""
 

@@ -13,7 +13,7 @@ from cl_bench.scenarios.split import Split, order_classes, task_sizes
 KEYS = {
     "pretrain_classes": 0, "num_tasks": 2, "classes_per_task": None, "class_order": "natural", "class_order_seed": 0,
     "data_seed": 0, "val_fraction": 0.0, "train_per_class": None, "test_per_class": None, "crop_padding": 0,
-    "flip": False,
+    "flip": False, "rand_augment": None,
 }  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def test_optimizers_are_torchs():
     optimizer.step()
     assert p.item() == pytest.approx(1 - 0.1 * (2 + 0.5))
     q = torch.nn.Parameter(torch.tensor([1.0]))
-    optimizer = adamw([q], lr=0.1, betas=[0.9, 0.999], weight_decay=0.5)
+    optimizer = adamw([q], lr=0.1, betas=[0.9, 0.999], weight_decay=0.5, decay_vectors=True)
     q.grad = torch.tensor([2.0])
     optimizer.step()
     assert q.item() == pytest.approx(1 - 0.1 * 0.5 - 0.1, rel=1e-5)  # decoupled decay, then a unit step

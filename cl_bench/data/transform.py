@@ -3,6 +3,8 @@
 Shapes: B images, C channels, H x W pixels, p = ``crop_padding``.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -11,7 +13,7 @@ from cl_bench.errors import require
 
 
 class Transform:
-    """Random crop, random horizontal flip, normalise; every image with its own draw.
+    """Random crop, random horizontal flip, whatever else is given, normalise; every image with its own draw.
 
     The same distribution as torchvision's ``RandomCrop(H, padding=p)``, ``RandomHorizontalFlip()``, ``ToTensor()``,
     ``Normalize(mean, std)`` on each image. Draws come from a CPU generator, so a seed draws the same crops and flips on
@@ -21,9 +23,18 @@ class Transform:
         mean, std: a value a channel, for pixels in [0, 1].
         crop_padding: black pixels added on each side before an H x W window is cut; 0 = no crop.
         flip: mirror each image with probability 1/2.
+        rand_augment: images (B, C, H, W) uint8 and the CPU generator -> images, after crop and flip; None for no more.
     """
 
-    def __init__(self, *, mean: list[float], std: list[float], crop_padding: int, flip: bool) -> None:
+    def __init__(
+        self,
+        *,
+        mean: list[float],
+        std: list[float],
+        crop_padding: int,
+        flip: bool,
+        rand_augment: Callable[[Tensor, Generator], Tensor] | None = None,
+    ) -> None:
         require(
             crop_padding >= 0, "crop_padding", expected="0 or more pixels", got=crop_padding, fix="Set 0 for no crop."
         )
@@ -34,7 +45,8 @@ class Transform:
             got=std,
             fix="Give mean and std of the training images, a value a channel.",
         )
-        self.mean, self.std, self.crop_padding, self.flip = list(mean), list(std), crop_padding, flip
+        self.mean, self.std = list(mean), list(std)
+        self.crop_padding, self.flip, self.rand_augment = crop_padding, flip, rand_augment
         self._scale = (1.0 / (255.0 * torch.tensor(std))).view(-1, 1, 1)
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1)
 
@@ -54,6 +66,8 @@ class Transform:
         if self.flip:
             mirrored = torch.randint(2, (batch, 1, 1, 1), generator=generator).bool()
             images = torch.where(mirrored.to(images.device, non_blocking=True), images.flip(3), images)
+        if self.rand_augment is not None:
+            images = self.rand_augment(images, generator)
         return self.plain(images)
 
     def plain(self, images: Tensor) -> Tensor:

@@ -65,7 +65,9 @@ class LearnableMemory(Method):
         super().__init__()
         require(warm_up_epochs > 0, "warm_up_epochs", expected="1 or more", got=warm_up_epochs, fix="Use 200.")
         self.net, self.rule, self.warm_up, self.warm_up_epochs = net, rule, warm_up, warm_up_epochs
-        self.optimizer = partial(adamw, lr=warm_up_lr, betas=[0.9, 0.999], weight_decay=warm_up_weight_decay)
+        self.optimizer = partial(
+            adamw, lr=warm_up_lr, betas=[0.9, 0.999], weight_decay=warm_up_weight_decay, decay_vectors=True
+        )
         self.optimizer([nn.Parameter(torch.zeros(1))])  # its ranges are checked when it is made
         self.transform, self.pretrain = scenario.transform, scenario.pretrain
         classes = len(scenario.tasks[0].classes) if warm_up == "first_task" else len(scenario.pretrain_order)

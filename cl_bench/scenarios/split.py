@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cl_bench.data.base import ImageSet
+from cl_bench.data.rand_augment import RandAugment
 from cl_bench.data.transform import Transform
 from cl_bench.errors import ConfigError, require
 from cl_bench.scenarios.base import Scenario
@@ -33,6 +34,8 @@ class Split(Scenario):
         val_fraction: part of each class's training images held out for validation, in [0, 1).
         train_per_class, test_per_class: images taken of each class; None for all.
         crop_padding, flip: augmentation, see :class:`~cl_bench.data.transform.Transform`.
+        rand_augment: ``rand-m{M}-mstd{S}-inc1`` adds timm's RandAugment of that name, see
+            :mod:`cl_bench.data.rand_augment`; None for none.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Split(Scenario):
         test_per_class: int | None,
         crop_padding: int,
         flip: bool,
+        rand_augment: str | None,
     ) -> None:
         num_classes = len(source.class_names)
         require(
@@ -81,7 +85,14 @@ class Split(Scenario):
             got=crop_padding,
             fix="4 is usual for 32 x 32 pixels.",
         )
-        self.transform = Transform(mean=source.mean, std=source.std, crop_padding=crop_padding, flip=flip)
+        fill = [round(255 * mean) for mean in source.mean]
+        self.transform = Transform(
+            mean=source.mean,
+            std=source.std,
+            crop_padding=crop_padding,
+            flip=flip,
+            rand_augment=None if rand_augment is None else RandAugment.parse(rand_augment, fill),
+        )
 
         train = _first(source.train_labels, train_per_class, "train_per_class", data_seed)
         test = _first(source.test_labels, test_per_class, "test_per_class", data_seed)

@@ -1,0 +1,191 @@
+"""DyTox and DyTox+ (Douillard, Rame, Couairon, Cord, CVPR 2022), the learning rule.
+
+A task is learned in two phases. The main phase runs over the task's images and the memory together, on a network that
+has grown by a token and a classifier; the teacher is a frozen copy of the network before. With a = C_old / C_all,
+
+    L = (1 - a) L_clf + a L_kd + lambda L_div
+    L_clf = mean over images and all C_all classes of BCE(logit, one-hot target)
+    L_kd  = T^2 / (B C_old) sum of q log(q / p),  q, p = softmax of teacher's and student's logits of old classes / T
+    L_div = the same BCE of an auxiliary classifier that reads the newest embedding only: 0 = any old class, 1..C_new
+
+Old tokens and old classifiers are frozen. Then the memory takes the new classes in (herding on the embeddings of all
+tasks), the auxiliary classifier goes, and the fine-tuning phase minimises L_clf on the memory, which is balanced, with
+the encoder frozen and all tokens and classifiers free. The first task has L_clf only, and no fine-tuning.
+
+DyTox+ mixes the images of a batch: x' = l x + (1 - l) flipped(x), targets alike and smoothed, l ~ Beta(mixup, mixup)
+once a batch, in both phases. One epoch of repeated augmentation runs over the first floor(N / 256) 256 entries of a
+shuffled list in which every image stands three times in a row (Hoffer et al. 2020; DeiT's sampler).
+
+Departures from the release, all in docs/methods/dytox.md: one memory of M images in all, chosen by un-augmented images
+(the release chose with augmented ones, on every GPU by itself); fine-tuning visits the memory shuffled.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from cl_bench.backbones.dytox import Classifier, DyTox
+from cl_bench.buffers.base import Columns, PerClassBuffer
+from cl_bench.errors import require
+from cl_bench.methods.base import Method
+from cl_bench.types import Batch, Data, Losses, Phase, Task
+
+REPEATED_UNIT = 256
+"""An epoch of repeated augmentation ends with a multiple of this many images (DeiT)."""
+
+
+class DyToxRule(Method):
+    """Token expansion, independent classifiers, distillation, divergence head, balanced fine-tuning.
+
+    Args:
+        divergence: lambda; 0 is the ablation without the auxiliary classifier.
+        distillation: ablation switch of the teacher; without it a = 0.
+        temperature: T of the distillation.
+        finetune_epochs: passes over the memory after the main phase; 0 is the ablation without fine-tuning.
+        finetune_lr: its constant learning rate.
+        mixup: parameter of the Beta distribution; 0 for none. 0.8 is DyTox+.
+        label_smoothing: mass that mixed targets spread over all classes; acts with ``mixup`` only.
+        repeated_augmentation: times that an image drawn into an epoch is visited in it; 1 visits every image once.
+    """
+
+    teacher_bytes: Tensor
+
+    def __init__(
+        self,
+        *,
+        net: DyTox,
+        buffer: PerClassBuffer,
+        divergence: float,
+        distillation: bool,
+        temperature: float,
+        finetune_epochs: int,
+        finetune_lr: float,
+        mixup: float,
+        label_smoothing: float,
+        repeated_augmentation: int,
+    ) -> None:
+        super().__init__()
+        amounts = {"divergence": divergence, "finetune_epochs": finetune_epochs, "mixup": mixup}
+        for key, value in amounts.items():
+            require(value >= 0, key, expected="0 or more", got=value, fix="0 switches it off.")
+        for key, value in {"temperature": temperature, "finetune_lr": finetune_lr}.items():
+            require(value > 0, key, expected="above 0", got=value, fix="See configs/method/dytox.yaml.")
+        require(0 <= label_smoothing < 1, "label_smoothing", expected="in [0, 1)", got=label_smoothing, fix="Try 0.1.")
+        require(
+            repeated_augmentation > 0,
+            "repeated_augmentation",
+            expected="1 or more visits",
+            got=repeated_augmentation,
+            fix="1 switches it off, DeiT has 3.",
+        )
+        net.clear()
+        self.net, self.buffer = net, buffer
+        self.divergence, self.distillation, self.temperature = divergence, distillation, temperature
+        self.finetune_epochs, self.finetune_lr = finetune_epochs, finetune_lr
+        self.mixup, self.label_smoothing = mixup, label_smoothing
+        self.repeated_augmentation = repeated_augmentation
+        self.auxiliary: Classifier | None = None
+        self.teacher: Callable[[Tensor], Tensor] | None = None  # a function and no module: it is no part of the state
+        self.register_buffer("teacher_bytes", torch.tensor(0))
+
+    def learn(self, task: Task) -> Iterator[Phase]:
+        """The main phase, the memory's update, from the second task on the fine-tuning phase."""
+        later = task.id > 0
+        data = Data.concatenate([task.train, self.buffer.data()]) if later else task.train
+        if later and self.distillation:
+            self._copy_teacher()
+        self.net.grow(len(task.classes))
+        if later and self.divergence:
+            self.auxiliary = Classifier(self.net.dim, 1 + len(task.classes)).to(data.labels.device)
+        order = partial(repeated, len(data), self.repeated_augmentation) if self.repeated_augmentation > 1 else None
+        yield Phase(data, self.observe, self._freeze(self.net.old_parameters()), order=order)
+
+        self.auxiliary = self.teacher = None
+        self.buffer.close_task(task, self.describe)
+        if later and self.finetune_epochs:
+            yield Phase(
+                self.buffer.data(),
+                self.observe_balanced,
+                self._freeze(self.net.encoder_parameters()),
+                epochs=self.finetune_epochs,
+                lr=self.finetune_lr,
+                schedule=lambda epoch, epochs: 1.0,
+            )
+        self._freeze([])
+
+    def observe(self, batch: Batch) -> Losses:
+        """The weighted terms of the main phase."""
+        x, targets = self.mixed(batch)
+        embeddings = self.net.embeddings(x)
+        logits = self.net.logits(embeddings).float()
+        new = self.net.sizes[-1]
+        old = logits.shape[1] - new
+        share = old / logits.shape[1] if self.teacher is not None else 0.0  # a
+        losses: Losses = {"clf": (1 - share) * F.binary_cross_entropy_with_logits(logits, targets)}
+        if self.teacher is not None:
+            losses["kd"] = share * self._distil(logits[:, :old], self.teacher(x).float())
+        if self.auxiliary is not None:
+            merged = torch.cat([targets[:, :old].sum(dim=1, keepdim=True), targets[:, old:]], dim=1)
+            guesses = self.auxiliary(embeddings[-1]).float()
+            losses["div"] = self.divergence * F.binary_cross_entropy_with_logits(guesses, merged)
+        return losses
+
+    def observe_balanced(self, batch: Batch) -> Losses:
+        """The only term of the fine-tuning phase."""
+        x, targets = self.mixed(batch)
+        logits = self.net.logits(self.net.embeddings(x)).float()
+        return {"clf": F.binary_cross_entropy_with_logits(logits, targets)}
+
+    def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) images and (B, C_all) targets, mixed where ``mixup`` says so."""
+        targets = F.one_hot(batch.y, sum(self.net.sizes)).float()
+        if not self.mixup:
+            return batch.x, targets
+        part = float(torch.distributions.Beta(self.mixup, self.mixup).sample())  # on the CPU
+        targets = targets * (1 - self.label_smoothing) + self.label_smoothing / targets.shape[1]
+        x, targets = (part * t + (1 - part) * t.flip(0) for t in (batch.x, targets))
+        return x, targets
+
+    def describe(self, x: Tensor, y: Tensor) -> Columns:
+        """The embeddings of all tasks, for herding, and what other per-class buffers rank by."""
+        embeddings = self.net.embeddings(x)
+        probabilities = self.net.logits(embeddings).float().sigmoid()
+        return {
+            "features": torch.cat(embeddings, dim=1),
+            "confidence": probabilities.gather(1, y[:, None]).squeeze(1),
+        }
+
+    def memory_bytes(self) -> int:
+        """The teacher, a copy of the network while a later task is learned."""
+        return int(self.teacher_bytes)
+
+    def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
+        """(B, C, H, W) -> (B, K) logits; the sigmoid of each class changes no order."""
+        return self.net(x)
+
+    def _copy_teacher(self) -> None:
+        before = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.teacher = torch.no_grad()(lambda x: before.logits(before.embeddings(x)))
+        self.teacher_bytes.fill_(sum(p.nbytes for p in before.parameters()))
+
+    def _distil(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """L_kd: (B, C_old), (B, C_old) -> scalar, mean over images and classes."""
+        p, q = (F.log_softmax(z / self.temperature, dim=1) for z in (student, teacher))
+        return self.temperature**2 * F.kl_div(p, q, reduction="none", log_target=True).mean()
+
+    def _freeze(self, frozen: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Freeze these parameters and no others; returns the others."""
+        held = {id(p) for p in frozen}
+        for p in self.parameters():
+            p.requires_grad_(id(p) not in held)
+        return [p for p in self.parameters() if id(p) not in held]
+
+
+def repeated(size: int, times: int, generator: Generator) -> Tensor:
+    """Positions of an epoch of repeated augmentation over ``size`` images, each drawn one ``times`` times in a row."""
+    visits = size // REPEATED_UNIT * REPEATED_UNIT or size
+    return torch.randperm(size, generator=generator).repeat_interleave(times)[:visits]
