@@ -210,8 +210,8 @@ def scenario(**keys) -> Split:
     return Split(
         **{
             "source": toy_images(num_classes=6), "pretrain_classes": 0, "rand_augment": None, "num_tasks": 3,
-            "classes_per_task": None, "class_order": "natural", "class_order_seed": 0, "data_seed": 0, "val_fraction": 0.0,
-            "train_per_class": None, "test_per_class": None, "crop_padding": 0, "flip": False,
+            "classes_per_task": None, "class_order": "natural", "class_order_seed": 0, "data_seed": 0,
+            "val_fraction": 0.0, "train_per_class": None, "test_per_class": None, "crop_padding": 0, "flip": False,
         } | keys
     )  # fmt: skip
 
