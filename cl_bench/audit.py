@@ -109,7 +109,7 @@ def labels_are_not_known(parts: Parts) -> Check:
     tasks = parts.scenario.tasks
     kept = [task.asked(parts.settings.evaluate_on).labels.clone() for task in tasks]
     generator = torch.Generator().manual_seed(0)
-    right = images = expected = spread = 0.0
+    images = expected = spread = 0.0
     for task in tasks:
         labels = task.asked(parts.settings.evaluate_on).labels
         labels.copy_(labels[torch.randperm(len(labels), generator=generator).to(labels.device)])

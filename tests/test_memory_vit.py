@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, batch_of, configure, toy_images
 
+from cl_bench.backbones.layers.vit import small_vit
 from cl_bench.backbones.memory_vit import MemoryViT, attention_rules
 from cl_bench.build import build, component
 from cl_bench.checkpoint import Checkpoint
@@ -422,5 +423,11 @@ def test_plain_vit_is_timms_and_as_large_as_lvt():
     x = torch.randn(2, 3, 32, 32)
     logits = small(x)
     assert logits.shape == (2, 100)
-    torch.testing.assert_close(small.net.head(small.features(x)), logits)
+    torch.testing.assert_close(small.head(small.features(x)), logits)
+    whole = small_vit(
+        patch_size=8, dim=96, depth=3, heads=3, mlp_ratio=4.0, num_classes=100, image_shape=(3, 32, 32)
+    ).eval()
+    head = {f"head.{name}": value for name, value in small.head.state_dict().items()}
+    whole.load_state_dict(small.net.state_dict() | head)
+    torch.testing.assert_close(whole(x), logits)
     torch.testing.assert_close(small.features(x), small.net.forward_features(x)[:, 0])

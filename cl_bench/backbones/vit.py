@@ -9,11 +9,11 @@ Departures: the sizes are ours; the network has as many parameters as the Lifelo
 
 from torch import Tensor
 
-from cl_bench.backbones.base import Backbone
+from cl_bench.backbones.base import SingleHead
 from cl_bench.backbones.layers.vit import small_vit
 
 
-class ViT(Backbone):
+class ViT(SingleHead):
     """Class token of a plain ViT and a linear head; no dropout.
 
     Args:
@@ -34,7 +34,7 @@ class ViT(Backbone):
         image_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
-        self.net = small_vit(
+        net = small_vit(
             patch_size=patch_size,
             dim=dim,
             depth=depth,
@@ -43,11 +43,10 @@ class ViT(Backbone):
             num_classes=num_classes,
             image_shape=image_shape,
         )
+        self.head = net.get_classifier()
+        net.reset_classifier(0)
+        self.net = net
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, dim), the class token after the final LayerNorm."""
-        return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
         return self.net(x)

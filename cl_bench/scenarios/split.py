@@ -104,13 +104,8 @@ class Split(Scenario):
             got=val_fraction,
             fix="Lower val_fraction or raise train_per_class.",
         )
-
-        def gather(images: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray], order: list[int]) -> Data:
-            which = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
-            return _gather(images, labels, which, order)
-
         unheld = [chosen[n:] for chosen, n in zip(train, held_out)]
-        self.pretrain = gather(
+        self.pretrain = _gather(
             source.train_images, source.train_labels, [unheld[c] for c in self.pretrain_order], self.pretrain_order
         )
         self.tasks = []
@@ -121,14 +116,14 @@ class Split(Scenario):
                 Task(
                     id=task,
                     classes=range(start, end),
-                    train=gather(source.train_images, source.train_labels, [unheld[c] for c in ids], self.class_order),
-                    val=gather(
+                    train=_gather(source.train_images, source.train_labels, [unheld[c] for c in ids], self.class_order),
+                    val=_gather(
                         source.train_images,
                         source.train_labels,
                         [train[c][: held_out[c]] for c in ids],
                         self.class_order,
                     ),
-                    test=gather(source.test_images, source.test_labels, [test[c] for c in ids], self.class_order),
+                    test=_gather(source.test_images, source.test_labels, [test[c] for c in ids], self.class_order),
                 )
             )
 
@@ -200,7 +195,9 @@ def _first(labels: np.ndarray, per_class: int | None, key: str, data_seed: int) 
     return [order[labels[order] == c][:per_class] for c in range(num_classes)]
 
 
-def _gather(images: np.ndarray, labels: np.ndarray, which: np.ndarray, class_order: list[int]) -> Data:
+def _gather(images: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray], class_order: list[int]) -> Data:
+    """The images at the positions ``chosen`` of each class, in the data set's order."""
+    which = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
     position = np.full(int(labels.max()) + 1, -1)  # class id -> position in the order
     position[class_order] = np.arange(len(class_order))
     return Data(torch.from_numpy(images[which]), torch.from_numpy(position[labels[which]]), torch.from_numpy(which))
