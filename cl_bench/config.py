@@ -33,7 +33,8 @@ ALLOWED_PACKAGES = ("cl_bench", "torch", "torchvision", "timm", "avalanche")
 INCOMPARABLE = (
     "seed", "experiment", "name", "scale", "device", "results_dir", "data_dir", "overwrite", "dry_run", "published",
     "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed", "scenario.source.root",
-    "scenario.source.download", "trainer.checkpoint_seconds", "trainer.checkpoint_steps",
+    "scenario.source.download", "trainer.checkpoint_seconds", "trainer.checkpoint_steps", "trainer.speed",
+    "trainer.replicas",
 )  # fmt: skip
 """Keys in which two runs of one row may differ: they change no result, or (``seed``) are what a row averages over.
 The two scenario seeds count where they are used, as ``scenario.class_order_seed`` and ``scenario.data_seed``."""

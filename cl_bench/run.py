@@ -152,6 +152,7 @@ def _train(
                 matrix = record.matrix(setting)
                 summary[setting] = {name: _number(metric(matrix)) for name, metric in parts.metrics.items()}
             summary["cost"] = record.to_json()["cost"]
+            summary["speed"] = trainer.speed.facts()
             summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
             files.write_json(place / "summary.json", summary)  # from here on the run is finished
             status, done = "finished", summary

@@ -1,10 +1,15 @@
-"""THE loop: the only place that iterates over training batches and steps an optimizer."""
+"""THE loop: the only place that iterates over training batches.
+
+It is a generator, a *course*: it yields each :class:`~cl_bench.step.Step` and is sent the step's loss terms. One run
+performs them one after the other (:func:`follow`); :mod:`cl_bench.replicas` leads several runs side by side.
+"""
 
 import math
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Generator as Course
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -16,7 +21,10 @@ from cl_bench.loggers.base import Logger, Progress
 from cl_bench.methods.base import Method, Predict
 from cl_bench.record import BASELINE, SETTINGS, Record
 from cl_bench.scenarios.base import Scenario
-from cl_bench.types import Batch, Data, Phase, Task
+from cl_bench.step import Choice, Speed, Step
+from cl_bench.types import Batch, Data, Losses, Phase, Task
+
+T = TypeVar("T")
 
 
 class Interrupted(Exception):
@@ -34,6 +42,8 @@ class Settings:
         evaluate_on: ``test``, or ``val`` for a search, which then never touches a test image.
         checkpoint_seconds: a checkpoint is written at the end of each task and this often in between.
         checkpoint_steps: and every so many optimizer steps; None for by time only.
+        speed: how steps are performed, see :class:`~cl_bench.step.Speed`.
+        replicas: seeds trained side by side in one process: ``seed``, ``seed + 1``, ... (:mod:`cl_bench.replicas`).
     """
 
     epochs: int
@@ -42,9 +52,11 @@ class Settings:
     evaluate_on: Literal["test", "val"]
     checkpoint_seconds: float
     checkpoint_steps: int | None
+    speed: Choice
+    replicas: int
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "clip_norm", "checkpoint_seconds", "checkpoint_steps"):
+        for key in ("epochs", "batch_size", "clip_norm", "checkpoint_seconds", "checkpoint_steps", "replicas"):
             value = getattr(self, key)
             require(
                 value is None or value > 0, key, expected="above 0", got=value, fix="See configs/trainer/default.yaml."
@@ -82,12 +94,21 @@ class Trainer:
         self.answers: Evaluation | None = None
         self.alternatives: dict[str, dict[str, float | None]] = {}
         self.steps = self.events = self.parameters_after_first_task = 0
+        self.speed = Speed(settings.speed, scenario.tasks[0].train.labels.device)
         self.task_start: State = {}
         self.phase_ends: list[State] = []
         self._lap_began = time.monotonic()
 
     def run(self) -> Record:
         """Learn every task that is not learned yet."""
+        return follow(self.course(), self.speed.perform)
+
+    def run_phase(self, task: Task, number: int, phase: Phase, now: State | None) -> None:
+        """Gradient descent over ``phase.data``; ``now`` is where an interrupted phase goes on."""
+        follow(self.phase_course(task, number, phase, now), self.speed.perform)
+
+    def course(self) -> Course[Step, Losses, Record]:
+        """:meth:`run`, step by step."""
         saved = self.checkpoint.load()
         first = self._restore(saved) if saved else 0
         if not saved:
@@ -105,7 +126,7 @@ class Trainer:
                 if number < len(ends):  # finished before the interruption: lay its result over the method
                     self._load(ends[number])
                 else:
-                    self.run_phase(task, number, phase, now)
+                    yield from self.phase_course(task, number, phase, now)
                     now = None
                 self.phase_ends.append(self._state())
                 self.method.eval()
@@ -120,8 +141,8 @@ class Trainer:
             self.alternatives[name] = self._accuracies(self._evaluate(len(self.scenario.tasks), rule))
         return self.record
 
-    def run_phase(self, task: Task, number: int, phase: Phase, now: State | None) -> None:
-        """Gradient descent over ``phase.data``; ``now`` is where an interrupted phase goes on."""
+    def phase_course(self, task: Task, number: int, phase: Phase, now: State | None) -> Course[Step, Losses, None]:
+        """:meth:`run_phase`, step by step."""
         params = list(phase.params)
         optimizer = (phase.optimizer or self.optimizer)(params)
         schedule = phase.schedule or self.schedule
@@ -148,16 +169,8 @@ class Trainer:
                 group["lr"] = lr * schedule(epoch, epochs)
             while step < steps:
                 batch = self.batch(phase.data, places[step * size : (step + 1) * size], task)
-                with self.autocast:
-                    losses = phase.observe(batch)
-                self.method.zero_grad()  # all of them: what this phase leaves alone must not pile up gradients
-                sum(losses.values(), torch.zeros((), device=batch.y.device)).backward()
-                self.method.after_backward()
-                if self.settings.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(params, self.settings.clip_norm)
-                optimizer.step()
-                if phase.after_step:
-                    phase.after_step()
+                clip_norm = self.settings.clip_norm
+                losses = yield Step(self.method, phase, batch, params, optimizer, clip_norm, self.autocast)
 
                 # accumulate on the device: the epoch waits for it once, at its end
                 for name, loss in losses.items():
@@ -277,6 +290,7 @@ class Trainer:
                 "now": now,
                 "record": self.record.to_json(),
                 "counters": [self.steps, self.events, self.parameters_after_first_task],
+                "speed": self.speed.used,
             }
         )
 
@@ -285,7 +299,19 @@ class Trainer:
         self._load(saved["task_start"])
         self.record = Record.from_json(saved["record"])
         self.steps, self.events, self.parameters_after_first_task = saved["counters"]
+        if self.speed.used == "auto":  # do not measure again: another choice would round otherwise
+            self.speed.used, self.speed.why = saved["speed"], "chosen before the run was interrupted"
         return saved["task"]
+
+
+def follow(course: Course[Step, Losses, T], perform: Callable[[Step], Losses]) -> T:
+    """Perform every step of a course; returns what it comes to."""
+    try:
+        step = next(course)
+        while True:
+            step = course.send(perform(step))
+    except StopIteration as end:
+        return end.value
 
 
 def count_parameters(module: torch.nn.Module, *, trainable: bool = False) -> int:

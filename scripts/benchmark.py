@@ -113,6 +113,8 @@ def loop(net: Backbone) -> dict[str, Callable[[], float]]:
             evaluate_on="test",
             checkpoint_seconds=1e9,
             checkpoint_steps=None,
+            speed="eager",
+            replicas=1,
         ),
         optimizer=lambda params: sgd(params, lr=1e-3, momentum=0.0, weight_decay=0.0, nesterov=False),
         schedule=Constant(),

@@ -19,6 +19,12 @@ from cl_bench.types import Batch, Losses, Phase, Task
 Predict = Callable[[Tensor, Tensor | None], Tensor]
 """(B, C, H, W) images, (B,) task ids or None -> (B, K) scores, see :meth:`Method.predict`."""
 
+Inputs = dict[str, Tensor]
+"""What a step is computed from, by name; ``x`` (B, C, H, W) and ``y`` (B,) are the stream's."""
+
+Terms = tuple[Losses, Columns]
+"""Named loss terms, and what to remember of each image of the stream, (B, ...) each."""
+
 
 class Method(nn.Module, ABC):
     """A learning rule around a network.
@@ -71,6 +77,35 @@ class Method(nn.Module, ABC):
     def memory_bytes(self) -> int:
         """Bytes kept for old tasks beside the network's parameters and the buffer: masks, copies, statistics."""
         return 0
+
+
+class FunctionalMethod(Method):
+    """A method whose step is to look up tensors, to compute the loss terms from them alone, and to remember.
+
+    The middle part can then be compiled, captured in a CUDA graph, or computed for many seeds at once
+    (:mod:`cl_bench.step`, :mod:`cl_bench.replicas`). A method that cannot be cut so is a plain :class:`Method`.
+    """
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """Everything that the loss terms of a batch read, e.g. a draw from the buffer: host work, before the step."""
+        return {"x": batch.x, "y": batch.y}
+
+    @abstractmethod
+    def terms(self, inputs: Inputs, task: int) -> Terms:
+        """The loss terms of ``inputs``.
+
+        A function of its arguments and of the module's parameters and tensors, which waits for no device, draws
+        nothing but dropout, and changes nothing but BatchNorm's statistics.
+        """
+
+    def remember(self, batch: Batch, columns: Columns) -> None:
+        """Hand a batch of the stream to the buffer, with the columns that :meth:`terms` gave."""
+
+    def observe(self, batch: Batch) -> Losses:
+        """Named loss terms of a batch: inputs, terms, remember."""
+        losses, columns = self.terms(self.inputs(batch), batch.task)
+        self.remember(batch, columns)
+        return losses
 
 
 class Teacher(nn.Module):

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer, Columns
-from cl_bench.methods.base import Method, check_replay_size, described
-from cl_bench.types import Batch, Losses, Phase, Task
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_replay_size, described
+from cl_bench.types import Batch, Phase, Task
 
 
-class DERpp(Method):
+class DERpp(FunctionalMethod):
     """Replays stored images with the logits the network once gave them, and with their labels.
 
     Args:
@@ -40,17 +40,26 @@ class DERpp(Method):
         yield Phase(task.train, self.observe, self.net.parameters())
         self.buffer.close_task(task, self.describe, keep=("logits",))
 
-    def observe(self, batch: Batch) -> Losses:
-        """Stream cross-entropy, logit matching, replayed cross-entropy."""
-        logits = self.net(batch.x)
-        losses = {"ce": F.cross_entropy(logits, batch.y)}
+    def inputs(self, batch: Batch) -> Inputs:
+        """(x, y) of the stream, (x', z') and (x'', y'') of two draws."""
+        found = {"x": batch.x, "y": batch.y}
         if len(self.buffer):
-            memory = self.buffer.sample(self.replay_size)
-            losses["logit_mse"] = self.alpha * F.mse_loss(self.net(memory.x).float(), memory.columns["logits"])
-            memory = self.buffer.sample(self.replay_size)
-            losses["replay_ce"] = self.beta * F.cross_entropy(self.net(memory.x), memory.y)
-        self.buffer.add(batch, logits=logits.detach())
-        return losses
+            first, second = (self.buffer.sample(self.replay_size) for _ in range(2))
+            found |= {"x'": first.x, "z'": first.columns["logits"], "x''": second.x, "y''": second.y}
+        return found
+
+    def terms(self, inputs: Inputs, task: int) -> Terms:
+        """Stream cross-entropy, logit matching, replayed cross-entropy; the stream's logits are remembered."""
+        logits = self.net(inputs["x"])
+        losses = {"ce": F.cross_entropy(logits, inputs["y"])}
+        if "x'" in inputs:
+            losses["logit_mse"] = self.alpha * F.mse_loss(self.net(inputs["x'"]).float(), inputs["z'"])
+            losses["replay_ce"] = self.beta * F.cross_entropy(self.net(inputs["x''"]), inputs["y''"])
+        return losses, {"logits": logits.detach()}
+
+    def remember(self, batch: Batch, columns: Columns) -> None:
+        """The stream passes the buffer, with its logits."""
+        self.buffer.add(batch, **columns)
 
     def describe(self, x: Tensor, y: Tensor) -> Columns:
         """What a buffer may rank by, and the logits to store."""

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer, Columns
-from cl_bench.methods.base import Method, check_replay_size, described
-from cl_bench.types import Batch, Losses, Phase, Task
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_replay_size, described
+from cl_bench.types import Batch, Phase, Task
 
 
-class ER(Method):
+class ER(FunctionalMethod):
     """Replays stored images beside the stream.
 
     Args:
@@ -35,14 +35,21 @@ class ER(Method):
         yield Phase(task.train, self.observe, self.net.parameters())
         self.buffer.close_task(task, self.describe)
 
-    def observe(self, batch: Batch) -> Losses:
-        """Cross-entropy of stream and memory in one forward pass."""
+    def inputs(self, batch: Batch) -> Inputs:
+        """Stream and memory together."""
         x, y = batch.x, batch.y
         if len(self.buffer):
             memory = self.buffer.sample(self.replay_size)
             x, y = torch.cat([x, memory.x]), torch.cat([y, memory.y])
+        return {"x": x, "y": y}
+
+    def terms(self, inputs: Inputs, task: int) -> Terms:
+        """Cross-entropy of stream and memory in one forward pass."""
+        return {"ce": F.cross_entropy(self.net(inputs["x"]), inputs["y"])}, {}
+
+    def remember(self, batch: Batch, columns: Columns) -> None:
+        """The stream passes the buffer."""
         self.buffer.add(batch)
-        return {"ce": F.cross_entropy(self.net(x), y)}
 
     def describe(self, x: Tensor, y: Tensor) -> Columns:
         """What a buffer may rank by."""

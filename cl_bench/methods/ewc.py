@@ -23,15 +23,15 @@ from torch.func import functional_call, grad, vmap
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.errors import require
-from cl_bench.methods.base import Method
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
 from cl_bench.scenarios.base import Scenario
-from cl_bench.types import Batch, Losses, Phase, Task
+from cl_bench.types import Phase, Task
 
 GRADIENT_BYTES = 2**28
 """Memory for the gradients of single images in one pass; changes no result."""
 
 
-class EWC(Method):
+class EWC(FunctionalMethod):
     """A quadratic pull towards old weights, as strong as each of them mattered.
 
     Args:
@@ -75,12 +75,12 @@ class EWC(Method):
         yield Phase(task.train, self.observe, self.net.parameters())
         self._consolidate(self.fisher_information(task))
 
-    def observe(self, batch: Batch) -> Losses:
+    def terms(self, inputs: Inputs, task: int) -> Terms:
         """Cross-entropy of the stream and the pull."""
-        losses = {"ce": F.cross_entropy(self.net(batch.x), batch.y)}
-        if batch.task > 0:
+        losses = {"ce": F.cross_entropy(self.net(inputs["x"]), inputs["y"])}
+        if task > 0:
             losses["pull"] = self.strength / 2 * self.penalty()
-        return losses
+        return losses, {}
 
     def penalty(self) -> Tensor:
         """Sum of P (theta - C)^2 over all weights."""

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.methods.base import Method
-from cl_bench.types import Batch, Losses, Phase, Task
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
+from cl_bench.types import Phase, Task
 
 
-class Finetune(Method):
+class Finetune(FunctionalMethod):
     """Does nothing against forgetting."""
 
     def __init__(self, *, net: Backbone) -> None:
@@ -24,9 +24,9 @@ class Finetune(Method):
         """One phase."""
         yield Phase(task.train, self.observe, self.net.parameters())
 
-    def observe(self, batch: Batch) -> Losses:
+    def terms(self, inputs: Inputs, task: int) -> Terms:
         """Cross-entropy of the stream."""
-        return {"ce": F.cross_entropy(self.net(batch.x), batch.y)}
+        return {"ce": F.cross_entropy(self.net(inputs["x"]), inputs["y"])}, {}
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K)."""

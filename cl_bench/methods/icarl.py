@@ -21,12 +21,12 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import CHUNK, Columns, PerClassBuffer
-from cl_bench.methods.base import Method, Predict, Teacher, described
+from cl_bench.methods.base import FunctionalMethod, Inputs, Predict, Teacher, Terms, described
 from cl_bench.scenarios.base import Scenario
-from cl_bench.types import Batch, Data, Losses, Phase, Task
+from cl_bench.types import Data, Phase, Task
 
 
-class ICaRL(Method):
+class ICaRL(FunctionalMethod):
     """Nearest mean of exemplars on features learned with distillation and rehearsal."""
 
     means: Tensor
@@ -48,18 +48,18 @@ class ICaRL(Method):
         self.buffer.close_task(task, self.describe)
         self._measure_means()
 
-    def observe(self, batch: Batch) -> Losses:
+    def terms(self, inputs: Inputs, task: int) -> Terms:
         """Binary cross-entropy on the task's classes, distillation on the old ones."""
-        classes = self._classes[batch.task]
-        logits = self.net(batch.x)[:, : classes.stop]
-        targets = F.one_hot(batch.y, classes.stop).to(logits.dtype)
+        x, classes = inputs["x"], self._classes[task]
+        logits = self.net(x)[:, : classes.stop]
+        targets = F.one_hot(inputs["y"], classes.stop).to(logits.dtype)
         if classes.start:
-            targets[:, : classes.start] = torch.sigmoid(self.teacher(batch.x)[:, : classes.start])
+            targets[:, : classes.start] = torch.sigmoid(self.teacher(x)[:, : classes.start])
         terms = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") / logits.numel()
         losses = {"classification": terms[:, classes.start :].sum()}
         if classes.start:
             losses["distillation"] = terms[:, : classes.start].sum()
-        return losses
+        return losses, {}
 
     def describe(self, x: Tensor, y: Tensor) -> Columns:
         """What a buffer may rank by."""

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.methods.base import Method
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
 from cl_bench.scenarios.base import Scenario
-from cl_bench.types import Batch, Data, Losses, Phase, Task
+from cl_bench.types import Data, Phase, Task
 
 
-class Joint(Method):
+class Joint(FunctionalMethod):
     """Sees every task's data together; not a continual learner."""
 
     learned: Tensor
@@ -33,9 +33,9 @@ class Joint(Method):
             yield Phase(everything, self.observe, self.net.parameters())
             self.learned.fill_(True)
 
-    def observe(self, batch: Batch) -> Losses:
+    def terms(self, inputs: Inputs, task: int) -> Terms:
         """Cross-entropy over all classes."""
-        return {"ce": F.cross_entropy(self.net(batch.x), batch.y)}
+        return {"ce": F.cross_entropy(self.net(inputs["x"]), inputs["y"])}, {}
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K); no answer before anything was learned."""

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from cl_bench.backbones.lvt import LVT
 from cl_bench.buffers.base import CHUNK, Buffer, Columns
 from cl_bench.errors import require
-from cl_bench.methods.base import Method, check_replay_size, true_class_probability
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_replay_size, true_class_probability
 from cl_bench.types import Batch, Data, Losses, Phase, Task
 
 
-class LifelongViT(Method):
+class LifelongViT(FunctionalMethod):
     """Inter-task attention penalty, dual classifiers, confidence-aware memory.
 
     Args:
@@ -103,28 +103,37 @@ class LifelongViT(Method):
             self._measure_importance(task.train)
         self.buffer.close_task(task, self.describe, keep=("logits",))
 
-    def observe(self, batch: Batch) -> Losses:
-        """The named terms of the loss, weights included."""
-        memory = self.buffer.sample(self.replay_size) if len(self.buffer) else None
-        x = batch.x if memory is None else torch.cat([batch.x, memory.x])
-        features = self.net.features(x)
-        new, old = features[: len(batch)], features[len(batch) :]
+    def inputs(self, batch: Batch) -> Inputs:
+        """(x, y) of the stream and a draw (m, y_m, z_m) from the memory, the images in one tensor."""
+        if not len(self.buffer):
+            return {"x": batch.x, "y": batch.y}
+        memory = self.buffer.sample(self.replay_size)
+        drawn = {"y_m": memory.y, "z_m": memory.columns["logits"]}
+        return {"x": torch.cat([batch.x, memory.x]), "y": batch.y} | drawn
+
+    def terms(self, inputs: Inputs, task: int) -> Terms:
+        """The named terms of the loss, weights included; the stream's logits are remembered."""
+        y = inputs["y"]
+        features = self.net.features(inputs["x"])
+        new, old = features[: len(y)], features[len(y) :]
 
         losses: Losses = {}
         if self.injection_head:
-            losses["injection"] = F.cross_entropy(self.injecting(new), batch.y)  # L_It
+            losses["injection"] = F.cross_entropy(self.injecting(new), y)  # L_It
         answers = self.answering(new)
         if self.accumulation_head:
-            accumulated = F.cross_entropy(answers, batch.y)
-            losses["accumulation"] = self.rate(batch.task) * accumulated  # r(t) L_At
-        if memory is not None:
+            losses["accumulation"] = self.rate(task) * F.cross_entropy(answers, y)  # r(t) L_At
+        if "y_m" in inputs:
             logits = self.answering(old)
-            losses["replay"] = self.alpha * F.cross_entropy(logits, memory.y)  # L_r
-            losses["distillation"] = self.beta * self._distil(logits.float(), memory.columns["logits"])  # L_d
-        if self.inter_task and batch.task > 0:
+            losses["replay"] = self.alpha * F.cross_entropy(logits, inputs["y_m"])  # L_r
+            losses["distillation"] = self.beta * self._distil(logits.float(), inputs["z_m"])  # L_d
+        if self.inter_task and task > 0:
             losses["attention"] = self.gamma * self.penalty()  # L_a
-        self.buffer.add(batch, logits=answers.detach())
-        return losses
+        return losses, {"logits": answers.detach()}
+
+    def remember(self, batch: Batch, columns: Columns) -> None:
+        """The stream passes the buffer, with its logits."""
+        self.buffer.add(batch, **columns)
 
     def rate(self, task: int) -> float:
         """r(t), t = task + 1."""

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from cl_bench.backbones.base import SingleHead
 from cl_bench.errors import require
-from cl_bench.methods.base import Method, Teacher
+from cl_bench.methods.base import FunctionalMethod, Inputs, Teacher, Terms
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Batch, Losses, Phase, Task
 
 
-class LwF(Method):
+class LwF(FunctionalMethod):
     """Keeps the answers of the old network on the new task's images.
 
     Args:
@@ -50,21 +50,21 @@ class LwF(Method):
             yield Phase(task.train, self.observe_new, self.net.head.parameters(), epochs=self.warm_up_epochs)
         yield Phase(task.train, self.observe, self.net.parameters())
 
-    def observe(self, batch: Batch) -> Losses:
+    def terms(self, inputs: Inputs, task: int) -> Terms:
         """Cross-entropy of the new classes and, over each old task's classes, against the old network."""
-        logits = self.net(batch.x)
-        losses = {"ce": self._new(logits, batch)}
-        if batch.task > 0:
-            answers = self.teacher(batch.x)
-            kept = [self._keep(logits[:, c.start : c.stop], answers[:, c.start : c.stop]) for c in self._old(batch)]
+        logits = self.net(inputs["x"])
+        losses = {"ce": self._new(logits, inputs["y"], task)}
+        if task > 0:
+            answers, old = self.teacher(inputs["x"]), self._classes[:task]
+            kept = [self._keep(logits[:, c.start : c.stop], answers[:, c.start : c.stop]) for c in old]
             losses["distillation"] = self.alpha * torch.stack(kept).sum()
-        return losses
+        return losses, {}
 
     def observe_new(self, batch: Batch) -> Losses:
         """The warm-up's loss: cross-entropy of the new classes, on features that stay."""
         with torch.no_grad():
             features = self.net.features(batch.x)
-        return {"ce": self._new(self.net.head(features), batch)}
+        return {"ce": self._new(self.net.head(features), batch.y, batch.task)}
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K)."""
@@ -74,12 +74,9 @@ class LwF(Method):
         """The old network."""
         return self.teacher.nbytes
 
-    def _old(self, batch: Batch) -> list[range]:
-        return self._classes[: batch.task]
-
-    def _new(self, logits: Tensor, batch: Batch) -> Tensor:
-        classes = self._classes[batch.task]
-        return F.cross_entropy(logits[:, classes.start : classes.stop], batch.y - classes.start)
+    def _new(self, logits: Tensor, y: Tensor, task: int) -> Tensor:
+        classes = self._classes[task]
+        return F.cross_entropy(logits[:, classes.start : classes.stop], y - classes.start)
 
     def _keep(self, logits: Tensor, answers: Tensor) -> Tensor:
         """H(y_o', yhat_o') of one old task, (B, classes) each -> scalar, mean over images."""
