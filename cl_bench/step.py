@@ -22,6 +22,9 @@ from cl_bench.types import Batch, Losses, Phase
 
 Choice = Literal["auto", "eager", "compile", "graph"]
 
+RECOMPILE_LIMIT = 256
+"""Shapes and tasks that one method's step is compiled for before it is left to eager."""
+
 Results = tuple[Losses, dict[str, Tensor], list[Tensor | None]]
 """Loss terms, columns to remember, and the gradient of each trained parameter."""
 
@@ -157,7 +160,10 @@ class Speed:
         if self.used == "graph":
             return self._graphs.terms(step, method, inputs)
         if self.used == "compile" and self._compiled is None:
-            # Static: the last batch of an epoch is one more shape, not an unknown one.
+            # Static: the last batch of an epoch is one more shape, not an unknown one. A method may look at the task's
+            # number, so every task is one compilation more; past the limit torch would be eager without a word.
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             self._compiled = torch.compile(method.terms, dynamic=False)
         compute = self._compiled if self.used == "compile" and self._compiled else method.terms
         with step.autocast:
