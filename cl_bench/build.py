@@ -61,8 +61,11 @@ class Parts:
         }
 
 
-def build(config: DictConfig) -> Parts:
-    """Check and build every part of a run; the first thing that is wrong is a :class:`ConfigError`."""
+def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
+    """Check and build every part of a run; the first thing that is wrong is a :class:`ConfigError`.
+
+    A ``scenario`` that the same configuration built before is taken as it is: no seed but its own two governs it.
+    """
     allow = list(config.allow_packages)
     device = choose_device(config.device)
     if device.type == "cuda":
@@ -77,7 +80,7 @@ def build(config: DictConfig) -> Parts:
         partial_component(config[group], group, allow) for group in ("backbone", "buffer", "method")
     )
 
-    scenario = component(config.scenario, "scenario", allow).to(device)
+    scenario = scenario or component(config.scenario, "scenario", allow).to(device)
     if settings.evaluate_on == "val" and not len(scenario.tasks[0].val):
         raise ConfigError(
             "trainer.evaluate_on",
@@ -85,7 +88,7 @@ def build(config: DictConfig) -> Parts:
             got="val",
             fix="Set scenario.val_fraction=0.1 as well.",
         )
-    shared = {"num_classes": scenario.num_classes, "image_shape": scenario.image_shape}
+    shared: dict[str, Any] = {"num_classes": scenario.num_classes, "image_shape": scenario.image_shape}
     transform = scenario.transform
     net = make_net(image_mean=transform.mean, image_std=transform.std, **shared).to(device)
     context = Context(transform=transform, generator=generators["buffer"], device=device, **shared)

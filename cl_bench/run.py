@@ -1,6 +1,7 @@
 """One run from its configuration to its report."""
 
 import contextlib
+import copy
 import math
 import shutil
 import signal
@@ -14,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cl_bench import folder as files
-from cl_bench.build import Parts, build, loggers
+from cl_bench.build import Parts, build, component, loggers
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import INCOMPARABLE, comparable, fingerprint, plain
 from cl_bench.errors import ConfigError
@@ -23,43 +24,90 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.memory import peak_bytes, reset_peak
 from cl_bench.record import SCHEMA, SETTINGS, TITLES
-from cl_bench.trainer import Interrupted
+from cl_bench.scenarios.base import Scenario
+from cl_bench.step import Step
+from cl_bench.trainer import Course, Interrupted, follow
+from cl_bench.types import Losses
 
 
 def run(config: DictConfig) -> float | None:
-    """Run, resume or find finished what ``config`` describes.
+    """Run, resume or find finished what ``config`` describes; ``trainer.replicas`` seeds of it, from ``seed`` on.
 
     Returns:
-        Class-IL average accuracy in percent on held-out validation images, for a search; None where the run was
-        measured on test images, which a search must not see.
+        Class-IL average accuracy in percent on held-out validation images, for a search, the mean over the replicas;
+        None where the run was measured on test images, which a search must not see.
     """
     values = plain(config)
     _refuse_false_names(values)
-    settings = comparable(values)
-    place = run_folder(values, settings)
     if values["dry_run"]:
         from cl_bench.dry_run import dry_run
 
+        settings = comparable(values)
         dry_run(build(config), base_summary(values, settings))
         return None
+    replicas = component(config.trainer, "trainer", list(config.allow_packages)).replicas
+    seeds = range(values["seed"], values["seed"] + replicas)
+    with stop_signals() as caught:
+        if replicas == 1:
+            summaries = [follow(_course(config, caught))]
+        else:
+            summaries = _side_by_side([_seeded(config, seed) for seed in seeds], caught)
+    if caught:  # all is written, but a sweep must not start its next job
+        raise SystemExit(128 + caught[0])
+    objectives = [objective for summary in summaries if (objective := _objective(summary)) is not None]
+    return sum(objectives) / len(objectives) if objectives else None
+
+
+def _seeded(config: DictConfig, seed: int) -> DictConfig:
+    config = copy.deepcopy(config)
+    config.seed = seed
+    return config
+
+
+def _side_by_side(configs: list[DictConfig], caught: list[int]) -> list[dict[str, Any]]:
+    """The summaries of several seeds, their steps computed as one where that can be."""
+    from cl_bench.replicas import lead, obstacle
+
+    parts = build(configs[0])
+    reason, scenario = obstacle(parts.method, parts.device), parts.scenario
+    del parts  # what it holds of the network; each replica builds its own
+    if reason is None:
+        return lead([_course(config, caught, scenario, terminal=n == 0) for n, config in enumerate(configs)])
+    print(f"Replicas run one after the other: {reason}", file=sys.stderr)
+    return [follow(_course(config, caught, scenario)) for config in configs]
+
+
+def _course(
+    config: DictConfig, caught: list[int], scenario: Scenario | None = None, *, terminal: bool = True
+) -> Course[Step, Losses, dict[str, Any]]:
+    """One run to its summary, step by step.
+
+    Args:
+        caught: signals to stop that have come in.
+        scenario: of a replica before, which is shared.
+        terminal: whether its progress may be shown there.
+    """
+    values = plain(config)
+    settings = comparable(values)
+    place = run_folder(values, settings)
     finished = None if values["overwrite"] else files.read_summary(place)
     if finished:
         if not (place / "report.html").exists():
             write_report(place)
         print(f"Already finished, nothing to do: {place} (overwrite=true starts afresh)", file=sys.stderr)
         print_result(place, finished)
-        return _objective(finished)
-    parts = build(config)
-    chosen = loggers(config)
+        return finished
+    parts = build(config, scenario)
+    chosen = {name: logger for name, logger in loggers(config).items() if terminal or name != "console"}
     with files.locked(place):
         if values["overwrite"]:
             _empty(place)
         files.write_config(place, values)
         files.write_environment(place, parts.device)
-        summary = _train(place, values, parts, chosen, base_summary(values, settings))
+        summary = yield from _train(place, values, parts, chosen, base_summary(values, settings), caught)
     write_report(place)
     print_result(place, summary)
-    return _objective(summary)
+    return summary
 
 
 def _refuse_false_names(values: dict[str, Any]) -> None:
@@ -116,8 +164,13 @@ def _as_published(values: dict[str, Any]) -> bool:
 
 
 def _train(
-    place: Path, values: dict[str, Any], parts: Parts, chosen: dict[str, Logger], summary: dict[str, Any]
-) -> dict[str, Any]:
+    place: Path,
+    values: dict[str, Any],
+    parts: Parts,
+    chosen: dict[str, Logger],
+    summary: dict[str, Any],
+    caught: list[int],
+) -> Course[Step, Losses, dict[str, Any]]:
     logger = Loggers([JsonLines(), *chosen.values()])
     scenario = parts.scenario
     status, done = "failed", None
@@ -131,31 +184,30 @@ def _train(
         num_tasks=len(scenario.tasks),
     )
     try:
-        with stop_signals() as caught:
-            logger.start(info)
-            reset_peak(parts.device)
-            trainer = parts.trainer(logger, Checkpoint(place / "checkpoint"), stop=lambda: bool(caught))
-            try:
-                record = trainer.run()
-            except Interrupted:
-                status = "interrupted"
-                command = "the same command without overwrite=true" if values["overwrite"] else "the same command"
-                print(f"Stopped; {command} goes on from here: {place}", file=sys.stderr)
-                raise SystemExit(128 + caught[0]) from None
-            record.cost.peak_memory_bytes = peak_bytes(parts.device)
-            record.cost.buffer_bytes = parts.buffer.nbytes
-            record.write_csv(place / "accuracy_matrix.csv")
-            assert trainer.answers is not None
-            files.write_predictions(place, trainer.answers, scenario)
-            summary = summary | parts.facts() | {"status": "finished"}
-            for setting in SETTINGS:
-                matrix = record.matrix(setting)
-                summary[setting] = {name: _number(metric(matrix)) for name, metric in parts.metrics.items()}
-            summary["cost"] = record.to_json()["cost"]
-            summary["speed"] = trainer.speed.facts()
-            summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
-            files.write_json(place / "summary.json", summary)  # from here on the run is finished
-            status, done = "finished", summary
+        logger.start(info)
+        reset_peak(parts.device)
+        trainer = parts.trainer(logger, Checkpoint(place / "checkpoint"), stop=lambda: bool(caught))
+        try:
+            record = yield from trainer.course()
+        except Interrupted:
+            status = "interrupted"
+            command = "the same command without overwrite=true" if values["overwrite"] else "the same command"
+            print(f"Stopped; {command} goes on from here: {place}", file=sys.stderr)
+            raise SystemExit(128 + caught[0]) from None
+        record.cost.peak_memory_bytes = peak_bytes(parts.device)
+        record.cost.buffer_bytes = parts.buffer.nbytes
+        record.write_csv(place / "accuracy_matrix.csv")
+        assert trainer.answers is not None
+        files.write_predictions(place, trainer.answers, scenario)
+        summary = summary | parts.facts() | {"status": "finished"}
+        for setting in SETTINGS:
+            matrix = record.matrix(setting)
+            summary[setting] = {name: _number(metric(matrix)) for name, metric in parts.metrics.items()}
+        summary["cost"] = record.to_json()["cost"]
+        summary["speed"] = trainer.speed.facts() | {"replicas": parts.settings.replicas}
+        summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
+        files.write_json(place / "summary.json", summary)  # from here on the run is finished
+        status, done = "finished", summary
     finally:
         logger.finish(status, done)
     if caught:  # after the last step: nothing is lost, and a sweep must not start its next job

@@ -38,6 +38,7 @@ class Step:
 
     Attributes:
         params: what the optimizer trains and ``clip_norm``, the largest norm of their whole gradient, looks at.
+        speed: how the run's steps are performed.
     """
 
     method: Method
@@ -47,6 +48,7 @@ class Step:
     optimizer: torch.optim.Optimizer
     clip_norm: float | None
     autocast: torch.autocast
+    speed: "Speed"
 
     @property
     def functional(self) -> FunctionalMethod | None:
@@ -125,15 +127,16 @@ class Speed:
         """What ``summary.json`` says of it."""
         return {"asked": self.asked, "used": self.used, "why": self.why}
 
-    def perform(self, step: Step) -> Losses:
-        """Perform a step; returns its loss terms."""
+    def perform(self, step: Step, inputs: Inputs | None = None) -> Losses:
+        """Perform a step, whose inputs may have been looked up before; returns its loss terms."""
         method = step.functional
-        if self.used == "eager" or method is None:
+        if method is None or (self.used == "eager" and inputs is None):
             if method is None and self.used != "eager" and self.why is None:
                 self.why = "some steps were eager: this method's step is not a function of tensors alone"
             return eager(step)
-        with step.autocast:
-            inputs = method.inputs(step.batch)
+        if inputs is None:
+            with step.autocast:
+                inputs = method.inputs(step.batch)
         if step.phase is not self._phase:  # other parameters, perhaps another network
             self._phase, self._compiled = step.phase, None
             self._graphs.clear()

@@ -101,11 +101,11 @@ class Trainer:
 
     def run(self) -> Record:
         """Learn every task that is not learned yet."""
-        return follow(self.course(), self.speed.perform)
+        return follow(self.course())
 
     def run_phase(self, task: Task, number: int, phase: Phase, now: State | None) -> None:
         """Gradient descent over ``phase.data``; ``now`` is where an interrupted phase goes on."""
-        follow(self.phase_course(task, number, phase, now), self.speed.perform)
+        follow(self.phase_course(task, number, phase, now))
 
     def course(self) -> Course[Step, Losses, Record]:
         """:meth:`run`, step by step."""
@@ -170,7 +170,7 @@ class Trainer:
             while step < steps:
                 batch = self.batch(phase.data, places[step * size : (step + 1) * size], task)
                 clip_norm = self.settings.clip_norm
-                losses = yield Step(self.method, phase, batch, params, optimizer, clip_norm, self.autocast)
+                losses = yield Step(self.method, phase, batch, params, optimizer, clip_norm, self.autocast, self.speed)
 
                 # accumulate on the device: the epoch waits for it once, at its end
                 for name, loss in losses.items():
@@ -304,12 +304,12 @@ class Trainer:
         return saved["task"]
 
 
-def follow(course: Course[Step, Losses, T], perform: Callable[[Step], Losses]) -> T:
+def follow(course: Course[Step, Losses, T]) -> T:
     """Perform every step of a course; returns what it comes to."""
     try:
         step = next(course)
         while True:
-            step = course.send(perform(step))
+            step = course.send(step.speed.perform(step))
     except StopIteration as end:
         return end.value
 

@@ -21,6 +21,7 @@ LEVELS = [
     {"evaluate", "checkpoint", "config"},
     {"step", "explain"},
     {"trainer"},
+    {"replicas"},
     {"build", "folder", "report"},
     {"dry_run", "audit"},
     {"run"},

@@ -1,0 +1,187 @@
+"""Several seeds of one configuration side by side, each of their steps computed as one.
+
+Every replica is a run of its own: its trainer, generators, buffer, loggers, checkpoint and folder. What they share is
+the arithmetic of a step: the parameters of all networks are stacked, and forward and backward pass are computed for all
+of them by ``torch.func.vmap``. The draws before it and the optimizer after it are each replica's own, so its result is
+that of a separate run up to rounding.
+
+It wants a method whose step is a function of tensors (:class:`~cl_bench.methods.base.FunctionalMethod`) and a network
+without dropout, whose draws could not be a separate run's. :func:`obstacle` says what is in the way.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
+from cl_bench.step import Step, state_of, total
+from cl_bench.trainer import Course
+from cl_bench.types import Losses
+
+
+def obstacle(method: Method, device: torch.device) -> str | None:
+    """Why replicas of a method are not computed as one, None where they are."""
+    if not isinstance(method, FunctionalMethod):
+        return "the step of this method is not a function of tensors alone"
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in method.modules()):
+        return "the network has dropout, whose draws would not be those of a separate run"
+    if device.type == "cpu":
+        return "a CPU computes stacked networks no faster than one after the other (docs/speed.md)"
+    return None
+
+
+class Lane:
+    """One replica on its way: its course, the step it waits for, and the state of torch's generators for it."""
+
+    def __init__(self, course: Course[Step, Losses, Any]) -> None:
+        self.course = course
+        self.step: Step | None = None
+        self.result: Any = None
+        self.error: Exception | SystemExit | None = None
+        self._rng = _rng()
+
+    def go_on(self, losses: Losses | None) -> None:
+        """Up to the next step, or to the end: a result or an error."""
+        _set_rng(self._rng)
+        self.step = None
+        try:
+            self.step = next(self.course) if losses is None else self.course.send(losses)
+        except StopIteration as end:
+            self.result = end.value
+        except (Exception, SystemExit) as error:  # the others go on; it is raised when they are through
+            self.error = error
+        self._rng = _rng()
+
+    def perform(self, step: Step, inputs: Inputs | None) -> Losses:
+        """The step by itself."""
+        _set_rng(self._rng)
+        losses = step.speed.perform(step, inputs)
+        self._rng = _rng()
+        return losses
+
+
+def lead(courses: Sequence[Course[Step, Losses, Any]]) -> list[Any]:
+    """Follow all courses side by side; returns what each comes to.
+
+    Raises:
+        Exception: the first error of a course, once the others have ended.
+    """
+    lanes = [Lane(course) for course in courses]
+    joint = Joint()
+    for lane in lanes:
+        lane.go_on(None)
+    while waiting := [(lane, lane.step) for lane in lanes if lane.step is not None]:
+        for (lane, _), losses in zip(waiting, _perform(joint, waiting)):
+            lane.go_on(losses)
+    for lane in lanes:
+        if lane.error is not None:
+            raise lane.error
+    return [lane.result for lane in lanes]
+
+
+def _perform(joint: "Joint", waiting: list[tuple[Lane, Step]]) -> list[Losses]:
+    methods = [step.functional for _, step in waiting]
+    inputs = [m.inputs(step.batch) if m is not None else None for m, (_, step) in zip(methods, waiting)]
+    known = [(m, i) for m, i in zip(methods, inputs) if m is not None and i is not None]
+    steps = [step for _, step in waiting]
+    if len(known) < len(steps) or len({_shape(step, i) for step, (_, i) in zip(steps, known)}) > 1:
+        return [lane.perform(step, i) for (lane, step), i in zip(waiting, inputs)]
+    results = joint.differentiate(steps, [m for m, _ in known], [i for _, i in known])
+    for step, (method, _), (_, columns) in zip(steps, known, results):
+        with step.autocast:
+            method.remember(step.batch, columns)
+        step.update()
+    return [losses for losses, _ in results]
+
+
+def _shape(step: Step, inputs: Inputs) -> tuple:
+    """What must be alike for steps to be computed as one."""
+    return step.batch.task, len(step.params), tuple((name, t.shape, t.dtype) for name, t in inputs.items())
+
+
+class Joint:
+    """Loss terms and gradients of several methods as one computation over stacked parameters.
+
+    Shapes: N replicas; a tensor of shape S of each of them is stacked to (N, S). The modules' own tensors become views
+    of the stacks, so that an optimizer's step on one of them, or a loaded checkpoint, is seen here.
+    """
+
+    def __init__(self) -> None:
+        self._parameters: dict[str, Tensor] = {}
+        self._state: dict[str, Tensor] = {}
+
+    def differentiate(self, steps: list[Step], methods: list[FunctionalMethod], inputs: list[Inputs]) -> list[Terms]:
+        """Each replica's loss terms and columns, and its gradients on its parameters."""
+        self._parameters = _stacked([dict(m.named_parameters()) for m in methods], self._parameters)
+        self._state = _stacked([state_of(m) for m in methods], self._state)
+        module, task = _Terms(methods[0]), steps[0].batch.task
+
+        def terms(parameters: dict[str, Tensor], state: dict[str, Tensor], inputs: Inputs) -> Terms:
+            named = {f"method.{name}": tensor for name, tensor in {**parameters, **state}.items()}
+            return functional_call(module, named, (inputs, task))
+
+        trained = {name: p.requires_grad for name, p in methods[0].named_parameters()}
+        leaves = {name: stack.detach().requires_grad_(trained[name]) for name, stack in self._parameters.items()}
+        together = {name: torch.stack([i[name] for i in inputs]) for name in inputs[0]}
+        with steps[0].autocast:
+            losses, columns = vmap(terms, randomness="error")(leaves, self._state, together)
+        wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        gradients = torch.autograd.grad(total(losses.values()).sum(), wanted, allow_unused=True)
+        for n, method in enumerate(methods):
+            method.zero_grad()
+            parameters = [p for p in method.parameters() if p.requires_grad]
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = None if gradient is None else _laid_out_as(parameter, gradient[n])
+        return [
+            ({k: v[n].detach() for k, v in losses.items()}, {k: v[n].detach() for k, v in columns.items()})
+            for n in range(len(methods))
+        ]
+
+
+class _Terms(nn.Module):
+    """A method whose ``forward`` is its :meth:`FunctionalMethod.terms`, which is what functional_call calls."""
+
+    def __init__(self, method: FunctionalMethod) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, inputs: Inputs, task: int) -> Terms:
+        """(inputs, task) -> loss terms and columns."""
+        return self.method.terms(inputs, task)
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A fused optimizer walks through both in the order of their memory, so their strides must be alike."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+
+
+def _stacked(owned: list[dict[str, Tensor]], before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each name's tensors as one, (N, ...), of which the owners' tensors are views from now on."""
+    stacks = {}
+    for name in owned[0]:
+        tensors, stack = [tensors[name] for tensors in owned], before.get(name)
+        if (
+            stack is None
+            or len(stack) != len(tensors)
+            or any(t.data_ptr() != s.data_ptr() for t, s in zip(tensors, stack))
+        ):
+            stack = torch.stack([t.detach() for t in tensors])
+            for tensor, place in zip(tensors, stack):
+                tensor.data = place
+        stacks[name] = stack
+    return stacks
+
+
+def _rng() -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def _set_rng(state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
