@@ -58,6 +58,7 @@ class Parts:
             "class_names": list(self.scenario.class_names),
             "tasks": [self.scenario.original(task) for task in self.scenario.tasks],
             "evaluate_on": self.settings.evaluate_on,
+            "images": self.scenario.place,
         }
 
 
@@ -80,7 +81,7 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
         partial_component(config[group], group, allow) for group in ("backbone", "buffer", "method")
     )
 
-    scenario = scenario or component(config.scenario, "scenario", allow).to(device)
+    scenario = scenario or component(config.scenario, "scenario", allow).to(device, config.images.value)
     if settings.evaluate_on == "val" and not len(scenario.tasks[0].val):
         raise ConfigError(
             "trainer.evaluate_on",

@@ -31,10 +31,10 @@ ALLOWED_PACKAGES = ("cl_bench", "torch", "torchvision", "timm", "avalanche")
 """Packages that a ``_target_`` may name; ``allow_packages`` adds to them."""
 
 INCOMPARABLE = (
-    "seed", "experiment", "name", "scale", "device", "results_dir", "data_dir", "overwrite", "dry_run", "published",
-    "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed", "scenario.source.root",
-    "scenario.source.download", "trainer.checkpoint_seconds", "trainer.checkpoint_steps", "trainer.speed",
-    "trainer.replicas",
+    "seed", "experiment", "name", "scale", "device", "images", "results_dir", "data_dir", "overwrite", "dry_run",
+    "published", "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed",
+    "scenario.source.root", "scenario.source.cache", "scenario.source.download", "trainer.checkpoint_seconds",
+    "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
 )  # fmt: skip
 """Keys in which two runs of one row may differ: they change no result, or (``seed``) are what a row averages over.
 The two scenario seeds count where they are used, as ``scenario.class_order_seed`` and ``scenario.data_seed``."""
@@ -45,6 +45,14 @@ class Precision(Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Images(Enum):
+    """Where the images lie: on the training device, or on the host, from where they come a batch at a time."""
+
+    auto = "auto"
+    device = "device"
+    host = "host"
 
 
 @dataclass
@@ -59,6 +67,7 @@ class Run:
     data_seed: int = MISSING
     device: str = MISSING
     precision: Precision = MISSING
+    images: Images = MISSING
     results_dir: str = MISSING
     data_dir: str = MISSING
     overwrite: bool = MISSING

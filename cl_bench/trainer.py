@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from cl_bench.checkpoint import Checkpoint, State, cloned, rng_state, set_rng_state
+from cl_bench.data.feed import feed
 from cl_bench.errors import require
 from cl_bench.evaluate import Evaluation, evaluate
 from cl_bench.loggers.base import Logger, Progress
@@ -164,42 +165,42 @@ class Trainer:
                 shuffle = self.generators["batches"]
                 order = phase.order(shuffle) if phase.order else torch.randperm(len(phase.data), generator=shuffle)
                 count, steps = _images_and_steps(len(order), size)
-            places = order.to(phase.data.labels.device)
             for group, lr in zip(optimizer.param_groups, peak):
                 group["lr"] = lr * schedule(epoch, epochs)
-            while step < steps:
-                batch = self.batch(phase.data, places[step * size : (step + 1) * size], task)
-                clip_norm = self.settings.clip_norm
-                losses = yield Step(self.method, phase, batch, params, optimizer, clip_norm, self.autocast, self.speed)
+            with feed(phase.data, order, size) as images:
+                while step < steps:
+                    batch = self.batch(*images.batch(step), task)
+                    clip_norm = self.settings.clip_norm
+                    losses = yield Step(
+                        self.method, phase, batch, params, optimizer, clip_norm, self.autocast, self.speed
+                    )
 
-                # accumulate on the device: the epoch waits for it once, at its end
-                for name, loss in losses.items():
-                    sums[name] = sums.get(name, 0.0) + loss.detach() * len(batch)
-                progress = Progress(task.id, len(self.scenario.tasks), number, epoch, epochs, step, steps)
-                step += 1
-                self.steps += 1
-                self.record.cost.samples_seen += len(batch)
-                self.logger.step(progress)
-                stopping = self.stop()
-                every = self.settings.checkpoint_steps
-                if stopping or (every and self.steps % every == 0) or self._due(saved_at):
-                    self._lap()
-                    self._means(task, number, epoch, sums, count)  # never save a run that has diverged
-                    where = {"epoch": epoch, "step": step, "order": order, "sums": sums}
-                    self._save(task.id, {"state": self._state(), "optimizer": optimizer.state_dict()} | where)
-                    if stopping:
-                        raise Interrupted
-                    saved_at = time.monotonic()
+                    # accumulate on the device: the epoch waits for it once, at its end
+                    for name, loss in losses.items():
+                        sums[name] = sums.get(name, 0.0) + loss.detach() * len(batch)
+                    progress = Progress(task.id, len(self.scenario.tasks), number, epoch, epochs, step, steps)
+                    step += 1
+                    self.steps += 1
+                    self.record.cost.samples_seen += len(batch)
+                    self.logger.step(progress)
+                    stopping = self.stop()
+                    every = self.settings.checkpoint_steps
+                    if stopping or (every and self.steps % every == 0) or self._due(saved_at):
+                        self._lap()
+                        self._means(task, number, epoch, sums, count)  # never save a run that has diverged
+                        where = {"epoch": epoch, "step": step, "order": order, "sums": sums}
+                        self._save(task.id, {"state": self._state(), "optimizer": optimizer.state_dict()} | where)
+                        if stopping:
+                            raise Interrupted
+                        saved_at = time.monotonic()
             self._log_epoch(task, number, epoch, optimizer.param_groups[0]["lr"], sums, count)
             if phase.after_epoch and phase.after_epoch(epoch):
                 break
             epoch, step, order, sums = epoch + 1, 0, None, {}
 
-    def batch(self, data: Data, which: Tensor, task: Task) -> Batch:
-        """A stream batch of the images ``which``, freshly augmented."""
-        raw = data.images[which]
-        x = self.scenario.transform.train(raw, self.generators["augment"])
-        return Batch(x=x, y=data.labels[which], raw=raw, task=task.id)
+    def batch(self, raw: Tensor, y: Tensor, task: Task) -> Batch:
+        """A stream batch of images (B, C, H, W) uint8 with labels (B,), freshly augmented."""
+        return Batch(self.scenario.transform.train(raw, self.generators["augment"]), y, raw, task.id)
 
     def _lap(self) -> None:
         """Count the time since the last call, or since the task began, as training."""

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
+from cl_bench.images import HostImages
+
 
 @dataclass(frozen=True)
 class Data:
-    """A set of images kept as uint8 on the training device.
+    """A set of images kept as uint8, on the training device where they fit.
 
     Attributes:
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8; where they do not fit on the device, a
+            :class:`~cl_bench.images.HostImages`, which stands for that tensor and is indexed alike.
         labels: (N,) int64, positions in the class order.
         index: (N,) int64, each image's place in the data set's own order.
     """
@@ -44,8 +47,9 @@ class Data:
     def concatenate(parts: Iterable["Data"]) -> "Data":
         """One set out of several."""
         parts = list(parts)
+        images = [p.images for p in parts]
         return Data(
-            torch.cat([p.images for p in parts]),
+            HostImages.joined(images) if any(isinstance(i, HostImages) for i in images) else torch.cat(images),
             torch.cat([p.labels for p in parts]),
             torch.cat([p.index for p in parts]),
         )

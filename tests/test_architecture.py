@@ -14,6 +14,7 @@ PACKAGE = ROOT / "cl_bench"
 GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
 
 LEVELS = [
+    {"images"},
     {"errors", "types", "record", "memory", "atomic"},
     {"metrics", "data", "optim", "backbones", "loggers"},
     {"buffers", "scenarios"},

@@ -2,11 +2,19 @@
 
 from abc import ABC
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
 from cl_bench.data.transform import Transform
+from cl_bench.images import HostImages
+from cl_bench.memory import free_bytes
 from cl_bench.types import Data, Task
+
+LARGEST_SHARE = 0.5
+"""Part of the device's free memory that images may take; the rest is for the network and its activations."""
+
+Place = Literal["device", "host"]
 
 
 class Scenario(ABC):
@@ -21,6 +29,7 @@ class Scenario(ABC):
         pretrain: training images of classes that are part of no task, for methods that train a network before the
             first task; labels are positions in ``pretrain_order``. Both are empty unless the scenario holds some out.
         pretrain_order: the data set's class id at each of those positions.
+        place: where the images lie, known once they were put there: on the training device or on the host.
     """
 
     tasks: list[Task]
@@ -30,25 +39,53 @@ class Scenario(ABC):
     transform: Transform
     pretrain: Data
     pretrain_order: list[int]
+    place: Place
 
     @property
     def num_classes(self) -> int:
         """K, over all tasks."""
         return len(self.class_order)
 
-    def to(self, device: torch.device) -> "Scenario":
-        """Put every image on ``device``; returns self."""
+    def to(self, device: torch.device, place: Place | Literal["auto"] = "auto") -> "Scenario":
+        """Put everything on ``device``, the images where they fit (``auto``) or as ``place`` says; returns self."""
+        if place == "auto":
+            fits = self.nbytes <= LARGEST_SHARE * free_bytes(device)
+            resting = device.type == "cpu" and not any(isinstance(d.images, HostImages) for d in self._sets())
+            place = "device" if fits or resting else "host"  # resting: they are in its memory already
+        self.place = place
         self.transform.to(device)
-        self.pretrain = _on(self.pretrain, device)
+        self.pretrain = _on(self.pretrain, device, place)
         self.tasks = [
-            replace(t, train=_on(t.train, device), val=_on(t.val, device), test=_on(t.test, device)) for t in self.tasks
+            replace(
+                t,
+                train=_on(t.train, device, place),
+                val=_on(t.val, device, place),
+                test=_on(t.test, device, place),
+            )
+            for t in self.tasks
         ]
         return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images."""
+        return sum(data.images.numel() for data in self._sets())
+
+    def _sets(self) -> list[Data]:
+        return [self.pretrain, *(data for task in self.tasks for data in (task.train, task.val, task.test))]
 
     def original(self, task: Task) -> list[int]:
         """The data set's class ids of a task."""
         return [self.class_order[c] for c in task.classes]
 
 
-def _on(data: Data, device: torch.device) -> Data:
-    return Data(data.images.to(device), data.labels.to(device), data.index.to(device))
+def _on(data: Data, device: torch.device, place: Place) -> Data:
+    images = data.images
+    if isinstance(images, HostImages):
+        images = images.bound_for(device)
+        images = images[:] if place == "device" else images
+    elif place == "host":
+        images = HostImages.of(images, torch.arange(len(images)), device)
+    else:
+        images = images.to(device)
+    return Data(images, data.labels.to(device), data.index.to(device))

@@ -13,6 +13,7 @@ from cl_bench.data.base import ImageSet
 from cl_bench.data.rand_augment import RandAugment
 from cl_bench.data.transform import Transform
 from cl_bench.errors import ConfigError, require
+from cl_bench.images import HostImages
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Data, Task
 
@@ -200,4 +201,9 @@ def _gather(images: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray], cl
     which = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
     position = np.full(int(labels.max()) + 1, -1)  # class id -> position in the order
     position[class_order] = np.arange(len(class_order))
-    return Data(torch.from_numpy(images[which]), torch.from_numpy(position[labels[which]]), torch.from_numpy(which))
+    rows = torch.from_numpy(which)
+    if isinstance(images, np.memmap):  # perhaps larger than the memory: nothing is read yet
+        pixels = HostImages.of(torch.from_numpy(images), rows, torch.device("cpu"))
+    else:
+        pixels = torch.from_numpy(images[which])
+    return Data(pixels, torch.from_numpy(position[labels[which]]), rows)

@@ -1,0 +1,84 @@
+"""Images that do not fit on the training device: they stay in the host's memory, or in a file that is mapped into it,
+and come to the device a batch at a time.
+
+Shapes: N images of a set, B of a batch, C channels, H x W pixels.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+
+class HostImages:
+    """(N, C, H, W) uint8 images in one or several tensors of the host; indexing brings the images asked for.
+
+    It is indexed like the tensor that it stands for, by positions, a mask or a slice, and answers with a tensor on the
+    training device.
+
+    Args:
+        sources: (M, C, H, W) uint8 each, anywhere; memory-mapped ones are read only where they are asked for.
+        where: (N, 2) int64 on the CPU, the source and the row of each image.
+        device: where a batch goes to.
+    """
+
+    def __init__(self, sources: Sequence[Tensor], where: Tensor, device: torch.device) -> None:
+        self.sources, self.where, self.device = tuple(sources), where, device
+        self.shape = torch.Size((len(where), *self.sources[0].shape[1:]))
+
+    @classmethod
+    def of(cls, source: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+        """The images at ``rows`` (N,) of one tensor; typed as what it stands for, as everywhere."""
+        return cast(Tensor, cls([source], torch.stack([torch.zeros_like(rows), rows], dim=1), device))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tensor]) -> Tensor:
+        """Several sets as one, in their order; nothing is copied."""
+        sources: list[Tensor] = []
+        where: list[Tensor] = []
+        device = torch.device("cpu")
+        for part in parts:
+            if isinstance(part, HostImages):
+                where.append(part.where + torch.tensor([len(sources), 0]))
+                sources += part.sources
+                device = part.device
+            else:
+                rows = torch.arange(len(part))
+                where.append(torch.stack([torch.full_like(rows, len(sources)), rows], dim=1))
+                sources.append(part)
+        return cast(Tensor, cls(sources, torch.cat(where), device))
+
+    def bound_for(self, device: torch.device) -> Tensor:
+        """The same images, for another device."""
+        return cast(Tensor, HostImages(self.sources, self.where, device))
+
+    def cpu(self) -> Tensor:
+        """All images, in the memory of the host."""
+        return self[:].cpu()
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def numel(self) -> int:
+        """Pixels in all, a byte each."""
+        return self.shape.numel()
+
+    def __getitem__(self, which: Tensor | slice) -> Tensor:
+        """Positions (B,), a mask (N,) or a slice -> (B, C, H, W) on the device."""
+        where = self.where[which.cpu() if isinstance(which, Tensor) else which]
+        source, row = where.unbind(1)
+        if len(self.sources) == 1:
+            return self._sent(self.sources[0], row)
+        images = torch.empty((len(where), *self.shape[1:]), dtype=torch.uint8, device=self.device)
+        for number, tensor in enumerate(self.sources):
+            (places,) = torch.nonzero(source == number, as_tuple=True)
+            if len(places):
+                images[places.to(self.device)] = self._sent(tensor, row[places])
+        return images
+
+    def _sent(self, source: Tensor, rows: Tensor) -> Tensor:
+        images = source[rows.to(source.device)]
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            return images.pin_memory().to(self.device, non_blocking=True)  # the host does not wait
+        return images.to(self.device)
