@@ -3,12 +3,21 @@ VENV := .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
-MINI := +experiment=lvt_cifar100_10split,resnet18_finetune_cifar100_10split,resnet18_er_cifar100_10split,resnet18_derpp_cifar100_10split,resnet18_joint_cifar100_10split
+# Two runs at a time, a thread each: on two cores that is faster than one run on both.
+SWEEP := OMP_NUM_THREADS=1 $(RUN) -m cl_bench -m hydra/launcher=joblib hydra.launcher.n_jobs=2 +scale=mini seed=0,1,2 logger=none
+RESNET18 := $(foreach method,finetune er derpp joint icarl lwf ewc,resnet18_$(method)_cifar100_10split)
+MINI := $(RESNET18) $(foreach net,lvt den apd memory_vit vit_er,$(net)_cifar100_10split) dytox_cifar100_10step
+LVT_PARTS := inter_task injection_head accumulation_head confidence
+DYTOX_PARTS := token_expansion divergence_head finetuning independent_classifiers
+# a b c -> a,b,c
+, := ,
+space := $(subst ,, )
+listed = $(subst $(space),$(,),$(strip $(1)))
 
-.PHONY: help environment quickstart test lint types check format bench mini clean
+.PHONY: help environment quickstart test lint types check format bench mini ablation_lvt ablation_dytox clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 environment: $(VENV)/.made ## python's venv with everything pinned in constraints.txt
 
@@ -40,9 +49,19 @@ format: $(VENV)/.made ## let ruff mend what it can
 bench: $(VENV)/.made ## speed of loop, data path and buffer as ratios
 	$(RUN) scripts/benchmark.py
 
-mini: $(VENV)/.made ## the table in results/mini: fifteen runs of about two minutes
-	$(RUN) -m cl_bench -m $(MINI) +scale=mini seed=0,1,2 results_dir=results/mini/records
+mini: $(VENV)/.made ## the table in results/mini: three seeds of every method, about an hour and a half
+	$(SWEEP) results_dir=results/mini/records +experiment=$(call listed,$(MINI))
+	$(SWEEP) results_dir=results/mini/records +experiment=vit_er_cifar100_10split method=finetune buffer=none
+	$(SWEEP) results_dir=results/mini/records +experiment=supsup_cifar100_20split scenario.num_tasks=10
 	$(RUN) scripts/compare.py results/mini/records --out results/mini
+
+ablation_lvt: $(VENV)/.made ## LVT less one part each at mini scale, beside the whole of make mini
+	$(SWEEP) results_dir=results/mini/$@/records +experiment=lvt_cifar100_10split +ablation=$(call listed,$(addprefix lvt_without_,$(LVT_PARTS)))
+	$(RUN) scripts/compare.py results/mini/records/lvt_cifar100_10split results/mini/$@/records --out results/mini/$@
+
+ablation_dytox: $(VENV)/.made ## the same of DyTox
+	$(SWEEP) results_dir=results/mini/$@/records +experiment=dytox_cifar100_10step +ablation=$(call listed,$(addprefix dytox_without_,$(DYTOX_PARTS)))
+	$(RUN) scripts/compare.py results/mini/records/dytox_cifar100_10step results/mini/$@/records --out results/mini/$@
 
 clean: ## remove the environment and caches, never data or results
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
