@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
-from cl_bench.step import Step, state_of, total
+from cl_bench.step import Step, laid_out_as, state_of, total
 from cl_bench.trainer import Course
 from cl_bench.types import Losses
 
@@ -26,6 +26,8 @@ def obstacle(method: Method, device: torch.device) -> str | None:
     """Why replicas of a method are not computed as one, None where they are."""
     if not isinstance(method, FunctionalMethod):
         return "the step of this method is not a function of tensors alone"
+    if not method.self_contained:
+        return "this method keeps a network aside, which cannot be stacked"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in method.modules()):
         return "the network has dropout, whose draws would not be those of a separate run"
     if device.type == "cpu":
@@ -134,7 +136,7 @@ class Joint:
             method.zero_grad()
             parameters = [p for p in method.parameters() if p.requires_grad]
             for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = None if gradient is None else _laid_out_as(parameter, gradient[n])
+                parameter.grad = None if gradient is None else laid_out_as(parameter, gradient[n])
         return [
             ({k: v[n].detach() for k, v in losses.items()}, {k: v[n].detach() for k, v in columns.items()})
             for n in range(len(methods))
@@ -151,13 +153,6 @@ class _Terms(nn.Module):
     def forward(self, inputs: Inputs, task: int) -> Terms:
         """(inputs, task) -> loss terms and columns."""
         return self.method.terms(inputs, task)
-
-
-def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """A fused optimizer walks through both in the order of their memory, so their strides must be alike."""
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 def _stacked(owned: list[dict[str, Tensor]], before: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -52,9 +52,11 @@ class Step:
 
     @property
     def functional(self) -> FunctionalMethod | None:
-        """The method, where the step is that of a functional one."""
+        """The method, where the step is that of a functional one; not where the method or the phase has its own."""
         method = self.method
-        return method if isinstance(method, FunctionalMethod) and self.phase.observe == method.observe else None
+        if not isinstance(method, FunctionalMethod) or type(method).observe is not FunctionalMethod.observe:
+            return None
+        return method if self.phase.observe == method.observe else None
 
     def update(self) -> None:
         """Change the parameters by the gradients that they have."""
@@ -85,6 +87,16 @@ def total(losses: Iterable[Tensor]) -> Tensor:
     """The sum of the loss terms, which is minimised."""
     losses = list(losses)
     return sum(losses[1:], losses[0]) if losses else torch.zeros(())
+
+
+def laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """``gradient`` with the strides of its parameter, as ``backward`` would leave it.
+
+    A fused optimizer walks through both in the order of their memory: other strides would be other places.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 def state_of(method: Method) -> dict[str, Tensor]:
@@ -243,8 +255,8 @@ class Graphs:
         def compute(inputs: Inputs) -> Results:
             with step.autocast:
                 losses, columns = method.terms(inputs, step.batch.task)
-            gradients = torch.autograd.grad(total(losses.values()), step.params, allow_unused=True)
-            return losses, columns, list(gradients)
+            found = torch.autograd.grad(total(losses.values()), step.params, allow_unused=True)
+            return losses, columns, [None if g is None else laid_out_as(p, g) for p, g in zip(step.params, found)]
 
         if self._seen[key] <= self.WARM_UP:
             losses, columns, gradients = compute(inputs)

@@ -86,6 +86,9 @@ class FunctionalMethod(Method):
     (:mod:`cl_bench.step`, :mod:`cl_bench.replicas`). A method that cannot be cut so is a plain :class:`Method`.
     """
 
+    self_contained: ClassVar[bool] = True
+    """Whether :meth:`terms` reads registered tensors only, and no network that is kept aside."""
+
     def inputs(self, batch: Batch) -> Inputs:
         """Everything that the loss terms of a batch read, e.g. a draw from the buffer: host work, before the step."""
         return {"x": batch.x, "y": batch.y}

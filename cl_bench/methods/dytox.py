@@ -31,14 +31,14 @@ from torch import Generator, Tensor, nn
 from cl_bench.backbones.dytox import Classifier, DyTox
 from cl_bench.buffers.base import Columns, PerClassBuffer
 from cl_bench.errors import require
-from cl_bench.methods.base import Method
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
 from cl_bench.types import Batch, Data, Losses, Phase, Task
 
 REPEATED_UNIT = 256
 """An epoch of repeated augmentation ends with a multiple of this many images (DeiT)."""
 
 
-class DyToxRule(Method):
+class DyToxRule(FunctionalMethod):
     """Token expansion, independent classifiers, distillation, divergence head, balanced fine-tuning.
 
     Args:
@@ -51,6 +51,8 @@ class DyToxRule(Method):
         label_smoothing: mass that mixed targets spread over all classes; acts with ``mixup`` only.
         repeated_augmentation: times that an image drawn into an epoch is visited in it; 1 visits every image once.
     """
+
+    self_contained = False
 
     teacher_bytes: Tensor
 
@@ -109,7 +111,7 @@ class DyToxRule(Method):
         if later and self.finetune_epochs:
             yield Phase(
                 self.buffer.data(),
-                self.observe_balanced,
+                self.observe,
                 self._freeze(self.net.encoder_parameters()),
                 epochs=self.finetune_epochs,
                 lr=self.finetune_lr,
@@ -117,9 +119,14 @@ class DyToxRule(Method):
             )
         self._freeze([])
 
-    def observe(self, batch: Batch) -> Losses:
-        """The weighted terms of the main phase."""
+    def inputs(self, batch: Batch) -> Inputs:
+        """Images and targets."""
         x, targets = self.mixed(batch)
+        return {"x": x, "targets": targets}
+
+    def terms(self, inputs: Inputs, task: int) -> Terms:
+        """The weighted terms of the main phase; without teacher and auxiliary classifier the fine-tuning's."""
+        x, targets = inputs["x"], inputs["targets"]
         embeddings = self.net.embeddings(x)
         logits = self.net.logits(embeddings).float()
         new = self.net.sizes[-1]
@@ -132,13 +139,7 @@ class DyToxRule(Method):
             merged = torch.cat([targets[:, :old].sum(dim=1, keepdim=True), targets[:, old:]], dim=1)
             guesses = self.auxiliary(embeddings[-1]).float()
             losses["div"] = self.divergence * F.binary_cross_entropy_with_logits(guesses, merged)
-        return losses
-
-    def observe_balanced(self, batch: Batch) -> Losses:
-        """The only term of the fine-tuning phase."""
-        x, targets = self.mixed(batch)
-        logits = self.net.logits(self.net.embeddings(x)).float()
-        return {"clf": F.binary_cross_entropy_with_logits(logits, targets)}
+        return losses, {}
 
     def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) images and (B, C_all) targets, mixed where ``mixup`` says so."""

@@ -32,13 +32,13 @@ from torch import Tensor, nn
 from cl_bench.backbones.memory_vit import MemoryViT
 from cl_bench.buffers.base import CHUNK
 from cl_bench.errors import require
-from cl_bench.methods.base import Method, Predict
+from cl_bench.methods.base import FunctionalMethod, Inputs, Predict, Terms
 from cl_bench.optim import adamw
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Batch, Data, Losses, Phase, Task
 
 
-class LearnableMemory(Method):
+class LearnableMemory(FunctionalMethod):
     """Trains memory, class token and head of a task on a frozen trunk.
 
     Args:
@@ -102,10 +102,10 @@ class LearnableMemory(Method):
         """Cross-entropy of the trunk with its own head."""
         return {"warm_up_ce": F.cross_entropy(self.net.trunk(self.net.fitted(batch.x)), batch.y)}
 
-    def observe(self, batch: Batch) -> Losses:
+    def terms(self, inputs: Inputs, task: int) -> Terms:
         """Cross-entropy among the new task's classes."""
         first = sum(self.net.sizes[:-1])
-        return {"ce": F.cross_entropy(self.net.newest_logits(batch.x), batch.y - first)}
+        return {"ce": F.cross_entropy(self.net.newest_logits(inputs["x"]), inputs["y"] - first)}, {}
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K) by ``rule``; with a known task id all logits, of which head t's are taken."""
