@@ -46,8 +46,8 @@ format: $(VENV)/.made ## let ruff mend what it can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(VENV)/.made ## speed of loop, data path and buffer as ratios
-	$(RUN) scripts/benchmark.py
+bench: $(VENV)/.made ## speed against the limit, Avalanche and pieces, as ratios: results/benchmark, ten minutes
+	$(RUN) scripts/benchmark.py --out results/benchmark
 
 mini: $(VENV)/.made ## the table in results/mini: three seeds of every method, about an hour and a half
 	$(SWEEP) results_dir=results/mini/records +experiment=$(call listed,$(MINI))

@@ -78,7 +78,7 @@ def evaluate(
     method.eval()
     answers = []
     for which in batches:
-        x, label = scenario.transform.plain(data.images[which]), data.labels[which]
+        x, label = scenario.transform.plain(data.images.index_select(0, which)), data.labels[which]
         task = task_of_class[label]
         own = task_of_class == task[:, None]  # (B, K)
         with autocast:

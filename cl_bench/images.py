@@ -77,8 +77,12 @@ class HostImages:
                 images[places.to(self.device)] = self._sent(tensor, row[places])
         return images
 
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Positions (B,) -> (B, C, H, W) on the device; ``dim`` is that of a tensor's method, always 0."""
+        return self[index]
+
     def _sent(self, source: Tensor, rows: Tensor) -> Tensor:
-        images = source[rows.to(source.device)]
+        images = source.index_select(0, rows.to(source.device))  # whole images; source[rows] goes pixel by pixel
         if self.device.type == "cuda" and images.device.type == "cpu":
             return images.pin_memory().to(self.device, non_blocking=True)  # the host does not wait
         return images.to(self.device)

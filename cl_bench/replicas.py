@@ -45,24 +45,30 @@ class Lane:
         self.error: Exception | SystemExit | None = None
         self._rng = _rng()
 
-    def go_on(self, losses: Losses | None) -> None:
-        """Up to the next step, or to the end: a result or an error."""
+    def go_on(self, losses: Losses | Exception | None) -> None:
+        """Up to the next step, or to the end: a result or an error. What a step failed with is raised in the course."""
         _set_rng(self._rng)
         self.step = None
         try:
-            self.step = next(self.course) if losses is None else self.course.send(losses)
+            if isinstance(losses, Exception):
+                self.step = self.course.throw(losses)
+            else:
+                self.step = next(self.course) if losses is None else self.course.send(losses)
         except StopIteration as end:
             self.result = end.value
         except (Exception, SystemExit) as error:  # the others go on; it is raised when they are through
             self.error = error
         self._rng = _rng()
 
-    def perform(self, step: Step, inputs: Inputs | None) -> Losses:
-        """The step by itself."""
+    def perform(self, step: Step, inputs: Inputs | None) -> Losses | Exception:
+        """The step by itself; an error of it is this lane's only."""
         _set_rng(self._rng)
-        losses = step.speed.perform(step, inputs)
-        self._rng = _rng()
-        return losses
+        try:
+            return step.speed.perform(step, inputs)
+        except Exception as error:
+            return error
+        finally:
+            self._rng = _rng()
 
 
 def lead(courses: Sequence[Course[Step, Losses, Any]]) -> list[Any]:
@@ -84,14 +90,18 @@ def lead(courses: Sequence[Course[Step, Losses, Any]]) -> list[Any]:
     return [lane.result for lane in lanes]
 
 
-def _perform(joint: "Joint", waiting: list[tuple[Lane, Step]]) -> list[Losses]:
+def _perform(joint: "Joint", waiting: list[tuple[Lane, Step]]) -> list[Losses | Exception]:
+    """The loss terms of each step, or what it failed with."""
     methods = [step.functional for _, step in waiting]
     inputs = [m.inputs(step.batch) if m is not None else None for m, (_, step) in zip(methods, waiting)]
     known = [(m, i) for m, i in zip(methods, inputs) if m is not None and i is not None]
     steps = [step for _, step in waiting]
     if len(known) < len(steps) or len({_shape(step, i) for step, (_, i) in zip(steps, known)}) > 1:
         return [lane.perform(step, i) for (lane, step), i in zip(waiting, inputs)]
-    results = joint.differentiate(steps, [m for m, _ in known], [i for _, i in known])
+    try:
+        results = joint.differentiate(steps, [m for m, _ in known], [i for _, i in known])
+    except Exception as error:
+        return [error for _ in steps]
     for step, (method, _), (_, columns) in zip(steps, known, results):
         with step.autocast:
             method.remember(step.batch, columns)

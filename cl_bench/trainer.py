@@ -306,11 +306,16 @@ class Trainer:
 
 
 def follow(course: Course[Step, Losses, T]) -> T:
-    """Perform every step of a course; returns what it comes to."""
+    """Perform every step of a course; returns what it comes to. A step that fails is raised where it was asked for."""
     try:
         step = next(course)
         while True:
-            step = course.send(step.speed.perform(step))
+            try:
+                losses = step.speed.perform(step)
+            except BaseException as error:
+                step = course.throw(error)
+            else:
+                step = course.send(losses)
     except StopIteration as end:
         return end.value
 

@@ -54,3 +54,22 @@ def test_draws_depend_on_the_generator_alone():
 def test_without_augmentation_training_sees_the_image_itself():
     raw, transform = images(4), Transform(mean=MEAN, std=STD, crop_padding=0, flip=False)
     assert torch.equal(transform.train(raw, torch.Generator()), transform.plain(raw))
+
+
+def test_bit_equal_to_slicing_each_image():
+    raw, transform = images(33), Transform(mean=MEAN, std=STD, crop_padding=4, flip=True)
+    generator = torch.Generator().manual_seed(7)
+    row, column = torch.randint(9, (2, 33), generator=generator).tolist()
+    mirrored = torch.randint(2, (33,), generator=generator).tolist()
+    padded = F.pad(raw, (4, 4, 4, 4))
+    windows = [image[:, y : y + 32, x : x + 32] for image, y, x in zip(padded, row, column)]
+    flipped = torch.stack([window.flip(2) if mirror else window for window, mirror in zip(windows, mirrored)])
+    out = transform.train(raw, torch.Generator().manual_seed(7))
+    assert torch.equal(out, transform.plain(flipped))
+    assert out.is_contiguous()
+    # in any memory layout, and of any shape
+    assert torch.equal(
+        out, transform.train(raw.to(memory_format=torch.channels_last), torch.Generator().manual_seed(7))
+    )
+    wide = torch.randint(256, (2, 3, 5, 8), dtype=torch.uint8)
+    assert transform.train(wide, generator).shape == wide.shape

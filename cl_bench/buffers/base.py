@@ -82,13 +82,13 @@ class Buffer(nn.Module, ABC):
     def sample(self, size: int) -> Batch:
         """At most ``size`` different images, freshly augmented."""
         which = torch.randperm(self.filled, generator=self.generator)[:size].to(self.labels.device, non_blocking=True)
-        raw = self.images[which]
+        raw = self.images.index_select(0, which)  # copies whole images; images[which] goes pixel by pixel
         return Batch(
             x=self.transform.train(raw, self.generator),
-            y=self.labels[which],
+            y=self.labels.index_select(0, which),
             raw=raw,
             task=-1,
-            columns={name: column[which] for name, column in self.columns.items()},
+            columns={name: column.index_select(0, which) for name, column in self.columns.items()},
         )
 
     def data(self) -> Data:

@@ -20,22 +20,22 @@ class Reservoir(Buffer):
 
     def add(self, batch: Batch, **columns: Tensor) -> None:
         """Offer a batch; image i of it is the (offered + i)-th ever."""
-        size = len(batch)
-        nth = torch.arange(self.offered, self.offered + size)
-        # A uniform integer in [0, n] for each; below M it is the place that the image takes.
-        drawn = (torch.rand(size, generator=self.generator, dtype=torch.float64) * (nth + 1)).long()
-        place = torch.where(nth < self.capacity, nth, drawn)
-        # One after another, a later image of the batch overwrites an earlier one: the last writer of a place counts.
-        overwritten = (place[:, None] == place[None, :]).triu(1).any(1)
-        (taken,) = torch.nonzero((place < self.capacity) & ~overwritten, as_tuple=True)
-        self.offered += size
+        drawn = torch.rand(len(batch), generator=self.generator, dtype=torch.float64).tolist()
+        taken: dict[int, int] = {}  # place -> image; one after another, a later image overwrites an earlier one
+        for i, uniform in enumerate(drawn):
+            nth = self.offered + i
+            place = nth if nth < self.capacity else int(uniform * (nth + 1))  # uniform integer in [0, nth]
+            if place < self.capacity:
+                taken[place] = i
+        self.offered += len(batch)
         self.filled = min(self.offered, self.capacity)
-        if len(taken):
-            on_device = taken.to(batch.y.device, non_blocking=True)
-            kept = {name: values[on_device] for name, values in columns.items()}
-            self.write(
-                place[taken].to(batch.y.device, non_blocking=True), batch.raw[on_device], batch.y[on_device], kept
+        if taken:
+            places, images = (
+                torch.tensor(list(ints)).to(batch.y.device, non_blocking=True)
+                for ints in (taken.keys(), taken.values())
             )
+            kept = {name: values.index_select(0, images) for name, values in columns.items()}
+            self.write(places, batch.raw.index_select(0, images), batch.y.index_select(0, images), kept)
 
     def close_task(self, task: Task, describe: Describe, keep: tuple[str, ...] = ()) -> None:
         """Nothing: the stream was sampled as it passed."""

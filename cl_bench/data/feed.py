@@ -37,12 +37,12 @@ class Feed:
         part = slice(step * self.size, (step + 1) * self.size)
         places = self._places[part]
         if self._pool is None:
-            return self.data.images[places], self.data.labels[places]
+            return self.data.images.index_select(0, places), self.data.labels.index_select(0, places)
         for ahead in range(step, step + AHEAD + 1):
             if ahead not in self._coming and ahead * self.size < len(self._cpu):
                 which = self._cpu[ahead * self.size : (ahead + 1) * self.size]
                 self._coming[ahead] = self._pool.submit(self.data.images.__getitem__, which)
-        return self._coming.pop(step).result(), self.data.labels[places]
+        return self._coming.pop(step).result(), self.data.labels.index_select(0, places)
 
 
 @contextmanager

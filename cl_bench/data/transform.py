@@ -57,18 +57,32 @@ class Transform:
 
     def train(self, images: Tensor, generator: Generator) -> Tensor:
         """(B, C, H, W) uint8 -> (B, C, H, W) float32, augmented and normalised."""
-        batch, _, height, width = images.shape
-        p = self.crop_padding
-        if p:
-            corner = torch.randint(2 * p + 1, (2, batch), generator=generator).to(images.device, non_blocking=True)
-            windows = F.pad(images, (p, p, p, p)).unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W)
-            images = windows[torch.arange(batch, device=images.device), :, corner[0], corner[1]]  # (B, C, H, W)
+        if self.crop_padding:
+            images = self._crop(images, generator)
         if self.flip:
-            mirrored = torch.randint(2, (batch, 1, 1, 1), generator=generator).bool()
-            images = torch.where(mirrored.to(images.device, non_blocking=True), images.flip(3), images)
+            mirrored = torch.randint(2, (len(images),), generator=generator)
+            which = torch.arange(len(images)) + len(images) * mirrored  # of the images and their mirror images
+            which = which.to(images.device, non_blocking=True)
+            images = torch.cat([images, images.flip(3)]).index_select(0, which)
         if self.rand_augment is not None:
             images = self.rand_augment(images, generator)
         return self.plain(images)
+
+    def _crop(self, images: Tensor, generator: Generator) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W): an H x W window of each padded image.
+
+        One gather of whole windows out of a view that starts one at every pixel: several times as fast on the CPU as
+        indexing by row and column, which goes pixel by pixel.
+        """
+        batch, channels, height, width = images.shape
+        p = self.crop_padding
+        row, column = torch.randint(2 * p + 1, (2, batch), generator=generator)
+        padded = F.pad(images, (p, p, p, p))
+        step = padded.stride()
+        corners = torch.arange(batch) * step[0] + row * step[2] + column * step[3]
+        last = (channels - 1) * step[1] + (height - 1) * step[2] + (width - 1) * step[3]  # pixel of a window
+        windows = padded.as_strided((padded.numel() - last, channels, height, width), (1, *step[1:]))
+        return windows.index_select(0, corners.to(images.device, non_blocking=True))
 
     def plain(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 -> (B, C, H, W) float32, normalised only."""

@@ -1,0 +1,264 @@
+"""What the parts of the benchmark share: rows, repetitions in turn, runs on random pixels, facts of the machine."""
+
+import io
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+import cl_bench.__main__  # stores the typed skeleton that compose() asks for
+from cl_bench.build import Parts, build
+from cl_bench.checkpoint import Checkpoint
+from cl_bench.config import CONFIGS
+from cl_bench.data.base import ImageSet
+from cl_bench.loggers.base import Logger, RunInfo
+from cl_bench.loggers.console import Console
+from cl_bench.loggers.group import Loggers
+from cl_bench.loggers.jsonl import JsonLines
+from cl_bench.trainer import Trainer
+from cl_bench.types import Phase, Task
+
+BATCH = 32
+"""Images of the stream a step, and images replayed beside them."""
+
+ROOT = Path(__file__).parents[2]
+Work = Callable[[], float]
+
+
+@dataclass
+class Row:
+    """A line of the table.
+
+    Attributes:
+        part, what: which part measured what.
+        unit: of the values; "x" is a ratio.
+        values: one a repetition.
+        least, most: what the value is meant to reach or to stay under; None where nothing is demanded of it.
+        sides: the measurements that a ratio is made of, by name: seconds, one a repetition.
+        note: what else one must know to read it.
+    """
+
+    part: str
+    what: str
+    unit: str
+    values: list[float]
+    least: float | None = None
+    most: float | None = None
+    sides: dict[str, list[float]] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        """The row's figure."""
+        return statistics.median(self.values)
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the figure is where it is meant to be; None where nothing is demanded."""
+        if self.least is None and self.most is None:
+            return None
+        return (self.least is None or self.median >= self.least) and (self.most is None or self.median <= self.most)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        repetitions: counted repetitions of each figure.
+        tell: shows what is being measured.
+        small: a tiny version of everything, to see that it runs; its figures mean nothing.
+    """
+
+    repetitions: int
+    tell: Callable[[str], None]
+    small: bool = False
+
+
+def in_turn(works: dict[str, Work], repetitions: int) -> dict[str, list[float]]:
+    """Call each in turn (A B C A B C ...), one round to warm up and then ``repetitions`` that count."""
+    values: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repetitions + 1):
+        for name, work in works.items():
+            value = work()
+            if turn:
+                values[name].append(value)
+    return values
+
+
+def repeat(work: Callable[[], Any], times: int) -> Work:
+    """A measurement: the mean seconds of ``times`` calls of ``work``."""
+
+    def measure() -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        return (time.perf_counter() - began) / times
+
+    return measure
+
+
+def ratio(values: dict[str, list[float]], above: str, below: str) -> list[float]:
+    """``above`` / ``below``, repetition by repetition."""
+    return [a / b for a, b in zip(values[above], values[below])]
+
+
+def random_pixels(*, per_class: int) -> ImageSet:
+    """Random images in the shape of CIFAR-100, a tenth of them for testing: the arithmetic does not care."""
+    rng = np.random.default_rng(0)
+
+    def split(each: int) -> tuple[np.ndarray, np.ndarray]:
+        pixels = rng.integers(0, 256, (100 * each, 3, 32, 32), dtype=np.uint8)
+        return pixels, np.tile(np.arange(100), each)
+
+    names = [str(c) for c in range(100)]
+    return ImageSet(
+        *split(per_class), *split(max(1, per_class // 10)), names, None, [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]
+    )
+
+
+def on_random_pixels(per_class: int) -> list[str]:
+    """Overrides: CIFAR-100's scenario without CIFAR-100; random pixels, augmented all the same."""
+    return [
+        "scenario=cifar100",
+        "optimizer.lr=0.001",  # random labels teach nothing, so nothing must diverge
+        "allow_packages=[speed]",
+        "scenario.source._target_=speed.common.random_pixels",
+        "~scenario.source.root",
+        "~scenario.source.download",
+        f"+scenario.source.per_class={per_class}",
+        "scenario.train_per_class=null",
+        "scenario.test_per_class=null",
+    ]
+
+
+def parts_of(*overrides: str) -> Parts:
+    """What the command would build with these overrides."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config.hydra
+    return build(config)
+
+
+@contextmanager
+def looping(parts: Parts, *others: Logger) -> Iterator[Trainer]:
+    """The loop over ``parts`` as a run has it: JSON lines on the disk, the console's bookkeeping, a checkpoint folder.
+
+    ``others`` are loggers that are told, too.
+    """
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        logger = Loggers([JsonLines(), Console(min_seconds=1e9), *others])
+        logger.start(RunInfo(Path(folder), "benchmark", "benchmark", 0, "", {}, len(parts.scenario.tasks)))
+        yield parts.trainer(logger, Checkpoint(Path(folder)), stop=lambda: False)
+        logger.finish("finished", None)
+
+
+def shortened(task: Task, images: int) -> Task:
+    """The task with its first ``images`` training images only; random_pixels mixes the classes."""
+    return replace(task, train=task.train.take(slice(0, images)))
+
+
+def first_phase(parts: Parts, task: Task) -> Phase:
+    """What the method asks for first in ``task``, an epoch of it, to be run as often as one likes."""
+    parts.method.eval()
+    phase = next(parts.method.learn(task))
+    return replace(phase, params=list(phase.params), epochs=1)
+
+
+def closed(parts: Parts, task: Task) -> None:
+    """Open and close ``task`` without training: its memory and statistics, not its weights."""
+    parts.method.eval()
+    for _ in parts.method.learn(task):
+        pass
+
+
+def steps_of(trainer: Trainer, task: Task, phase: Phase) -> Work:
+    """A measurement: seconds of a step while the loop runs ``phase``, everything included that an epoch does."""
+
+    def measure() -> float:
+        before, began = trainer.steps, time.perf_counter()
+        trainer.run_phase(task, 0, phase, None)
+        return (time.perf_counter() - began) / (trainer.steps - before)
+
+    return measure
+
+
+def command(*arguments: str, folder: Path, threads: int | None = None) -> Path:
+    """Run ``python -m cl_bench`` to its end with its results in ``folder``; returns the run folder.
+
+    Raises:
+        RuntimeError: it failed; the message is its last line.
+    """
+    line = [sys.executable, "-m", "cl_bench", *arguments, f"results_dir={folder}", "logger=none"]
+    line += ["+logger.clock._target_=speed.clock.Clock"]
+    done = subprocess.run(line, env=environment(threads), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
+    return next(folder.rglob("summary.json")).parent
+
+
+def environment(threads: int | None = None) -> dict[str, str]:
+    """The environment of a command: this checkout and the parts of the benchmark can be imported."""
+    path = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
+    chosen = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | chosen
+
+
+def facts() -> dict[str, Any]:
+    """Versions and hardware."""
+    packages = ("torch", "torchvision", "numpy", "hydra-core", "avalanche-lib", "timm")
+    cuda = torch.cuda.is_available()
+    return {
+        "cl_bench": cl_bench.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "load_at_start": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor()

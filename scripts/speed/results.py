@@ -1,0 +1,127 @@
+"""What the benchmark leaves: a table on the terminal, JSON, a table in Markdown, a picture."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from speed.common import Row
+
+COLUMNS = ("part", "what", "median", "min - max", "wanted", "", "measured", "note")
+SHOWN = 6
+"""Columns that fit on a terminal; the rest was printed while it was measured, and is in the Markdown table."""
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text."""
+    sides = ", ".join(f"{name} {_short(values, row)}" for name, values in row.sides.items())
+    mark = {None: "", True: "yes", False: "NO"}[row.reached]
+    return [
+        row.part, row.what, f"{_number(row.median)} {row.unit}",
+        f"{_number(min(row.values))} - {_number(max(row.values))}", _wanted(row), mark, sides, row.note,
+    ]  # fmt: skip
+
+
+def show(rows: list[Row], failures: dict[str, str], facts: dict[str, Any]) -> None:
+    """The table on the terminal."""
+    table = Table(title=_title(facts))
+    for column in COLUMNS[:SHOWN]:
+        table.add_column(column, overflow="fold", justify="right" if column in ("median", "min - max") else "left")
+    for row in rows:
+        table.add_row(*cells(row)[:SHOWN])
+    console = Console()
+    console.print(table)
+    for part, reason in failures.items():
+        console.print(f"{part}: {reason}", highlight=False)
+
+
+def write_json(path: Path, rows: list[Row], failures: dict[str, str], facts: dict[str, Any]) -> None:
+    """Every repetition of every row, versions and hardware."""
+    listed = [asdict(row) | {"median": row.median, "reached": row.reached} for row in rows]
+    content = {"facts": facts, "rows": listed, "not_measured": failures}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_all(folder: Path, rows: list[Row], failures: dict[str, str], facts: dict[str, Any]) -> None:
+    """``benchmark.json``, ``table.md`` and ``benchmark.png`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "benchmark.json", rows, failures, facts)
+    lines = [
+        "# Speed", "",
+        "Made by `python scripts/benchmark.py --out results/benchmark` (`make bench`). " + _title(facts) + ".",
+        "Medians over repetitions in turn, the smallest and the largest; ratios are taken repetition by repetition.",
+        "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows), "",
+        *(f"- {part}: {reason}" for part, reason in failures.items()),
+    ]  # fmt: skip
+    (folder / "table.md").write_text("\n".join(lines).rstrip() + "\n")
+    draw(folder / "benchmark.png", rows, facts)
+
+
+def draw(path: Path, rows: list[Row], facts: dict[str, Any]) -> None:
+    """Bars of the ratios, each beside what is wanted of it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "loop": ("our loop as a part of a bare torch step", [r for r in rows if r.part == "loop"]),
+        "avalanche": ("images a second, ours / Avalanche's", [r for r in rows if r.part == "avalanche"]),
+        "pieces": ("pieces, ours over image by image", [r for r in rows if r.part in ("data", "buffer")]),
+        "sequence": ("task 50 over task 1", [r for r in rows if r.part in ("sequence", "memory") and r.unit == "x"]),
+    }
+    drawn = {name: panel for name, panel in panels.items() if panel[1]}
+    if not drawn:
+        return
+    heights = [len(panel[1]) + 1.6 for panel in drawn.values()]
+    figure, axes = plt.subplots(
+        len(drawn), 1, figsize=(9, 0.32 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axis, (title, chosen) in zip(axes[:, 0], drawn.values()):
+        _bars(axis, title, chosen)
+    figure.suptitle(_title(facts), fontsize=8, color="0.4")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _bars(axis: Any, title: str, rows: list[Row]) -> None:
+    places = range(len(rows), 0, -1)
+    colours = {None: "0.65", True: "tab:blue", False: "tab:red"}
+    for place, row in zip(places, rows):
+        axis.barh(place, row.median, height=0.62, color=colours[row.reached])
+        axis.plot([min(row.values), max(row.values)], [place, place], color="black", linewidth=1)
+        for wanted in (row.least, row.most):
+            if wanted is not None:
+                axis.plot([wanted, wanted], [place - 0.42, place + 0.42], color="black", linewidth=2)
+        axis.annotate(f" {_number(row.median)}", (max(row.median, *row.values), place), va="center", fontsize=8)
+    axis.set_yticks(list(places), [row.what for row in rows], fontsize=8)
+    axis.set_title(title, fontsize=9, loc="left")
+    axis.set_xlim(0, 1.12 * max(max(row.values) for row in rows))
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _title(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, "
+        f"GPU: {facts['gpu'] or 'none'}, torch {facts['packages']['torch']}"
+    )
+
+
+def _wanted(row: Row) -> str:
+    if row.least is not None:
+        return f"at least {row.least:g}"
+    return f"at most {row.most:g}" if row.most is not None else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _short(values: list[float], row: Row) -> str:
+    middle = sorted(values)[len(values) // 2]
+    return f"{middle:.0f} MiB" if row.part == "memory" else f"{_number(1e3 * middle)} ms"

@@ -1,0 +1,181 @@
+"""(f): whether a step, its memory and an evaluation stay what they were while the sequence grows to 50 tasks.
+
+Steps and evaluations: the method learns 50 tasks of two classes on a few images each; where it begins task 1, 10, 25
+and 50 its state is laid over a twin, as a checkpoint would be. The twins then take the same number of steps in turn, so
+that what the machine does besides falls on all of them alike. The networks of er, derpp and lvt are small, so that what
+a method does beside its network is a large part of the step and its growth would show.
+
+Memory: a process of its own runs the whole sequence, as the command does, and is asked what it holds after each task.
+"""
+
+import copy
+import math
+import multiprocessing
+import statistics
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Generator, Tensor
+
+from cl_bench.build import Parts
+from cl_bench.evaluate import evaluate
+from speed.clock import Clock, resident_bytes
+from speed.common import (
+    BATCH,
+    Options,
+    Row,
+    Work,
+    closed,
+    first_phase,
+    in_turn,
+    looping,
+    on_random_pixels,
+    parts_of,
+    ratio,
+    repeat,
+    steps_of,
+)
+
+TASKS = 50
+POINTS = (1, 2, 10, 25, 50)
+"""Tasks, counted from 1, that are looked at."""
+
+PER_CLASS = 16
+"""Training images a class, 32 a task: one step an epoch."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one network.
+
+    Attributes:
+        overrides: what the command line would say.
+        steps: that a repetition takes.
+        trained: whether the tasks between are trained on (a step each), or opened and closed only.
+        first: the task that the others are compared with.
+        most: what step 50 / step ``first`` may be; None where growth a task is what is limited.
+    """
+
+    overrides: list[str]
+    steps: int
+    trained: bool = True
+    first: int = 1
+    most: float | None = 1.10
+
+
+LINEAR = ["backbone=mlp", "backbone.hidden=[]", "buffer=reservoir", "buffer.capacity=200"]
+CASES = {
+    "er": Case(["method=er", *LINEAR], steps=100),
+    "derpp": Case(["method=derpp", *LINEAR], steps=50),
+    "lvt": Case(["backbone=lvt", "+scale=mini", "buffer.capacity=500"], steps=4, first=2),
+    "dytox": Case(["backbone=dytox", "buffer.capacity=500"], steps=1, trained=False, most=None),
+}
+NOTES = {
+    "lvt": "against task 2: in the first task its memory is empty, so a step has half the images",
+    "dytox": "full network; the limit is growth a task as part of the first task's step",
+}
+
+
+def steps(options: Options) -> Iterator[Row]:
+    """Step and evaluation time at the chosen tasks of each method."""
+    for name, case in CASES.items():
+        options.tell(f"{name}, opening {TASKS} tasks")
+        points = (1, 2, 4) if options.small else POINTS
+        overrides = [
+            *case.overrides,
+            *(["+scale=mini"] if options.small and "+scale=mini" not in case.overrides else []),
+        ]
+        base = [*on_random_pixels(PER_CLASS), *overrides, f"scenario.num_tasks={TASKS}", f"trainer.batch_size={BATCH}"]
+        with ExitStack() as stack:
+            twins = _twins(base, case, points, stack)
+            options.tell(f"{name}, timing")
+            values = in_turn({label: work for label, (work, _) in twins.items()}, options.repetitions)
+            evaluations = in_turn({label: work for label, (_, work) in twins.items()}, options.repetitions)
+        last, first = f"task {points[-1]}", f"task {case.first}"
+        if case.most is None:
+            tasks = points[-1] - points[0]
+            growth = [100 * (b - a) / a / tasks for a, b in zip(values["task 1"], values[last])]
+            yield Row(
+                "sequence", f"{name}: step's growth a task", "%", growth, most=5.0, sides=values, note=NOTES[name]
+            )
+        else:
+            what = f"{name}: step at {last} / {first}"
+            grown = ratio(values, last, first)
+            yield Row("sequence", what, "x", grown, most=case.most, sides=values, note=NOTES.get(name, ""))
+        what = f"{name}: evaluation at {last} / {first}"
+        yield Row("sequence", what, "x", ratio(evaluations, last, first), sides=evaluations)
+
+
+def _twins(base: list[str], case: Case, points: tuple[int, ...], stack: ExitStack) -> dict[str, tuple[Work, Work]]:
+    """For each point the measurements of a step and of the evaluation of an image."""
+    walking = parts_of(*base)
+    trainer = stack.enter_context(looping(walking))
+    twins: dict[str, tuple[Work, Work]] = {}
+    for task in walking.scenario.tasks[: points[-1]]:
+        number = task.id + 1
+        if number in points:
+            twin = parts_of(*base)
+            twin.method.load_state_dict(walking.method.state_dict())
+            looped = stack.enter_context(looping(twin))
+            at = twin.scenario.tasks[task.id]
+            long = replace(first_phase(twin, at), order=partial(_order, case.steps, len(at.train)))
+            twins[f"task {number}"] = (steps_of(looped, at, long), _evaluation(twin, number))
+        if not case.trained:
+            closed(walking, task)
+            continue
+        walking.method.eval()
+        for place, phase in enumerate(walking.method.learn(task)):
+            trainer.run_phase(task, place, phase, None)
+            walking.method.eval()
+    return twins
+
+
+def _order(steps: int, images: int, generator: Generator) -> Tensor:
+    """Positions of an epoch of so many steps, however few images there are."""
+    return torch.randint(images, (steps * BATCH,), generator=generator)
+
+
+def _evaluation(parts: Parts, learned: int) -> Work:
+    """Seconds of an evaluation of about 50 images from all tasks learned and the next one."""
+    probe = copy.copy(parts.scenario)
+    each = math.ceil(50 / (min(learned, TASKS - 1) + 1))
+    probe.tasks = [replace(task, test=task.test.take(torch.arange(each) % len(task.test))) for task in probe.tasks]
+    images = sum(len(task.test) for task in probe.tasks[: learned + 1])
+
+    def once() -> None:
+        evaluate(parts.method, probe, learned=learned, split="test", autocast=parts.autocast)
+
+    once_seconds = repeat(once, 1)
+    return lambda: once_seconds() / images
+
+
+def memory(options: Options) -> Iterator[Row]:
+    """Resident memory after 50 tasks over that after 5, on small networks."""
+    if resident_bytes() is None:
+        raise RuntimeError("this system does not tell a process's resident memory")
+    tasks, early = (4, 2) if options.small else (TASKS, 5)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cl_bench.build", "torch._dynamo"])  # once, not in every process
+    with context.Pool(2, maxtasksperchild=1) as pool:  # memory does not mind company
+        for name in CASES:
+            options.tell(f"{name}, {options.repetitions} runs of {tasks} tasks")
+            runs = pool.map(partial(_held, tasks=tasks), [name] * options.repetitions, chunksize=1)
+            held = [(run[early] / 2**20, run[tasks] / 2**20) for run in runs]
+            sides = {f"task {early}": [a for a, _ in held], f"task {tasks}": [b for _, b in held]}
+            what = f"{name}: resident memory after task {tasks} / {early}"
+            note = f"{statistics.median(b - a for a, b in held):.1f} MiB more"
+            yield Row("memory", what, "x", [b / a for a, b in held], most=1.03, sides=sides, note=note)
+
+
+def _held(name: str, tasks: int) -> dict[int, int]:
+    """Bytes that this process holds after each task, counted from 1, of a sequence of so many."""
+    torch.set_num_threads(1)
+    scale = [] if "+scale=mini" in CASES[name].overrides else ["+scale=mini"]
+    overrides = [*CASES[name].overrides, *scale, f"scenario.num_tasks={tasks}", "trainer.epochs=1"]
+    clock = Clock()
+    with looping(parts_of(*on_random_pixels(PER_CLASS), *overrides), clock) as trainer:
+        trainer.run()
+        return {note["task"] + 1: note["resident_bytes"] for note in clock.notes if note["event"] == "task"}
