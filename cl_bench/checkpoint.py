@@ -36,10 +36,18 @@ class Checkpoint:
         """
         self.folder.mkdir(exist_ok=True)
         last, previous, partial = (self.folder / name for name in ("last.pt", "previous.pt", "partial.pt"))
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with partial.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)  # where the disk is full, give its room back
+            if isinstance(error, RuntimeError) and isinstance(
+                error.__context__, OSError
+            ):  # torch says it in its own words
+                raise error.__context__ from error
+            raise
         if last.exists() and not self._last_is_damaged:  # a damaged one must not take the place of the good one
             last.replace(previous)
         partial.replace(last)
