@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cl_bench.config import CONFIGS, Run
-from cl_bench.errors import ConfigError
+from cl_bench.errors import ConfigError, RunError
 
 ConfigStore.instance().store("run", Run)
 
@@ -52,7 +52,7 @@ def main() -> None:
         # What fails before a job starts is the command line; the jobs of a sweep may start in other processes.
         composing = not started and not {"-m", "--multirun"} & set(sys.argv)
         known = isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)) or composing
-        if not (known or isinstance(error, FloatingPointError)):
+        if not (known or isinstance(error, (FloatingPointError, RunError))):
             raise
         if wants_traceback:
             traceback.print_exc()
@@ -70,7 +70,7 @@ def _sweeping() -> bool:
 
 def explain(error: Exception) -> str:
     """One message: key, expected, got, way out."""
-    if isinstance(error, (ConfigError, FloatingPointError)):
+    if isinstance(error, (ConfigError, FloatingPointError, RunError)):
         return str(error)
     from cl_bench.explain import explain_hydra
 

@@ -1,11 +1,13 @@
 """Exact resumption: the whole state of a run in one file, written atomically, the one before it kept.
 
-A checkpoint is plain tensors, numbers, strings, lists and dicts, so it loads with ``weights_only=True``.
+A checkpoint is plain tensors, numbers, strings, lists and dicts, so it loads with ``weights_only=True``. It is a zip
+archive with a CRC-32 of each of its members; torch writes these and does not look at them when it loads.
 """
 
 import os
 import random
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,37 +16,83 @@ import numpy as np
 import torch
 from torch import Generator
 
+from cl_bench.errors import ConfigError
+
 State = dict[str, Any]
 
 
 class Checkpoint:
-    """The files ``last.pt`` and ``previous.pt`` of one folder."""
+    """The files ``last.pt`` and ``previous.pt`` of one folder, which lies in a run folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._last_is_damaged = False
 
     def save(self, state: State) -> None:
-        """Write ``state``; a kill at any moment leaves at least one whole checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write ``state``; a kill at any moment leaves at least one whole checkpoint.
+
+        Raises:
+            OSError: it could not be written, or the run folder is gone; what was there before is as it was.
+        """
+        self.folder.mkdir(exist_ok=True)
         last, previous, partial = (self.folder / name for name in ("last.pt", "previous.pt", "partial.pt"))
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if last.exists():
+        try:
+            with partial.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)  # where the disk is full, give its room back
+            if isinstance(error, RuntimeError) and isinstance(
+                error.__context__, OSError
+            ):  # torch says it in its own words
+                raise error.__context__ from error
+            raise
+        if last.exists() and not self._last_is_damaged:  # a damaged one must not take the place of the good one
             last.replace(previous)
         partial.replace(last)
+        self._last_is_damaged = False
 
     def load(self) -> State | None:
-        """The newest whole checkpoint, None where there is none; a damaged one is reported and passed over."""
-        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+        """The newest whole checkpoint, None where there never was one; a damaged one is reported and passed over.
+
+        Raises:
+            ConfigError: there are checkpoints and none is whole.
+        """
+        damaged: dict[str, str] = {}
+        for name in ("last.pt", "previous.pt"):
+            path = self.folder / name
             if not path.exists():
                 continue
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                _check_sums(path)
+                state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises many kinds for a damaged file; each means the same
-                print(f"cl_bench: {path} is damaged ({error}); going back to the one before it", file=sys.stderr)
+                damaged[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            if damaged:
+                self._last_is_damaged = True
+                print(
+                    f"cl_bench: {self.folder / 'last.pt'} is damaged ({damaged['last.pt']}); "
+                    f"going on from the one before it, {path}",
+                    file=sys.stderr,
+                )
+            return state
+        if damaged:
+            raise ConfigError(
+                str(self.folder),
+                expected="a whole checkpoint",
+                got="; ".join(f"{name} is damaged ({why})" for name, why in damaged.items()),
+                fix="Put a copy of one of them back, or start this run afresh with overwrite=true.",
+            )
         return None
+
+
+def _check_sums(path: Path) -> None:
+    """Raise where a member of the archive is not what was written."""
+    with zipfile.ZipFile(path) as archive:
+        if (member := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{member} does not have its checksum")
 
 
 def rng_state(generators: Mapping[str, Generator]) -> State:

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""The errors that are told in one message: what the user has to mend, and what stopped a run."""
 
 
 class ConfigError(ValueError):
@@ -25,6 +25,10 @@ class ConfigError(ValueError):
     def under(self, prefix: str) -> "ConfigError":
         """The same error with its key placed below ``prefix`` (a component knows its keys, not its group)."""
         return type(self)(f"{prefix}.{self.key}", expected=self.expected, got=self.got, fix=self.fix)
+
+
+class RunError(RuntimeError):
+    """What stopped a run that is configured rightly; the command prints it as one message and exits with status 1."""
 
 
 def _rebuild(cls: type[ConfigError], key: str, expected: str, got: object, fix: str) -> ConfigError:

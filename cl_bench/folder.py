@@ -17,7 +17,7 @@ import yaml
 
 from cl_bench.atomic import write_text
 from cl_bench.config import PACKAGE
-from cl_bench.errors import ConfigError
+from cl_bench.errors import ConfigError, RunError
 from cl_bench.evaluate import Evaluation
 from cl_bench.scenarios.base import Scenario
 
@@ -65,6 +65,24 @@ def locked(folder: Path) -> Iterator[None]:
                 fix="Wait for the other process, or change the seed or a setting to get another folder.",
             ) from None
         yield
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What cannot be written stops the run with one message; files are whole or absent, so nothing finished is lost."""
+    try:
+        yield
+    except OSError as error:
+        if not folder.exists():
+            raise RunError(
+                f"{folder}: the folder was removed while the run wrote to it. The same command starts it afresh."
+            ) from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise RunError(
+            f"{folder}: stopped, a file could not be written: {error.strerror or error}{where}. "
+            "What is finished is kept: make room or mend the folder, and the same command goes on from the last "
+            "checkpoint."
+        ) from error
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

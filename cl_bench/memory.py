@@ -1,8 +1,11 @@
-"""Memory: the peak of a run, and what is free."""
+"""Memory: the peak of a run, what is free, and what took it where there was not enough."""
 
+import gc
 import os
+import re
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -38,3 +41,29 @@ def peak_bytes(device: torch.device) -> int:
         return int(lines["VmHWM"].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, of a device or of the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = r"can't allocate memory|not enough memory|out of memory"  # of torch's allocators for CPU and MPS
+    return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+
+
+def largest_tensors(named: Mapping[str, torch.Tensor], count: int = 5) -> list[str]:
+    """The largest tensors that Python can reach, as ``name shape type size``; not all have a name."""
+    names = {tensor.untyped_storage().data_ptr(): name for name, tensor in named.items()}
+    gc.collect()  # what only a cycle holds is nothing to tell of
+    reached: dict[int, tuple[int, tuple[int, ...], torch.dtype]] = {}
+    for thing in gc.get_objects():
+        if (
+            issubclass(type(thing), torch.Tensor) and thing.layout is torch.strided
+        ):  # not isinstance: proxies answer that
+            storage = thing.untyped_storage()
+            reached.setdefault(storage.data_ptr(), (storage.nbytes(), tuple(thing.shape), thing.dtype))
+    largest = sorted(reached.items(), key=lambda item: -item[1][0])[:count]
+    return [
+        f"{names.get(place, 'a temporary one')} {shape} {str(dtype).removeprefix('torch.')} {nbytes / 1e6:,.1f} MB"
+        for place, (nbytes, shape, dtype) in largest
+    ]

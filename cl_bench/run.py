@@ -13,16 +13,17 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from torch import Tensor
 
 from cl_bench import folder as files
 from cl_bench.build import Parts, build, component, loggers
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import INCOMPARABLE, comparable, fingerprint, plain
-from cl_bench.errors import ConfigError
+from cl_bench.errors import ConfigError, RunError
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
-from cl_bench.memory import peak_bytes, reset_peak
+from cl_bench.memory import largest_tensors, peak_bytes, ran_out, reset_peak
 from cl_bench.record import SCHEMA, SETTINGS, TITLES
 from cl_bench.scenarios.base import Scenario
 from cl_bench.step import Step
@@ -99,13 +100,19 @@ def _course(
         return finished
     parts = build(config, scenario)
     chosen = {name: logger for name, logger in loggers(config).items() if terminal or name != "console"}
-    with files.locked(place):
+    with files.locked(place), files.writing(place):
         if values["overwrite"]:
             _empty(place)
         files.write_config(place, values)
         files.write_environment(place, parts.device)
         summary = yield from _train(place, values, parts, chosen, base_summary(values, settings), caught)
-    write_report(place)
+    try:
+        write_report(place)
+    except OSError as error:
+        raise RunError(
+            f"{place}: the run is finished, but its report could not be written: {error.strerror or error}. "
+            "Make room or mend the folder; the same command writes it."
+        ) from error
     print_result(place, summary)
     return summary
 
@@ -194,6 +201,10 @@ def _train(
             command = "the same command without overwrite=true" if values["overwrite"] else "the same command"
             print(f"Stopped; {command} goes on from here: {place}", file=sys.stderr)
             raise SystemExit(128 + caught[0]) from None
+        except Exception as error:
+            if ran_out(error):
+                raise RunError(_memory_message(error, parts)) from error
+            raise
         record.cost.peak_memory_bytes = peak_bytes(parts.device)
         record.cost.buffer_bytes = parts.buffer.nbytes
         record.write_csv(place / "accuracy_matrix.csv")
@@ -214,6 +225,23 @@ def _train(
         print(f"Stopped; this run is finished: {place}", file=sys.stderr)
         raise SystemExit(128 + caught[0])
     return summary
+
+
+def _memory_message(error: Exception, parts: Parts) -> str:
+    """What takes the memory, and three ways out."""
+    named: dict[str, Tensor] = {f"method.{name}": tensor for name, tensor in parts.method.named_parameters()}
+    named |= {f"method.{name}": tensor for name, tensor in parts.method.named_buffers()}
+    named |= {f"buffer.{name}": tensor for name, tensor in parts.buffer.named_buffers()}
+    for task in parts.scenario.tasks:
+        sets = {"training": task.train.images, "test": task.test.images}
+        named |= {f"{of} images of task {task.id}": t for of, t in sets.items() if isinstance(t, Tensor)}
+    size = parts.settings.batch_size
+    return (
+        f"out of memory on {parts.device} ({str(error).splitlines()[0]}). "
+        f"The largest tensors: {'; '.join(largest_tensors(named))}. "
+        f"Ways out: trainer.batch_size={max(1, size // 2)} (and method.replay_size where there is one); "
+        "a narrower backbone or a smaller buffer.capacity; precision=bf16 or another device."
+    )
 
 
 def _number(value: float) -> float | None:

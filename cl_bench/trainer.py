@@ -94,7 +94,7 @@ class Trainer:
         self.record = Record.empty(len(scenario.tasks))
         self.answers: Evaluation | None = None
         self.alternatives: dict[str, dict[str, float | None]] = {}
-        self.steps = self.events = self.parameters_after_first_task = 0
+        self.steps = self.events = self.parameters_after_first_task = self.saved_steps = 0
         self.speed = Speed(settings.speed, scenario.tasks[0].train.labels.device)
         self.task_start: State = {}
         self.phase_ends: list[State] = []
@@ -223,7 +223,8 @@ class Trainer:
             raise FloatingPointError(
                 f"a loss term is not finite by step {self.steps} (task {task.id}, phase {phase}, epoch {epoch}): "
                 f"{means}. "
-                "Lower optimizer.lr or set trainer.clip_norm=1. The last checkpoint is from before the first such loss."
+                f"The last good checkpoint is {self.checkpoint.folder / 'last.pt'}, of step {self.saved_steps}. "
+                "Lower optimizer.lr or set trainer.clip_norm=1."
             )
         return means
 
@@ -294,12 +295,14 @@ class Trainer:
                 "speed": self.speed.used,
             }
         )
+        self.saved_steps = self.steps
 
     def _restore(self, saved: State) -> int:
         """Lay a checkpoint's task beginning over this trainer; returns the task."""
         self._load(saved["task_start"])
         self.record = Record.from_json(saved["record"])
         self.steps, self.events, self.parameters_after_first_task = saved["counters"]
+        self.saved_steps = self.steps
         if self.speed.used == "auto":  # do not measure again: another choice would round otherwise
             self.speed.used, self.speed.why = saved["speed"], "chosen before the run was interrupted"
         return saved["task"]

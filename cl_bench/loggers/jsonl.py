@@ -39,7 +39,7 @@ class JsonLines(Logger):
                 fix="Put the file back, or start afresh with overwrite=true.",
             )
         self._cut(number)
-        self._file.write(json.dumps(_finite(event), allow_nan=False, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(finite(event), allow_nan=False, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         # A checkpoint must never know of events that a power cut took out of this file.
         os.fsync(self._file.fileno())
@@ -86,10 +86,10 @@ def _whole(line: bytes) -> bool:
         return False
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with null for every nan and infinity, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,349 @@
+"""Damaged files, full disks, lost folders, too little memory: one message, the exit status, nothing finished lost."""
+
+import errno
+import itertools
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from test_command import assert_equal_results, in_process, the_run
+
+from cl_bench import folder as files
+from cl_bench import run as run_module
+from cl_bench.checkpoint import Checkpoint, State
+from cl_bench.errors import ConfigError
+from cl_bench.loggers.jsonl import JsonLines
+from cl_bench.methods.finetune import Finetune
+
+RUN = [*TINY, "backbone.hidden=[4]", "trainer.checkpoint_steps=3", "logger=none"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "write_report", lambda place: None)
+        assert in_process(*RUN, "results_dir=r", monkeypatch=patch, cwd=folder) == 0
+    return the_run(folder)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """The command in this process -> exit status and what it said on stderr; pictures are drawn where asked only."""
+    monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
+
+    def call(*arguments: str) -> tuple[int, str]:
+        status = in_process(*RUN, *arguments, monkeypatch=monkeypatch, cwd=tmp_path)
+        return status, capsys.readouterr().err
+
+    return call
+
+
+def states() -> Iterator[State]:
+    for step in itertools.count():
+        yield {"step": step, "weights": torch.arange(40.0) + step, "name": "größe", "list": [1.5, None, (1, 2)]}
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns about some of the damage
+def test_no_flipped_bit_in_a_checkpoint_goes_unnoticed(tmp_path, capsys):
+    """A bit in every third byte: the file is refused, or nothing that counts has changed (padding between members)."""
+    checkpoint = Checkpoint(tmp_path / "checkpoint")
+    state = next(states())
+    checkpoint.save(state)
+    path = checkpoint.folder / "last.pt"
+    whole = path.read_bytes()
+    missed_by_torch = noticed = 0
+    for place in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            loaded = checkpoint.load()
+        except ConfigError:
+            noticed += 1
+        else:
+            assert equal(loaded, state), place
+            continue
+        try:
+            missed_by_torch += not equal(torch.load(path, weights_only=True), state)
+        except Exception:
+            continue
+    assert noticed > len(whole) / 6
+    assert missed_by_torch > 30  # what the check is there for
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -100, -1])
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, length):
+    checkpoint = Checkpoint(tmp_path / "checkpoint")
+    first, second, third = itertools.islice(states(), 3)
+    checkpoint.save(first)
+    checkpoint.save(second)
+    last = checkpoint.folder / "last.pt"
+    last.write_bytes(last.read_bytes()[:length])
+    again = Checkpoint(tmp_path / "checkpoint")
+    assert equal(again.load(), first)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{last} is damaged" in error
+    assert "going on from the one before it" in error
+
+    again.save(third)  # the good one stays beside it, not the damaged one
+    last.unlink()
+    assert equal(Checkpoint(tmp_path / "checkpoint").load(), first)
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, monkeypatch):
+    """Stopped before each call that touches the disk, and in the middle of the file."""
+
+    class Killed(BaseException):
+        pass
+
+    folder = tmp_path / "checkpoint"
+    first, second, third = itertools.islice(states(), 3)
+    save, fsync, replace = torch.save, os.fsync, Path.replace
+    for moment in range(5):
+        shutil.rmtree(folder, ignore_errors=True)
+        Checkpoint(folder).save(first)
+        Checkpoint(folder).save(second)
+        calls = itertools.count()
+
+        def maybe(calls=calls, moment=moment) -> None:
+            if next(calls) == moment:
+                raise Killed
+
+        def half(state, file, maybe=maybe) -> None:
+            maybe()
+            save(state, file)
+            try:
+                maybe()
+            except Killed:
+                file.truncate(file.tell() // 2)
+                raise
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", half)
+            patch.setattr(os, "fsync", lambda number, maybe=maybe: (maybe(), fsync(number)))
+            patch.setattr(Path, "replace", lambda path, other, maybe=maybe: (maybe(), replace(path, other)))
+            with pytest.raises(Killed):
+                Checkpoint(folder).save(third)
+        assert equal(Checkpoint(folder).load(), second), moment
+
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_and_ends_the_same(run, straight, tmp_path, monkeypatch):
+    stopped_in_epoch(run, monkeypatch, 3, "results_dir=damaged")
+    [last] = tmp_path.glob("damaged/**/last.pt")
+    flip(last)
+    status, error = run("results_dir=damaged")
+    assert status == 0
+    assert error.count("is damaged") == 1
+    assert_equal_results(straight, the_run(tmp_path / "damaged"))
+
+
+def test_without_a_whole_checkpoint_a_run_is_never_begun_afresh_unasked(run, tmp_path, monkeypatch):
+    stopped_in_epoch(run, monkeypatch, 3, "results_dir=r")
+    [last] = tmp_path.glob("r/**/last.pt")
+    flip(last)
+    flip(last.with_name("previous.pt"))
+    before = {path: path.read_bytes() for path in last.parent.parent.rglob("*") if path.is_file()}
+    status, error = run("results_dir=r")
+    assert status == 2
+    assert "checkpoint: expected a whole checkpoint; got last.pt is damaged" in error
+    assert "overwrite=true" in error
+    assert error.count("\n") == 1
+    after = {path: path.read_bytes() for path in last.parent.parent.rglob("*") if path.is_file()}
+    assert after == before
+    assert run("results_dir=r", "overwrite=true")[0] == 0
+
+
+def flip(path: Path) -> None:
+    """One bit of what torch would load without a word: the middle of the file, where the weights are."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def stopped_in_epoch(run, monkeypatch, event: int, *arguments: str) -> None:
+    """A run that a power cut ends as it writes the given line of metrics.jsonl."""
+
+    class PowerCut(BaseException):
+        pass
+
+    write = JsonLines.event
+
+    def cut(self, number, content):
+        if number == event:
+            raise PowerCut
+        write(self, number, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "event", cut)
+        with pytest.raises(PowerCut):
+            run(*arguments)
+
+
+# -- disks and folders ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """A limit of the system on the size of any file that this process writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room_for_a_checkpoint_stops_with_one_message(run, straight, tmp_path):
+    with no_file_above(5_000):
+        status, error = run("results_dir=r")
+    assert status == 1
+    assert error.startswith("cl_bench: r")
+    assert "File too large" in error
+    assert "the same command goes on from the last checkpoint" in error
+    assert error.count("\n") == 1
+    assert run("results_dir=r")[0] == 0
+    assert_equal_results(straight, the_run(tmp_path / "r"))
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "predictions.npz", "summary.json", "report.html"])
+def test_no_room_for_a_file_stops_with_one_message(run, straight, tmp_path, monkeypatch, file):
+    def full(*args, **kwargs):
+        raise FULL
+
+    places = {
+        "config.yaml": (files, "write_text"),
+        "metrics.jsonl": (JsonLines, "event"),
+        "predictions.npz": (np, "savez_compressed"),
+        "summary.json": (files, "write_json"),
+        "report.html": (run_module, "write_report"),
+    }
+    if file == "summary.json":
+        write = files.write_json
+
+        def full(path, value):
+            if path.name == file:
+                raise FULL
+            write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*places[file], full)
+        status, error = run("results_dir=r")
+    assert status == 1
+    assert error.count("\n") == 1
+    assert "No space left on device" in error
+    assert ("the run is finished" in error) == (file == "report.html")
+    assert run("results_dir=r")[0] == 0
+    assert_equal_results(straight, the_run(tmp_path / "r"))
+    assert (the_run(tmp_path / "r") / "report.html").exists()
+
+
+def test_a_folder_removed_in_mid_run_stops_with_one_message(run, tmp_path, monkeypatch):
+    observe = Finetune.observe
+    calls = itertools.count()
+
+    def removing(self, batch):
+        if next(calls) == 5:
+            shutil.rmtree(tmp_path / "r")
+        return observe(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetune, "observe", removing)
+        status, error = run("results_dir=r")
+    assert status == 1
+    assert "the folder was removed while the run wrote to it" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+    assert run("results_dir=r")[0] == 0
+
+
+def test_a_file_where_a_folder_should_be(run, tmp_path):
+    (tmp_path / "r").write_text("")
+    status, error = run("results_dir=r")
+    assert status == 2
+    assert "results_dir: expected a folder that can be written to" in error
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_a_logger_without_its_folder_is_dropped_and_the_run_finishes(run, tmp_path, logger):
+    """Where a file is in the way of the logger's folder, it cannot start."""
+    assert run("results_dir=r")[0] == 0
+    folder = the_run(tmp_path / "r")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / logger).write_text("in the way")
+    arguments = [argument for argument in RUN if argument != "logger=none"]
+    status, error = run(*arguments, f"logger={logger}", "~logger.console", "results_dir=r")
+    assert status == 0
+    assert error.count("training goes on without it") == 1
+    assert (folder / "summary.json").exists()
+
+
+# -- numbers and memory --------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(run, tmp_path):
+    status, error = run("results_dir=r", "optimizer.lr=1e30", "trainer.epochs=20")
+    assert status == 1
+    assert error.count("\n") == 1
+    assert "a loss term is not finite by step" in error
+    assert "'ce': " in error
+    [last] = tmp_path.glob("r/**/last.pt")
+    saved = torch.load(last, weights_only=True)
+    assert f"The last good checkpoint is {last.relative_to(tmp_path)}, of step {saved['counters'][0]}." in error
+    assert all(value.isfinite().all() for value in saved["task_start"]["method"].values())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ..."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError("Unable to allocate 1 TiB for an array"),
+    ],
+    ids=["device", "host", "numpy"],
+)
+def test_too_little_memory_names_the_largest_tensors_and_three_ways_out(run, tmp_path, monkeypatch, kind):
+    calls = itertools.count()
+    observe = Finetune.observe
+
+    def greedy(self, batch):
+        activation = batch.x.new_zeros(3_000_000)
+        if next(calls) == 9:
+            raise type(kind)(*kind.args)  # a new one: an old one holds on to the tensors of its frames
+        return observe(self, batch) | {"nothing": activation[0]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetune, "observe", greedy)
+        status, error = run("results_dir=r", "backbone.hidden=[5000]")
+    assert status == 1
+    assert error.count("\n") == 1
+    assert f"out of memory on cpu ({str(kind).splitlines()[0]})" in error
+    assert "a temporary one (3000000,) float32 12.0 MB" in error
+    assert "method.net.trunk.1.0.weight (5000, 64) float32 1.3 MB" in error
+    assert "Ways out: trainer.batch_size=8" in error
