@@ -44,10 +44,8 @@ def run(config: DictConfig) -> float | None:
         return None
     finished = None if values["overwrite"] else files.read_summary(place)
     if finished:
-        if not (place / "report.html").exists():
-            write_report(place)
         print(f"Already finished, nothing to do: {place} (overwrite=true starts afresh)", file=sys.stderr)
-        print_result(place, finished)
+        show(place, finished, report=not (place / "report.html").exists())
         return _objective(finished)
     parts = build(config)
     chosen = loggers(config)
@@ -57,8 +55,7 @@ def run(config: DictConfig) -> float | None:
         files.write_config(place, values)
         files.write_environment(place, parts.device)
         summary = _train(place, values, parts, chosen, base_summary(values, settings))
-    write_report(place)
-    print_result(place, summary)
+    show(place, summary, report=True)
     return _objective(summary)
 
 
@@ -73,6 +70,16 @@ def _refuse_false_names(values: dict[str, Any]) -> None:
                 got=name,
                 fix=f"Choose with {group}={name}.",
             )
+
+
+def show(place: Path, summary: dict[str, Any], report: bool) -> None:
+    """The report of a finished run, if it is to be made, and its table; training needs none of their packages."""
+    try:
+        if report:
+            write_report(place)
+        print_result(place, summary)
+    except ModuleNotFoundError as error:
+        print(f"No report: {error.name} is not installed. The same command writes it where it is.", file=sys.stderr)
 
 
 def write_report(place: Path) -> None:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "cl_bench"
 GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
 
 LEVELS = [
-    {"errors", "types", "record", "memory", "atomic"},
+    {"errors", "types", "record", "memory", "energy", "atomic"},
     {"metrics", "data", "optim", "backbones", "loggers"},
     {"buffers", "scenarios"},
     {"methods"},
