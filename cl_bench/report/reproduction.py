@@ -93,7 +93,8 @@ class Line:
         kind = self.number.kind.value if self.number.kind and held.published is not None else "-"
         ours = self.stat.text(Column("", ""), interval=False) or "-"
         published = f"{number(held.published)}{tolerance}"
-        cells = [kind, published, ours, signed(held.difference), self.verdict, held.source or "-"]
+        source = "-" if held.published is None else held.source
+        cells = [kind, published, ours, signed(held.difference), self.verdict, source]
         return [self.name, self.row.what, held.metric, *cells]
 
 
