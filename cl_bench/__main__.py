@@ -9,15 +9,12 @@ import traceback
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_bench.config import CONFIGS, Run
+from cl_bench.config import CONFIGS
 from cl_bench.errors import ConfigError, RunError
-
-ConfigStore.instance().store("run", Run)
 
 
 def job(config: DictConfig) -> Any:

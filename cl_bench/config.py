@@ -12,13 +12,17 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from cl_bench.errors import ConfigError
@@ -86,12 +90,26 @@ class Run:
     logger: dict[str, Any] = field(default_factory=dict)
 
 
+ConfigStore.instance().store("run", Run)
+
+
 def _by_scale(options: dict[str, Any], *, _root_: DictConfig) -> Any:
     return options.get(_root_.scale, options["full"])
 
 
 # In a YAML file ${by_scale:{full:64,mini:20}} is 64, or 20 under +scale=mini: a part states its small size itself.
 OmegaConf.register_new_resolver("by_scale", _by_scale, replace=True)
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that the command would run with; for a program that is not the command itself."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config.hydra
+    return config
 
 
 def target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..., Any]:

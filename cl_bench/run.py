@@ -93,10 +93,8 @@ def _course(
     place = run_folder(values, settings)
     finished = None if values["overwrite"] else files.read_summary(place)
     if finished:
-        if not (place / "report.html").exists():
-            write_report(place)
         print(f"Already finished, nothing to do: {place} (overwrite=true starts afresh)", file=sys.stderr)
-        print_result(place, finished)
+        show(place, finished, report=not (place / "report.html").exists())
         return finished
     parts = build(config, scenario)
     chosen = {name: logger for name, logger in loggers(config).items() if terminal or name != "console"}
@@ -106,14 +104,7 @@ def _course(
         files.write_config(place, values)
         files.write_environment(place, parts.device)
         summary = yield from _train(place, values, parts, chosen, base_summary(values, settings), caught)
-    try:
-        write_report(place)
-    except OSError as error:
-        raise RunError(
-            f"{place}: the run is finished, but its report could not be written: {error.strerror or error}. "
-            "Make room or mend the folder; the same command writes it."
-        ) from error
-    print_result(place, summary)
+    show(place, summary, report=True)
     return summary
 
 
@@ -130,11 +121,27 @@ def _refuse_false_names(values: dict[str, Any]) -> None:
             )
 
 
+def show(place: Path, summary: dict[str, Any], report: bool) -> None:
+    """The report of a finished run, if it is to be made, and its table; training needs none of their packages."""
+    try:
+        if report:
+            write_report(place)
+        print_result(place, summary)
+    except ModuleNotFoundError as error:
+        print(f"No report: {error.name} is not installed. The same command writes it where it is.", file=sys.stderr)
+
+
 def write_report(place: Path) -> None:
     """Plots and page of a finished run; matplotlib is loaded here and not before."""
     from cl_bench.report import page
 
-    page.write_report(place)
+    try:
+        page.write_report(place)
+    except OSError as error:
+        raise RunError(
+            f"{place}: the run is finished, but its report could not be written: {error.strerror or error}. "
+            "Make room or mend the folder; the same command writes it."
+        ) from error
 
 
 def run_folder(values: dict[str, Any], settings: dict[str, Any]) -> Path:

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from cl_bench.checkpoint import Checkpoint, State, cloned, rng_state, set_rng_state
 from cl_bench.data.feed import feed
+from cl_bench.energy import Meter
 from cl_bench.errors import require
 from cl_bench.evaluate import Evaluation, evaluate
 from cl_bench.loggers.base import Logger, Progress
@@ -99,6 +100,7 @@ class Trainer:
         self.task_start: State = {}
         self.phase_ends: list[State] = []
         self._lap_began = time.monotonic()
+        self._meter = Meter(scenario.tasks[0].train.labels.device)
 
     def run(self) -> Record:
         """Learn every task that is not learned yet."""
@@ -113,6 +115,7 @@ class Trainer:
         saved = self.checkpoint.load()
         first = self._restore(saved) if saved else 0
         if not saved:
+            self.record.cost.energy_joules = self._meter.start()
             self._measure(BASELINE)
         for task in self.scenario.tasks[first:]:
             ends, now = (saved["phase_ends"], saved["now"]) if saved else ([], None)
@@ -284,6 +287,7 @@ class Trainer:
         set_rng_state(state["rng"], self.generators)
 
     def _save(self, task: int, now: State | None) -> None:
+        self.record.cost.energy_joules = self._meter.add(self.record.cost.energy_joules)
         self.checkpoint.save(
             {
                 "task": task,

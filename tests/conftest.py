@@ -8,14 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
-import cl_bench.__main__  # noqa: F401 - stores the typed skeleton
 from cl_bench.buffers.base import Context
-from cl_bench.config import CONFIGS
+from cl_bench.config import composed
 from cl_bench.data.base import ImageSet
 from cl_bench.data.transform import Transform
 from cl_bench.types import Batch
@@ -44,13 +40,7 @@ TINY = [
 
 def configure(*overrides: str) -> DictConfig:
     """The configuration that the command would run with."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        config = compose("config", overrides=list(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        del config.hydra
-    return config
+    return composed(overrides)
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

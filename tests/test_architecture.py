@@ -15,7 +15,7 @@ GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
 
 LEVELS = [
     {"images"},
-    {"errors", "types", "record", "memory", "atomic"},
+    {"errors", "types", "record", "memory", "energy", "atomic"},
     {"metrics", "data", "optim", "backbones", "loggers"},
     {"buffers", "scenarios"},
     {"methods"},

@@ -387,3 +387,13 @@ def test_a_summary_of_no_finished_run_is_refused(tmp_path, text, got):
     (folder / "summary.json").write_text(text)
     with pytest.raises(ConfigError, match=got):
         page.write_report(folder)
+
+
+@pytest.mark.parametrize("missing", ["rich.console", "rich.table"])
+def test_a_finished_run_does_without_the_packages_of_its_report(tmp_path, monkeypatch, capsys, missing):
+    from cl_bench.run import show
+
+    monkeypatch.setitem(sys.modules, missing, None)
+    show(make_run(tmp_path), {}, report=False)
+    assert "rich" in (said := capsys.readouterr().err)
+    assert "not installed" in said

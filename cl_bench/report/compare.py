@@ -73,6 +73,9 @@ COSTS = (
     Column("cost.buffer_bytes", "buffer [MiB]", unit=2.0**20),
     Column("cost.method_bytes", "masks and copies [MiB]", unit=2.0**20),
     Column("cost.train_seconds", "training [s]", decimals=1),
+    Column("cost.images_per_second", "images/s", decimals=1),
+    Column("cost.peak_memory_bytes", "peak memory [MiB]", unit=2.0**20, decimals=0),
+    Column("cost.energy_joules", "energy [kJ]", unit=1e3, decimals=1),
 )
 """Columns of the table of costs."""
 
@@ -259,7 +262,7 @@ def make_orders(rows: Sequence[Row]) -> list[Orders]:
         run = row.runs[0]
         tasks = tuple(frozenset(task) for task in run.summary["tasks"])
         if len(set(tasks)) == len(tasks):
-            alike = {key: value for key, value in _settings(run).items() if key not in ORDER_KEYS}
+            alike = {key: value for key, value in settings(run).items() if key not in ORDER_KEYS}
             same = json.dumps([alike, sorted(map(sorted, tasks))], sort_keys=True)
             groups.setdefault((*_identity(run)[:2], same), {}).setdefault(tasks, []).append(place)
     found = []
@@ -283,7 +286,7 @@ def paired_tests(rows: Sequence[Row]) -> pd.DataFrame:
     for first, second in itertools.combinations(rows, 2):
         both = pd.concat([first.values(MAIN), second.values(MAIN)], axis=1, join="inner")
         if len(both) >= MIN_SEEDS:
-            lines.append({"first": first.label, "second": second.label, **_paired_test(both)})
+            lines.append({"first": first.label, "second": second.label, **paired_test(both)})
     names = ["first", "second", "seeds", "mean_difference", "ci95_low", "ci95_high", "p"]
     pairs = pd.DataFrame(lines, columns=names)
     return pairs.assign(p_holm=holm(pairs["p"].astype(float)))
@@ -297,13 +300,18 @@ def holm(p: pd.Series) -> pd.Series:
 
 def show(comparison: Comparison) -> None:
     """Print the comparison on standard output."""
+    show_tables(tables(comparison, interval=True), _notes(comparison))
+
+
+def show_tables(shown: Sequence[Table], notes: Sequence[str]) -> None:
+    """Print tables, and notes below them."""
     console = Console(highlight=False)
     if not console.is_terminal:  # a pipe has no width of its own, and the usual 80 would break every cell
         console = Console(highlight=False, width=180)
-    for table in tables(comparison, interval=True):
+    for table in shown:
         console.print(_for_terminal(table))
         console.print(Text(table.note, style="dim"), end="\n\n")
-    for line in _notes(comparison):
+    for line in notes:
         console.print(Text(line))
 
 
@@ -382,24 +390,25 @@ def _refuse_unlike(first: Run, second: Run) -> None:
         fix="Leave one of them out.",
     )
     kept = ("class_order", "tasks")
-    unlike = _unlike(
-        _settings(first) | {key: first.summary[key] for key in kept},
-        _settings(second) | {key: second.summary[key] for key in kept},
+    keys = unlike(
+        settings(first) | {key: first.summary[key] for key in kept},
+        settings(second) | {key: second.summary[key] for key in kept},
     )
     require(
-        not unlike,
+        not keys,
         "fingerprint",
         expected="runs with one fingerprint to differ only in their seed",
-        got=f"{', '.join(unlike)} in {folders}",
+        got=f"{', '.join(keys)} in {folders}",
         fix="Leave one of them out, or run it again with overwrite=true.",
     )
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def settings(run: Run) -> dict[str, Any]:
+    """What makes the run comparable with others: flat keys and values."""
     return run.summary["comparable"] | {key: run.summary[key] for key in ("scale", "evaluate_on")}
 
 
-def _unlike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+def unlike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """Keys with unlike values, in order."""
     missing = object()
     keys = sorted(first.keys() | second.keys())
@@ -436,12 +445,10 @@ def _differs(groups: Sequence[list[Run]], this: int) -> str:
     parts = []
     if namesake != 0:
         first = groups[0][0]
-        parts = _both_values(
-            [key for key in _unlike(_settings(first), _settings(run)) if not _free(key)], run, first, 1
-        )
+        parts = _both_values([key for key in unlike(settings(first), settings(run)) if not _free(key)], run, first, 1)
     if namesake is not None:
         other, place = groups[namesake][0], namesake + 1
-        keys = _unlike(_settings(other), _settings(run))
+        keys = unlike(settings(other), settings(run))
         parts += _both_values(keys, run, other, place) or [f"row {place}: in the fingerprint, though in no listed key"]
     return "; ".join(parts) or "-"
 
@@ -452,7 +459,7 @@ def _free(key: str) -> bool:
 
 def _both_values(keys: Sequence[str], run: Run, other: Run, place: int) -> list[str]:
     """One text that names the other's row and, of each key, the run's value and (in brackets) the other's."""
-    mine, theirs = _settings(run), _settings(other)
+    mine, theirs = settings(run), settings(other)
     said = ", ".join(f"{key} = {_brief(mine, theirs, key)} ({_brief(theirs, mine, key)})" for key in keys)
     return [f"row {place}: {said}"] if keys else []
 
@@ -469,7 +476,8 @@ def _brief(values: dict[str, Any], others: dict[str, Any], key: str) -> str:
     return ("…" if start else "") + text[start : start + 38] + ("…" if start + 38 < len(text) else "")
 
 
-def _paired_test(both: pd.DataFrame) -> dict[str, float]:
+def paired_test(both: pd.DataFrame) -> dict[str, float]:
+    """Paired t-test of the first column against the second: ``seeds``, ``mean_difference``, ``ci95_*``, ``p``."""
     difference = both.iloc[:, 0] - both.iloc[:, 1]
     mean = float(difference.mean())
     line = {"seeds": len(both), "mean_difference": mean}
@@ -590,10 +598,14 @@ def _for_terminal(table: Table) -> RichTable:
 def _markdown(comparison: Comparison, command: str) -> str:
     parts = [f"Made by `{command}`."]
     for table in tables(comparison, interval=False):
-        rule = ["---:" if i in table.numbers else ":---" for i in range(len(table.header))]
-        lines = [_markdown_line(table.header), _markdown_line(rule), *map(_markdown_line, table.lines)]
-        parts += [f"## {table.title}", "\n".join(lines), table.note]
+        parts += [f"## {table.title}", markdown(table), table.note]
     return "\n\n".join(parts + _notes(comparison)) + "\n"
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown, without its title and note."""
+    rule = ["---:" if i in table.numbers else ":---" for i in range(len(table.header))]
+    return "\n".join(map(_markdown_line, [table.header, rule, *table.lines]))
 
 
 def _markdown_line(cells: Sequence[str]) -> str:

@@ -55,9 +55,9 @@ class Run:
     def incomparable(self) -> str:
         """Why this run is not held to a published number; empty when it may be."""
         if self.summary["scale"] is not None:
-            return f"scale={self.summary['scale']}: not compared with a published number"
+            return f"scale={self.summary['scale']}"
         if self.summary["evaluate_on"] != "test":
-            return f"measured on {self.summary['evaluate_on']} images: not compared with a published number"
+            return f"measured on {self.summary['evaluate_on']} images"
         return ""
 
 
@@ -163,13 +163,15 @@ def verdicts(run: Run, ours: Callable[[str, str], float | None]) -> list[Verdict
     """
     published = dict(run.summary["published"] or {})
     tolerance, source = published.pop("tolerance", None), published.pop("source", "")
+    why = run.incomparable
+    note = f"{why}: not compared with a published number" if why else ""
     lines = []
     for key, value in published.items():
         setting = next(s for s in SETTINGS if key.startswith(f"{s}_"))
         metric = key.removeprefix(f"{setting}_")
         words = f"{TITLES[setting]} {in_words(metric)}"
-        held = (None, None) if run.incomparable else (value, tolerance)
-        lines.append(Verdict(words, held[0], ours(setting, metric), held[1], source, run.incomparable))
+        held = (None, None) if note else (value, tolerance)
+        lines.append(Verdict(words, held[0], ours(setting, metric), held[1], source, note))
     return lines
 
 

@@ -1,0 +1,175 @@
+"""Run published settings, in slices if need be, and hold the results to the published numbers.
+
+python scripts/reproduce.py NAME ... [--seeds N] [--scale mini] [--minutes M] [--set KEY=VALUE ...] [--list]
+
+NAME is a row of scripts/reproduction/*.yaml, one of these files (a group), or all. Without a NAME nothing is run: the
+tables are made from the records. Finished runs are passed over, and an interrupted one goes on where it was. Exit
+status: 0 all runs are finished, 143 stopped with runs left (the same command goes on), 2 wrong names or settings, else
+that of the first run that failed.
+"""
+
+import argparse
+import math
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from cl_bench.__main__ import explain
+from cl_bench.config import comparable, composed, fingerprint, plain
+from cl_bench.errors import ConfigError, require
+from cl_bench.folder import read_summary
+from cl_bench.report.published import Group, chosen, read_groups
+from cl_bench.run import run_folder, stop_signals
+
+ROWS = Path(__file__).parent / "reproduction"
+OUT = Path("results/reproduction")
+PAGES = ("README.md", "docs/methods/*.md")
+STOPPED = 143
+GRACE_SECONDS = 60.0
+"""What a run is given to save and leave; then it is killed, and its last checkpoint counts."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: its command line, and the folder that it will have."""
+
+    name: str
+    overrides: list[str]
+    folder: Path
+
+    @property
+    def state(self) -> str:
+        """finished, begun or not begun."""
+        if read_summary(self.folder):
+            return "finished"
+        return "begun" if (self.folder / "checkpoint").exists() else "not begun"
+
+    @property
+    def command(self) -> str:
+        """As one would type it."""
+        return shlex.join(["python", "-m", "cl_bench", *self.overrides])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a row, a group or all")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default: what the row says)")
+    parser.add_argument("--scale", choices=["mini"], help="small runs that are held to no published number")
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="stop after so many minutes")
+    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="for every run")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"of records and tables (default: {OUT}[-mini])")
+    parser.add_argument("--list", action="store_true", help="show the runs and their state, and run nothing")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
+    out = options.out or (OUT if options.scale is None else OUT.with_name(f"{OUT.name}-{options.scale}"))
+    try:
+        groups = read_groups(ROWS)
+        rows = chosen(groups, options.names)
+        require(options.seeds is None or options.seeds > 0, "--seeds", expected="1 or more", got=options.seeds, fix="")
+        jobs = plan(rows, options.seeds, options.scale, options.set, out / "records")
+        if options.list:
+            for job in jobs:
+                print(f"{job.state:9}  {job.command}")
+            return 0
+        status = run(jobs, deadline)
+        tables(groups, [group for group, _ in rows], out)
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        print(f"reproduce: {explain(error)}", file=sys.stderr)
+        return 2
+    return status
+
+
+def plan(
+    rows: Sequence[tuple[Group, str]], seeds: int | None, scale: str | None, extra: Sequence[str], records: Path
+) -> list[Job]:
+    """The runs of these rows: the first seed of all, then the second, so that an early end leaves some of each."""
+    jobs: dict[int, list[Job]] = {}
+    for group, name in rows:
+        row = group.rows[name]
+        for variant in group.variants(row):
+            own = [f"name={name}", f"results_dir={records}"]
+            base = [*variant, *([f"+scale={scale}"] if scale else [])]
+            values = plain(composed([*base, *extra, *own]))
+            settings = comparable(values)
+            if extra:
+                _refuse_other_settings(extra, settings, comparable(plain(composed([*base, *own]))))
+            for seed in range(seeds or row.seeds):
+                overrides = [*base, f"seed={seed}", *extra, *own]
+                jobs.setdefault(seed, []).append(Job(name, overrides, run_folder(values | {"seed": seed}, settings)))
+    return [job for seed in sorted(jobs) for job in jobs[seed]]
+
+
+def _refuse_other_settings(extra: Sequence[str], settings: dict[str, object], published: dict[str, object]) -> None:
+    require(
+        fingerprint(settings) == fingerprint(published),
+        "--set",
+        expected="keys that change no result, such as device or trainer.checkpoint_seconds",
+        got=" ".join(extra),
+        fix=f"Write a row of its own in {ROWS.name}/.",
+    )
+
+
+def run(jobs: Sequence[Job], deadline: float) -> int:
+    """Run what is not finished until the deadline (monotonic seconds) or a signal; returns the exit status."""
+    failures: list[int] = []
+    with stop_signals() as caught:
+        for number, job in enumerate(jobs, start=1):
+            if job.state == "finished":
+                continue
+            if caught or time.monotonic() >= deadline:
+                return STOPPED
+            print(f"[{number}/{len(jobs)}] {job.command}", flush=True)
+            status = _run(job, deadline, caught)
+            if not read_summary(job.folder):
+                if caught or time.monotonic() >= deadline:
+                    print(f"Stopped in {job.folder}; the same command goes on.", flush=True)
+                    return STOPPED
+                print(f"Failed with exit status {status}: {job.command}", file=sys.stderr, flush=True)
+                failures.append(status)
+    return failures[0] if failures else 0
+
+
+def _run(job: Job, deadline: float, caught: Sequence[int]) -> int:
+    # a session of its own: Ctrl-C comes to this process, which asks the run to save and leave
+    command = [sys.executable, "-m", "cl_bench", *job.overrides]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as child:
+        asked = math.inf
+        while (status := child.poll()) is None:
+            now = time.monotonic()
+            if asked == math.inf and (caught or now >= deadline):
+                child.terminate()
+                asked = now
+            if now - asked > GRACE_SECONDS:
+                child.kill()
+            time.sleep(0.1)
+    return status
+
+
+def tables(groups: dict[str, Group], wanted: Sequence[Group], out: Path) -> None:
+    """Print the tables of the groups that were asked for, write all of them, and fill the pages that show them."""
+    try:
+        from cl_bench.report import reproduction
+    except ModuleNotFoundError as error:
+        print(f"No tables: {error.name} is not installed. The command without a NAME makes them.", file=sys.stderr)
+        return
+    records = reproduction.read_records(groups, out / "records")
+    reproduction.write_all(groups, records, out, f"python scripts/reproduce.py{'' if out == OUT else f' --out {out}'}")
+    if out == OUT:
+        pages = [page for pattern in PAGES for page in sorted(Path().glob(pattern))]
+        reproduction.fill_pages(pages, groups, records)
+    for group in groups.values():
+        if group in wanted:
+            reproduction.show(group, records)
+    print(f"Tables: {out / 'table.md'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
