@@ -151,6 +151,8 @@ def _train(
             for setting in SETTINGS:
                 matrix = record.matrix(setting)
                 summary[setting] = {name: _number(metric(matrix)) for name, metric in parts.metrics.items()}
+            areas = trainer.answers.auroc(scenario.tasks)
+            summary["task_il_auroc"] = {"mean": _number(math.fsum(areas) / len(areas)), "tasks": [*map(_number, areas)]}
             summary["cost"] = record.to_json()["cost"]
             summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
             files.write_json(place / "summary.json", summary)  # from here on the run is finished

@@ -2,6 +2,7 @@
 
 from abc import ABC
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 
@@ -13,6 +14,7 @@ class Scenario(ABC):
     """A sequence of tasks over K classes.
 
     Attributes:
+        shared_labels: whether every task has all K classes; else each class belongs to one task.
         tasks: in the order of learning.
         class_order: (K) the data set's class id at each position; tasks hold positions.
         class_names: a name a class id of the data set.
@@ -23,6 +25,7 @@ class Scenario(ABC):
         pretrain_order: the data set's class id at each of those positions.
     """
 
+    shared_labels: ClassVar[bool] = False
     tasks: list[Task]
     class_order: list[int]
     class_names: list[str]
