@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from cl_bench.backbones.base import Backbone, SingleHead
-from cl_bench.buffers.base import Buffer, Context
+from cl_bench.buffers.base import Buffer, Context, PerClassBuffer
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import Precision, arguments, named, target
 from cl_bench.errors import ConfigError
@@ -57,8 +57,10 @@ class Parts:
             "class_order": list(self.scenario.class_order),
             "class_names": list(self.scenario.class_names),
             "tasks": [self.scenario.original(task) for task in self.scenario.tasks],
+            "shared_labels": self.scenario.shared_labels,
             "evaluate_on": self.settings.evaluate_on,
             "images": self.scenario.place,
+            "test_batches": self.method.test_batches,
         }
 
 
@@ -96,6 +98,8 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     buffer = make_buffer(context=context)
     _refuse_unsuitable(config, allow, net, buffer)
     method = make_method(net=net, buffer=buffer, scenario=scenario).to(device)
+    if scenario.shared_labels:
+        _refuse_disjoint(config, method, buffer)
     optimizer([torch.nn.Parameter(torch.zeros(1, device=device))])  # its ranges are checked when it is made
     precision = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision is torch.bfloat16)
@@ -184,6 +188,24 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
             expected=f"none, since method={config.choices.method} replays nothing",
             got=config.choices.buffer,
             fix="Add buffer=none, or use method=er for plain replay.",
+        )
+
+
+def _refuse_disjoint(config: DictConfig, method: Method, buffer: Buffer) -> None:
+    """Refuse what counts on classes that no earlier task had, under a scenario whose tasks share theirs."""
+    if not method.shared_labels:
+        raise ConfigError(
+            "method",
+            expected=f"one that can learn tasks with shared labels, which scenario={config.choices.scenario} has",
+            got=config.choices.method,
+            fix="Use method=finetune, er, derpp, ewc, joint or supsup, or a scenario with classes of each task's own.",
+        )
+    if isinstance(buffer, PerClassBuffer):
+        raise ConfigError(
+            "buffer",
+            expected=f"one without a share a class, since the tasks of scenario={config.choices.scenario} share theirs",
+            got=config.choices.buffer,
+            fix="Use buffer=reservoir.",
         )
 
 

@@ -221,6 +221,8 @@ def _train(
         for setting in SETTINGS:
             matrix = record.matrix(setting)
             summary[setting] = {name: _number(metric(matrix)) for name, metric in parts.metrics.items()}
+        areas = trainer.answers.auroc(scenario.tasks)
+        summary["task_il_auroc"] = {"mean": _number(math.fsum(areas) / len(areas)), "tasks": [*map(_number, areas)]}
         summary["cost"] = record.to_json()["cost"]
         summary["speed"] = trainer.speed.facts() | {"replicas": parts.settings.replicas}
         summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}

@@ -58,6 +58,9 @@ def test_a_run_from_end_to_end_and_once_more(tmp_path):
     assert summary["class_il"]["forward_transfer"] is None
     assert summary["task_il"]["forward_transfer"] is not None
     assert summary["published"] is None
+    areas = summary["task_il_auroc"]["tasks"]
+    assert len(areas) == 2
+    assert summary["task_il_auroc"]["mean"] == pytest.approx(sum(areas) / 2)
     assert summary["cost"]["samples_seen"] == 2 * 2 * 50
     assert summary["cost"]["buffer_bytes"] > 200 * 64
 

@@ -9,6 +9,8 @@ from test_split import split
 from cl_bench import evaluate as module
 from cl_bench.evaluate import evaluate
 from cl_bench.methods.base import Method
+from cl_bench.metrics.auroc import one_vs_rest
+from cl_bench.scenarios.shared_labels import SharedLabels
 
 OFF = torch.autocast("cpu", enabled=False)
 
@@ -81,6 +83,27 @@ def test_batches_mix_tasks_and_one_pass_serves_both_settings(monkeypatch):
     assert all(len(set(tasks.tolist())) == 2 for tasks in answers.task.split(8))
 
 
+def test_batches_of_one_task_are_for_a_method_that_asks_for_them(monkeypatch):
+    monkeypatch.setattr(module, "SINGLE_TASK_BATCH", 8)
+    method = Scores(lambda x, t: torch.zeros(len(x), 4))
+    method.test_batches = "single_task"
+    answers = evaluate(method, scenario(), learned=2, split="test", autocast=OFF)
+    assert [len(x) for x, _ in method.batches] == [8, 4, 8, 4]
+    assert [set(tasks.tolist()) for tasks in answers.task.split([8, 4, 8, 4])] == [{0}, {0}, {1}, {1}]
+    assert len(answers.index.unique()) == 24
+
+
+def test_with_shared_labels_the_label_counts_whatever_the_task():
+    method = Scores(lambda x, t: torch.arange(2.0).expand(len(x), 2))
+    shared = SharedLabels(disjoint=scenario())
+    answers = evaluate(method, shared, learned=1, split="test", autocast=OFF)
+    assert answers.task.tolist().count(1) == 12  # known although no label tells it
+    assert set(answers.class_il[answers.task == 0].tolist()) == {1}
+    assert set(answers.class_il[answers.task == 1].tolist()) == {-1}  # not learned: not asked without the id
+    assert answers.correct("class_il", 2)[0] == 6
+    assert answers.correct("task_il", 2) == [6, 6]
+
+
 def test_a_method_that_needs_the_id_has_no_class_il():
     seen = []
     method = NeedsId(lambda x, t: seen.append(t) or torch.nn.functional.one_hot(2 * t, 4).float())
@@ -89,6 +112,22 @@ def test_a_method_that_needs_the_id_has_no_class_il():
     assert all(map(math.isnan, answers.correct("class_il", 2)))
     assert answers.correct("task_il", 2) == [6, 6]
     assert answers.confidence.isnan().all()
+
+
+def test_areas_are_of_the_probabilities_among_the_classes_of_the_task():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 4)
+    unequal = split(classes_per_task=[1, 3])
+    method = Scores(lambda x, t: x.flatten(1) @ weight)
+    answers = evaluate(method, unequal, learned=2, split="test", autocast=OFF)
+    task = unequal.tasks[1].test
+    p = torch.softmax((unequal.transform.plain(task.images).flatten(1) @ weight)[:, 1:], dim=1).double().numpy()
+    areas = answers.auroc(unequal.tasks)
+    assert math.isnan(areas[0])  # a single class has no others
+    assert areas[1] == pytest.approx(100 * one_vs_rest(p, task.labels.numpy() - 1))
+    assert answers.of_task[answers.task == 0, 1:].isnan().all()
+    never = Scores(lambda x, t: torch.full((len(x), 4), -torch.inf))
+    assert math.isnan(evaluate(never, unequal, learned=2, split="test", autocast=OFF).auroc(unequal.tasks)[1])
 
 
 def test_no_answer_is_not_a_wrong_answer():

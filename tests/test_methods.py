@@ -50,6 +50,15 @@ SUITS = {
         "method.warm_up_epochs=5",
         "method.warm_up_lr=0.002",
     ],
+    "supsup_nns": [
+        "backbone=mlp",
+        "backbone.hidden=[64]",
+        "method.outputs=50",
+        "method.max_masks=6",
+        "method.floor=2",
+        "method.check_every=3",
+        "optimizer=adam",
+    ],
     "supsup": ["backbone=mlp", "backbone.hidden=[64]", "method.mask=threshold", "method.outputs=50", "optimizer=adam"],
     "dytox": [
         "backbone=dytox_digits",

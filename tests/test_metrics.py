@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from cl_bench.metrics.accuracy import (
@@ -10,6 +11,7 @@ from cl_bench.metrics.accuracy import (
     average_incremental_accuracy_micro,
     learning_accuracy,
 )
+from cl_bench.metrics.auroc import one_vs_rest
 from cl_bench.metrics.forgetting import forgetting, forgetting_clipped, forgetting_first_last
 from cl_bench.metrics.order_robustness import (
     average_order_disparity,
@@ -117,3 +119,28 @@ def test_order_robustness_needs_the_same_tasks_and_their_answers():
     unanswered = dict.fromkeys(first, math.nan)
     assert math.isnan(average_order_disparity([first, unanswered]))
     assert math.isnan(maximum_order_disparity([first, unanswered]))
+
+
+# -- area under the ROC curve -----------------------------------------------------------------------------------------
+
+
+def test_auroc_by_hand():
+    # Positives score .8 and .4: against .6, .4, .1 they win 3 and 1.5 of 3 pairs.
+    assert one_vs_rest(np.array([[0.8], [0.4], [0.6], [0.4], [0.1]]), np.array([0, 0, 1, 1, 1])) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+@pytest.mark.parametrize("decimals", [1, 12])
+def test_auroc_equals_that_of_scikit_learn(classes, decimals):
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(classes)
+    scores, labels = rng.dirichlet(np.ones(classes), 300), rng.integers(classes, size=300)
+    scores = scores.round(decimals)  # with one decimal most of them are equal to others
+    expected = [roc_auc_score(labels == c, scores[:, c]) for c in range(classes)]
+    assert one_vs_rest(scores, labels) == pytest.approx(np.mean(expected), abs=1e-12)
+
+
+def test_auroc_is_not_defined_without_an_answer_or_without_a_class():
+    assert math.isnan(one_vs_rest(np.array([[0.2, 0.8], [math.nan, 0.5]]), np.array([0, 1])))
+    assert math.isnan(one_vs_rest(np.array([[0.2, 0.8], [0.5, 0.5]]), np.array([1, 1])))

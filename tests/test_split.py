@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, needs_cifar100, toy_images
+from conftest import DATA, configure, needs_cifar100, toy_images
 
+from cl_bench.build import build
 from cl_bench.data.cifar100 import cifar100
 from cl_bench.data.digits import digits
 from cl_bench.errors import ConfigError
+from cl_bench.scenarios.shared_labels import SharedLabels
 from cl_bench.scenarios.split import Split, order_classes, task_sizes
 
 KEYS = {
@@ -185,3 +187,38 @@ def tv_to_uint8(normalised: torch.Tensor) -> torch.Tensor:
     """Undo Avalanche's CIFAR-100 normalisation."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)))
     return ((normalised * std + mean) * 255).round().to(torch.uint8)
+
+
+def test_shared_labels_are_places_within_the_tasks():
+    disjoint = split(num_tasks=2, class_order=[3, 1, 0, 2], val_fraction=0.5)
+    shared = SharedLabels(disjoint=disjoint)
+    assert shared.num_classes == 2
+    assert [t.classes for t in shared.tasks] == [range(2), range(2)]
+    for mine, theirs in zip(shared.tasks, disjoint.tasks):
+        for part in ("train", "val", "test"):
+            a, b = getattr(mine, part), getattr(theirs, part)
+            assert torch.equal(a.images, b.images)
+            assert torch.equal(a.index, b.index)
+            assert torch.equal(a.labels + 2 * theirs.id, b.labels)
+    with pytest.raises(ConfigError, match=r"disjoint: expected tasks of equally many classes.*got tasks of 1 and 3"):
+        SharedLabels(disjoint=split(classes_per_task=[1, 3]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=lwf"], "method: expected one that can learn tasks with shared labels"),
+        (["backbone=den_mlp", "method=den"], "method: expected one that can learn tasks with shared labels"),
+        (["method=er", "buffer=herding"], "buffer: expected one without a share a class"),
+    ],
+)
+def test_what_counts_on_new_classes_is_refused_where_labels_are_shared(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        build(configure("scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", *overrides, "device=cpu"))
+
+
+@pytest.mark.parametrize("method", ["finetune", "joint", "er", "derpp", "ewc", "supsup", "supsup_nns"])
+def test_what_does_not_is_built(method):
+    buffer = "reservoir" if method in ("er", "derpp") else "none"
+    keys = ["scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", f"method={method}", f"buffer={buffer}"]
+    assert build(configure(*keys, "device=cpu")).facts()["tasks"] == [list(range(10))] * 2

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, batch_of, configure
+from conftest import TINY, batch_of, configure, identity_transform
 from torch import nn
 
 from cl_bench.backbones.layers.masked import MaskedNet, TaskBatchNorm, kept_weights, pack, unpack
@@ -14,7 +14,7 @@ from cl_bench.build import build
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.errors import ConfigError
 from cl_bench.loggers.group import Loggers
-from cl_bench.methods.supsup import SupSup
+from cl_bench.methods.supsup import SupSup, SupSupNNs
 from cl_bench.trainer import Interrupted
 from cl_bench.types import Data, Phase, Task
 
@@ -26,7 +26,7 @@ class Classes:
 
     def __init__(self, num_tasks: int, shape: tuple[int, int, int]) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.tasks, self.num_classes, self.image_shape = [], 2 * num_tasks, shape
+        self.tasks, self.num_classes, self.image_shape, self.transform = [], 2 * num_tasks, shape, identity_transform()
         for t in range(num_tasks):
             images = torch.randint(256, (6, *shape), dtype=torch.uint8, generator=generator)
             data = Data(images, torch.tensor([0, 1] * 3) + 2 * t, torch.arange(6))
@@ -369,6 +369,145 @@ def test_the_tasks_id_is_used_where_it_is_given_and_only_learned_tasks_are_answe
     assert torch.equal(unknown.isfinite().nonzero()[::2, 1] // 2, inferred)
 
 
+def test_one_image_decides_for_its_batch_where_that_is_asked_for():
+    alone, first = learned(), learned(deciding_images=1)
+    x = images(n=9)
+    assert (alone.test_batches, first.test_batches) == ("mixed", "single_task")
+    for inference in ("oneshot", "binary"):
+        each = alone.infer(x, inference, "H")
+        assert len(each.unique()) > 1
+        for image in range(9):  # whichever comes first
+            batch = x.roll(-image, 0)
+            assert first.infer(batch, inference, "H").tolist() == [int(each[image])] * 9
+    with torch.no_grad():  # with the task's id nobody decides
+        given = torch.tensor([0, 1, 2] * 3)
+        assert torch.equal(first.predict(x, given), alone.predict(x, given))
+
+
+@pytest.mark.parametrize("inference", ["oneshot", "binary"])
+def test_several_images_decide_by_the_mean_of_their_entropies(inference):
+    method = learned(deciding_images=4)
+    x = images(n=9)
+    alpha = torch.full((3,), 1 / 3, requires_grad=True)
+    (slopes,) = torch.autograd.grad(method.entropy(method.net(x[:4], alpha)).mean(), alpha)
+    expected = int(slopes.argmin())
+    if inference == "binary":
+        live = slopes.argsort()[:2]
+        alpha = torch.zeros(3).scatter(0, live, 0.5).requires_grad_()
+        (slopes,) = torch.autograd.grad(method.entropy(method.net(x[:4], alpha)).mean(), alpha)
+        expected = int(live[slopes[live].argmin()])
+    assert method.infer(x, inference, "H").tolist() == [expected] * 9
+
+
+class Shared(Classes):
+    """The same tasks with two labels for all."""
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__(num_tasks, GREY)
+        self.num_classes = 2
+        self.tasks = [
+            Task(t.id, range(2), *[Data(t.train.images, t.train.labels - 2 * t.id, t.train.index)] * 3)
+            for t in self.tasks
+        ]
+
+
+def test_with_shared_labels_the_inferred_mask_answers_them_all():
+    torch.manual_seed(0)
+    method = SupSup(
+        net=mlp(), scenario=Shared(3), outputs=5, mask="threshold", budget=4.0, score_init="random",
+        inference="oneshot", objective="H",
+    ).eval()  # fmt: skip
+    for task in Shared(3).tasks:
+        for phase in method.learn(task):
+            train(method, phase, task)
+    x = images(n=9)
+    inferred = method.infer(x, "oneshot", "H")
+    assert len(inferred.unique()) > 1
+    with torch.no_grad():
+        expected = torch.stack([method.net(image[None], int(t))[0, :2] for image, t in zip(x, inferred)])
+        torch.testing.assert_close(method.predict(x, None), expected)
+        for t in range(3):  # GG: the task's own mask
+            torch.testing.assert_close(method.predict(x, torch.full((9,), t)), method.net(x, t)[:, :2])
+
+
+# -- no task id at all -------------------------------------------------------------------------------------------------
+
+
+def nns(**changes) -> SupSupNNs:
+    torch.manual_seed(0)
+    keys = {"outputs": 5, "mask": "threshold", "budget": 4.0, "inference": "oneshot", "objective": "H"}
+    keys |= {"max_masks": 6, "floor": 3, "epsilon": 0.125, "check_every": 2, "batch_size": 2, "epochs": 3}
+    return SupSupNNs(net=changes.pop("net", None) or mlp(), scenario=Shared(3), **(keys | changes)).eval()
+
+
+@pytest.mark.parametrize(
+    ("slopes", "made", "chosen"),
+    [
+        ([0.0, 0.0, 0.0], 0, 0),  # the first batch needs the first mask, whatever they say
+        ([-0.2, 0.0, 0.0], 1, 0),  # 3 x .379 = 1.137
+        ([-0.18, 0.0, 0.0], 1, 1),  # 3 x .374 = 1.123, below 1.125
+        ([0.0, -5.0, 0.0], 1, 1),  # surest of a mask that is not made yet
+        ([0.0, -5.0, 0.0], 2, 1),
+        ([0.0, 0.0, -0.1, 0.0], 4, 4),
+        ([0.0] * 5 + [-0.1], 6, 5),  # no room: the likeliest
+    ],
+)
+def test_a_mask_is_made_where_none_is_surer_than_chance(monkeypatch, slopes, made, chosen):
+    method = nns()
+    method.net.learned.fill_(made)
+    asked = []
+
+    def gradients(x, alpha, objective):
+        asked.append((alpha.tolist(), objective))
+        return torch.tensor(slopes) + torch.tensor([[0.1], [-0.1]])  # the mean over the batch counts
+
+    monkeypatch.setattr(method, "gradients", gradients)
+    assert method.choose(images(n=2)) == chosen
+    if made:
+        k = max(made, 3)
+        assert asked == [([pytest.approx(1 / k)] * k, "H")]
+
+
+def test_the_papers_rule_makes_a_mask_at_once_where_there_is_one():
+    method = nns(floor=1)
+    method.net.learned.fill_(1)
+    assert method.choose(images()) == 1  # the softmax over one mask is 1, below 1 + epsilon
+
+
+def test_each_stretch_trains_the_mask_it_needs_and_no_other(monkeypatch):
+    method, wanted = nns(), iter([0, 1, 0, 1, 1])
+    monkeypatch.setattr(method, "choose", lambda x: next(wanted))
+    task = Shared(3).tasks[2]
+
+    def banks() -> list[torch.Tensor]:
+        return [method.get_buffer(f"bank_{i}").clone() for i in range(2)]
+
+    before, visited = banks(), []
+    for number, phase in zip([0, 1, 0, 1, 1], method.learn(task), strict=True):
+        visited.append(len(phase.order(torch.Generator())))
+        for layer, bank in zip(method.net.layers().values(), banks()):
+            assert torch.equal(layer.scores, bank[number])  # goes on where that mask was left
+        train(method, phase, task)
+    assert visited == [4, 4, 4, 4, 2]  # stretches of two batches of two, of three times six images
+    after = banks()
+    for a, b in zip(before, after):
+        assert not torch.equal(a[0], b[0])
+        assert torch.equal(a[2:], b[2:])
+    for layer, bank in zip(method.net.layers().values(), after):
+        for number in range(6):  # what is stored is the mask of its scores
+            assert torch.equal(unpack(layer.packed[number], bank[number].numel()).bool(), (bank[number] >= 0).flatten())
+    assert method.facts()["masks"] == 2
+    assert method.facts()["masks_of_tasks"] == [[], [], [0, 1]]
+    weights = sum(method.net.weights().values())
+    assert method.memory_bytes() == 2 * (method.net.mask_bytes() + 4 * weights)
+
+
+def test_the_stream_is_every_image_once_an_epoch():
+    method = nns()
+    stream = torch.cat([phase.order(torch.Generator()) for phase in method.learn(Shared(3).tasks[0])])
+    assert [sorted(part.tolist()) for part in stream.split(6)] == [list(range(6))] * 3
+
+
 def test_alternatives_are_the_other_rules():
     assert set(supsup().alternatives()) == {"oneshot_G", "binary_H", "binary_G"}
     assert set(supsup(outputs=None).alternatives()) == {"binary_H"}
@@ -384,11 +523,25 @@ def test_alternatives_are_the_other_rules():
         ({"outputs": 1}, "at least 2"),
         ({"outputs": 2, "objective": "G"}, "none superfluous"),
         ({"budget": 0.0}, "above 0"),
+        ({"deciding_images": 0}, "1 or more images"),
     ],
 )
 def test_user_errors(changes, message):
     with pytest.raises(ConfigError, match=message):
         supsup(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_masks": 0}, "max_masks: expected 1 or more"),
+        ({"floor": 7}, "floor: expected at most max_masks=6"),
+        ({"net": slim_resnet(GREY)}, "without BatchNorm"),
+    ],
+)
+def test_user_errors_without_task_id(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        nns(**changes)
 
 
 # -- storage -----------------------------------------------------------------------------------------------------------

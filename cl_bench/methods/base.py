@@ -40,6 +40,14 @@ class Method(nn.Module, ABC):
     """What :meth:`predict` does with a task id: nothing (Task-IL restricts the Class-IL scores to the task's classes),
     uses it where it is given (Task-IL needs a pass of its own), or cannot answer without (Class-IL is null)."""
 
+    shared_labels: ClassVar[bool] = False
+    """Whether it can learn tasks that share their classes. Not where a task has a head, a teacher or a share of the
+    memory for classes that were never seen before."""
+
+    test_batches: Literal["mixed", "single_task"] = "mixed"
+    """How test images come to :meth:`predict` where it is told no task id: tasks mixed, or batches of one task each,
+    which tells it more than an image does. The summary and the report say so, and an audit fails it (decision 14)."""
+
     @abstractmethod
     def learn(self, task: Task) -> Iterator[Phase]:
         """Yield the phases of a task; code before the first ``yield`` opens the task, after the last closes it."""

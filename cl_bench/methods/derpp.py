@@ -29,6 +29,8 @@ class DERpp(FunctionalMethod):
         replay_size: images of each draw.
     """
 
+    shared_labels = True
+
     def __init__(self, *, net: Backbone, buffer: Buffer, alpha: float, beta: float, replay_size: int) -> None:
         super().__init__()
         check_replay_size(replay_size)

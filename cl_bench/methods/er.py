@@ -25,6 +25,8 @@ class ER(FunctionalMethod):
         replay_size: images drawn from the buffer at each step.
     """
 
+    shared_labels = True
+
     def __init__(self, *, net: Backbone, buffer: Buffer, replay_size: int) -> None:
         super().__init__()
         check_replay_size(replay_size)

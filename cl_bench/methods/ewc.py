@@ -42,6 +42,8 @@ class EWC(FunctionalMethod):
         fisher_images: images of a task that the Fisher is measured on, evenly spread; None for all.
     """
 
+    shared_labels = True
+
     def __init__(
         self,
         *,

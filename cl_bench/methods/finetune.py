@@ -16,6 +16,8 @@ from cl_bench.types import Phase, Task
 class Finetune(FunctionalMethod):
     """Does nothing against forgetting."""
 
+    shared_labels = True
+
     def __init__(self, *, net: Backbone) -> None:
         super().__init__()
         self.net = net

@@ -19,6 +19,7 @@ from cl_bench.types import Data, Phase, Task
 class Joint(FunctionalMethod):
     """Sees every task's data together; not a continual learner."""
 
+    shared_labels = True
     learned: Tensor
 
     def __init__(self, *, net: Backbone, scenario: Scenario) -> None:

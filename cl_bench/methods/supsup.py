@@ -14,12 +14,14 @@ A network of fixed random weights W; task i is a binary mask M^i, and nothing el
     binary    : halve the live tasks, keeping those of the smallest gradient at alpha = 1 / live, until one is left
 
 With the task's id (Task-IL) this is the paper's scenario GG; without (Class-IL) GNu: task and class must be right.
-Each image infers its task by itself: test batches mix tasks here, so no image can help another.
+Where the scenario's tasks share their labels, without is GNs: the class must be right, whatever mask answered it.
+Each image infers its task by itself: test batches mix tasks here, so no image can help another. The paper's protocol,
+in which the first image of a single-task batch decides for all of it, is asked for by ``deciding_images``.
 
 Departures:
 
-1. The paper lets one image decide for a whole batch of its task; that protocol is not offered, for it tells the method
-   that the batch is of one task.
+1. The paper lets one image decide for a whole batch of its task, which tells the method that the batch is of one task;
+   here each image decides for itself unless ``deciding_images`` asks for that protocol.
 2. BatchNorm statistics are kept a task (as in the authors' code since May 2021). In a superposition they are weighted
    by alpha like the masks; the paper infers tasks only with networks that have no BatchNorm.
 3. Parameters of no convolution or linear layer (positions, class tokens, LayerNorm) stay as they are at the start.
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.backbones.layers.masked import MaskedNet
-from cl_bench.errors import require
+from cl_bench.errors import ConfigError, require
 from cl_bench.methods.base import Method, Predict
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Batch, Losses, Phase, Task
@@ -48,36 +50,40 @@ CHUNK_WEIGHTS = 2**25
 Bounds the memory, 128 MiB a copy; changes no result."""
 
 
-class SupSup(Method):
-    """Masks over a fixed network, and the task inferred from one image.
+class Superposition(Method):
+    """Masks over a fixed network, and which of them an image belongs to.
 
     Args:
+        classes: what each mask answers, as positions in the class order; as many masks as there is room for.
         outputs: size of the output layer; None for the classes of the largest task, no superfluous ones.
         mask: how scores become a mask, ``edge_popup`` or ``threshold``.
         budget: s of the layers' density with ``edge_popup`` (the paper has 1 to 32; larger is denser). ``threshold``
             does not use it.
-        score_init: scores of a new task: ``random``, or ``running_mean`` of those of all earlier tasks ("Transfer").
+        mean_scores: whether a task's scores start from the mean of those of all earlier tasks.
         inference: ``oneshot`` or ``binary``.
         objective: what is differentiated, ``H`` or ``G``; G needs superfluous outputs.
+        deciding_images: None: each image infers its own task. n: test batches are of one task each, and their first n
+            images decide for them together (the paper has 1, and 128 for rotations).
     """
 
-    task_id = "used"
+    shared_labels = True
 
     def __init__(
         self,
         *,
         net: Backbone,
         scenario: Scenario,
+        classes: list[range],
         outputs: int | None,
         mask: Literal["edge_popup", "threshold"],
         budget: float,
-        score_init: Literal["random", "running_mean"],
+        mean_scores: bool,
         inference: Literal["oneshot", "binary"],
         objective: Literal["H", "G"],
+        deciding_images: int | None,
     ) -> None:
         super().__init__()
-        self.classes = [task.classes for task in scenario.tasks]
-        self.num_classes, self.real = scenario.num_classes, max(map(len, self.classes))
+        self.classes, self.num_classes, self.real = classes, scenario.num_classes, max(map(len, classes))
         size = self.real if outputs is None else outputs
         require(
             size >= self.real,
@@ -94,26 +100,25 @@ class SupSup(Method):
             got=objective,
             fix=f"Set method.outputs above {self.real}, or method.objective=H.",
         )
+        require(
+            deciding_images is None or deciding_images > 0,
+            "deciding_images",
+            expected="1 or more images, or null",
+            got=deciding_images,
+            fix="null lets each image decide for itself.",
+        )
+        self.deciding_images = deciding_images
+        self.test_batches = "mixed" if deciding_images is None else "single_task"
         self.inference, self.objective, self.superfluous = inference, objective, size - self.real
         self.net = MaskedNet(
             net,
             image_shape=scenario.image_shape,
-            num_tasks=len(scenario.tasks),
+            num_tasks=len(classes),
             outputs=size,
             rule=mask,
             budget=budget,
-            mean_scores=score_init == "running_mean",
+            mean_scores=mean_scores,
         )
-
-    def learn(self, task: Task) -> Iterator[Phase]:
-        """New scores, one phase that trains them and nothing else, and the mask is stored."""
-        self.net.open_task()
-        yield Phase(task.train, self.observe, self.net.scores())
-        self.net.close_task()
-
-    def observe(self, batch: Batch) -> Losses:
-        """CE over all outputs, superfluous ones too."""
-        return {"ce": F.cross_entropy(self.net(batch.x), batch.y - self.classes[batch.task].start)}
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K), the logits of the task given or inferred, -inf for the classes of all others."""
@@ -142,18 +147,26 @@ class SupSup(Method):
         return scores
 
     def infer(self, x: Tensor, inference: str, objective: str) -> Tensor:
-        """(B, C, H, W) -> (B,) the task that each image belongs to, as far as it can tell by itself."""
-        k = int(self.net.learned)
+        """(B, C, H, W) -> (B,) the task that each image belongs to, as far as it can tell by itself.
+
+        With ``deciding_images`` the first of them tell one task for all: by the mean of their H or G.
+        """
+        k, n = int(self.net.learned), self.deciding_images
+        deciding = x if n is None else x[:n]
+
+        def slopes(alpha: Tensor) -> Tensor:
+            each = self.gradients(deciding, alpha, objective)
+            return each if n is None else each.mean(dim=0, keepdim=True)
+
         alpha = x.new_full((k,), 1 / k)
         if inference == "oneshot":
-            return self.gradients(x, alpha, objective).argmin(dim=1)
-        live = torch.arange(k, device=x.device).expand(len(x), k)
+            return slopes(alpha).argmin(dim=1).expand(len(x))
+        live = torch.arange(k, device=x.device).expand(len(x) if n is None else 1, k)
         while live.shape[1] > 1:
-            slopes = self.gradients(x, alpha, objective).gather(1, live)
-            half = slopes.argsort(dim=1)[:, : (live.shape[1] + 1) // 2]
+            half = slopes(alpha).gather(1, live).argsort(dim=1)[:, : (live.shape[1] + 1) // 2]
             live = live.gather(1, half)
-            alpha = x.new_zeros(len(x), k).scatter(1, live, 1 / live.shape[1])
-        return live.squeeze(1)
+            alpha = x.new_zeros(len(live), k).scatter(1, live, 1 / live.shape[1]).expand(len(deciding), k)
+        return live.squeeze(1).expand(len(x))
 
     @torch.no_grad()
     def gradients(self, x: Tensor, alpha: Tensor, objective: str) -> Tensor:
@@ -208,3 +221,180 @@ class SupSup(Method):
             "index_bytes": 2 * sum(totals),
             "mean_score_bytes": self.net.mean_score_bytes(),
         }
+
+
+class SupSup(Superposition):
+    """A mask a task: scenarios GG, GNu and, where tasks share their labels, GNs.
+
+    Args:
+        score_init: scores of a new task: ``random``, or ``running_mean`` of those of all earlier tasks ("Transfer").
+        outputs, mask, budget, inference, objective: see :class:`Superposition`.
+        deciding_images: see there. It has a default, unlike other keys, so that the YAML need not have it and runs made
+            before it keep their fingerprint (decision 14).
+    """
+
+    task_id = "used"
+
+    def __init__(
+        self,
+        *,
+        net: Backbone,
+        scenario: Scenario,
+        outputs: int | None,
+        mask: Literal["edge_popup", "threshold"],
+        budget: float,
+        score_init: Literal["random", "running_mean"],
+        inference: Literal["oneshot", "binary"],
+        objective: Literal["H", "G"],
+        deciding_images: int | None = None,
+    ) -> None:
+        super().__init__(
+            net=net,
+            scenario=scenario,
+            classes=[task.classes for task in scenario.tasks],
+            outputs=outputs,
+            mask=mask,
+            budget=budget,
+            mean_scores=score_init == "running_mean",
+            inference=inference,
+            objective=objective,
+            deciding_images=deciding_images,
+        )
+
+    def learn(self, task: Task) -> Iterator[Phase]:
+        """New scores, one phase that trains them and nothing else, and the mask is stored."""
+        self.net.open_task()
+        yield Phase(task.train, self.observe, self.net.scores())
+        self.net.close_task()
+
+    def observe(self, batch: Batch) -> Losses:
+        """CE over all outputs, superfluous ones too."""
+        return {"ce": F.cross_entropy(self.net(batch.x), batch.y - self.classes[batch.task].start)}
+
+
+class SupSupNNs(Superposition):
+    """Masks made as the stream asks for them: scenario NNs, no task id in training or test, one set of labels.
+
+    Every ``check_every`` batches the next batch says which mask goes on being trained:
+
+        nu = softmax(-dH/dalpha), H the mean over the batch, at alpha = 1 / k
+        k max nu < 1 + epsilon: a new mask, else the mask argmax nu
+
+    with k the masks made so far, at least ``floor`` of them (masks not made yet have random scores). Of ``task`` only
+    the images are read. Departures and why a floor is needed: docs/methods/supsup.md.
+
+    Args:
+        max_masks: room for so many; once they are made, the likeliest of them is trained.
+        floor: smallest k of the rule; 1 is the paper's text, which makes a new mask whenever there is one.
+        epsilon: how much likelier than chance the likeliest mask must be.
+        check_every: batches between two decisions.
+        batch_size, epochs: the trainer's.
+        outputs, mask, budget, inference, objective: see :class:`Superposition`.
+    """
+
+    visits: Tensor
+
+    def __init__(
+        self,
+        *,
+        net: Backbone,
+        scenario: Scenario,
+        outputs: int | None,
+        mask: Literal["edge_popup", "threshold"],
+        budget: float,
+        inference: Literal["oneshot", "binary"],
+        objective: Literal["H", "G"],
+        max_masks: int,
+        floor: int,
+        epsilon: float,
+        check_every: int,
+        batch_size: int,
+        epochs: int,
+    ) -> None:
+        for key, value in {"max_masks": max_masks, "floor": floor, "check_every": check_every}.items():
+            require(
+                value > 0, key, expected="1 or more", got=value, fix="configs/method/supsup_nns.yaml has usual ones."
+            )
+        require(floor <= max_masks, "floor", expected=f"at most max_masks={max_masks}", got=floor, fix="5 is usual.")
+        super().__init__(
+            net=net,
+            scenario=scenario,
+            classes=[range(scenario.num_classes)] * max_masks,
+            outputs=outputs,
+            mask=mask,
+            budget=budget,
+            mean_scores=False,
+            inference=inference,
+            objective=objective,
+            deciding_images=None,
+        )
+        if self.net.norms():
+            raise ConfigError(
+                "backbone",
+                expected="a network without BatchNorm, whose statistics the scores are not kept with",
+                got=f"{len(self.net.norms())} BatchNorm layers",
+                fix="Use backbone=mlp.",
+            )
+        self.transform, self.floor, self.epsilon = scenario.transform, floor, epsilon
+        self.check_every, self.batch_size, self.epochs = check_every, batch_size, epochs
+        for i, layer in enumerate(self.net.layers().values()):
+            self.register_buffer(f"bank_{i}", layer.scores.new_empty(max_masks, *layer.scores.shape))
+        for number in range(max_masks):
+            self.net.open_task()
+            self._keep(number)
+        self.register_buffer("visits", torch.zeros(len(scenario.tasks), max_masks, dtype=torch.int64))
+
+    def learn(self, task: Task) -> Iterator[Phase]:
+        """The shuffled stream in stretches of ``check_every`` batches, each a phase for the mask that it needs."""
+        stream = torch.cat([torch.randperm(len(task.train)) for _ in range(self.epochs)])
+        for part in stream.split(self.check_every * self.batch_size):
+            first = part[: self.batch_size].to(task.train.labels.device)
+            number = self.choose(self.transform.plain(task.train.images[first]))
+            self._take(number)
+            yield Phase(task.train, self.observe, self.net.scores(), epochs=1, order=partial(_given, part))
+            self._keep(number)
+            self.net.learned.clamp_(min=number + 1)
+            self.visits[task.id, number] += 1
+
+    def observe(self, batch: Batch) -> Losses:
+        """CE over all outputs, superfluous ones too."""
+        return {"ce": F.cross_entropy(self.net(batch.x), batch.y)}
+
+    def choose(self, x: Tensor) -> int:
+        """The mask that a batch (B, C, H, W) is to train; the number of masks made so far for a new one."""
+        made, room = int(self.net.learned), len(self.classes)
+        if made == 0:
+            return 0
+        k = max(made, self.floor)
+        nu = (-self.gradients(x, x.new_full((k,), 1 / k), "H").mean(dim=0)).softmax(dim=0)
+        likeliest = int(nu.argmax())
+        if made < room and (k * float(nu.max()) < 1 + self.epsilon or likeliest >= made):
+            return made
+        return int(nu[:made].argmax())
+
+    @torch.no_grad()
+    def _take(self, number: int) -> None:
+        """Go on with the scores of a mask."""
+        for i, layer in enumerate(self.net.layers().values()):
+            layer.scores.copy_(self.get_buffer(f"bank_{i}")[number])
+
+    @torch.no_grad()
+    def _keep(self, number: int) -> None:
+        """Store the scores as those of a mask, and the mask."""
+        for i, layer in enumerate(self.net.layers().values()):
+            self.get_buffer(f"bank_{i}")[number] = layer.scores
+            layer.store(number)
+
+    def memory_bytes(self) -> int:
+        """Masks made, and their fp32 scores, since any of them may be trained again."""
+        return super().memory_bytes() + int(self.net.learned) * 4 * sum(self.net.weights().values())
+
+    def facts(self) -> dict[str, Any]:
+        """And which masks each task's stretches of the stream trained."""
+        chosen = [row.nonzero().flatten().tolist() for row in self.visits]
+        return super().facts() | {"masks": int(self.net.learned), "masks_of_tasks": chosen}
+
+
+def _given(order: Tensor, generator: torch.Generator) -> Tensor:
+    """An order that is known already."""
+    return order

@@ -293,6 +293,10 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
         warnings.append(f"scale={summary['scale']}: a reduced run, not to be compared with published numbers")
     if summary["evaluate_on"] != "test":
         warnings.append(f"measured on {summary['evaluate_on']} images, not on the test set")
+    if summary.get("shared_labels"):  # records from before it was a key have neither
+        warnings.append("all tasks share their labels: Class-IL is Domain-IL, the label alone must be right")
+    if summary.get("test_batches", "mixed") != "mixed":
+        warnings.append("every test batch is of one task, and its images are told so: easier than unmixed Class-IL")
     return warnings
 
 
@@ -312,7 +316,10 @@ def _card_value(run: Run, setting: str, metric: str, unit: str) -> str:
 
 def _metric_lines(run: Run) -> list[tuple[str, str, str]]:
     names = dict.fromkeys(name for setting in SETTINGS for name in run.summary[setting] or {})
-    return [(in_words(n), number(run.value("class_il", n)), number(run.value("task_il", n))) for n in names]
+    lines = [(in_words(n), number(run.value("class_il", n)), number(run.value("task_il", n))) for n in names]
+    if area := run.summary.get("task_il_auroc"):  # records from before it was measured have none
+        lines.append(("area under the ROC curve, one class of a task against its others", "-", number(area["mean"])))
+    return lines
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from abc import ABC
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ class Scenario(ABC):
     """A sequence of tasks over K classes.
 
     Attributes:
+        shared_labels: whether every task has all K classes; else each class belongs to one task.
         tasks: in the order of learning.
         class_order: (K) the data set's class id at each position; tasks hold positions.
         class_names: a name a class id of the data set.
@@ -32,6 +33,7 @@ class Scenario(ABC):
         place: where the images lie, known once they were put there: on the training device or on the host.
     """
 
+    shared_labels: ClassVar[bool] = False
     tasks: list[Task]
     class_order: list[int]
     class_names: list[str]
