@@ -102,11 +102,19 @@ def _perform(joint: "Joint", waiting: list[tuple[Lane, Step]]) -> list[Losses | 
         results = joint.differentiate(steps, [m for m, _ in known], [i for _, i in known])
     except Exception as error:
         return [error for _ in steps]
-    for step, (method, _), (_, columns) in zip(steps, known, results):
+    return [_finish(step, m, terms) for step, (m, _), terms in zip(steps, known, results)]
+
+
+def _finish(step: Step, method: FunctionalMethod, terms: Terms) -> Losses | Exception:
+    losses, columns = terms
+    step.speed.joint = True
+    try:
         with step.autocast:
             method.remember(step.batch, columns)
         step.update()
-    return [losses for losses, _ in results]
+    except Exception as error:
+        return error
+    return losses
 
 
 def _shape(step: Step, inputs: Inputs) -> tuple:

@@ -121,12 +121,14 @@ class Speed:
     Attributes:
         used: what steps are performed by; ``auto`` before it has been chosen.
         why: why it is not what was asked for, None where it is.
+        joint: whether steps are computed as one with those of other replicas, outside of this.
     """
 
     def __init__(self, choice: Choice, device: torch.device, capture: Capture | None = None) -> None:
         self.asked, self.device = choice, device
         self.used: Choice = choice
         self.why: str | None = None
+        self.joint = False
         self._phase: Phase | None = None
         self._compiled: Callable[[Inputs, int], Terms] | None = None
         self._graphs = Graphs(capture or cuda_capture)
@@ -137,7 +139,8 @@ class Speed:
 
     def facts(self) -> dict[str, str | None]:
         """What ``summary.json`` says of it."""
-        return {"asked": self.asked, "used": self.used, "why": self.why}
+        used = "joint" if self.joint else self.used
+        return {"asked": self.asked, "used": used, "why": "computed with other replicas" if self.joint else self.why}
 
     def perform(self, step: Step, inputs: Inputs | None = None) -> Losses:
         """Perform a step, whose inputs may have been looked up before; returns its loss terms."""

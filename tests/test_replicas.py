@@ -32,6 +32,7 @@ class Runs:
     def course(self, seed):
         settings = [f"seed={seed}", *self.overrides]
         parts = parts_of(self.method, *settings) if self.method else build(configure(*TINY, *settings))
+        self.folder.mkdir(exist_ok=True)
         trainer = self.trainers[seed] = trainer_of(parts, self.folder / str(seed), self.stop)
         self.change(trainer)
         return (yield from trainer.course())
@@ -92,6 +93,7 @@ def test_replicas_are_computed_as_one(tmp_path):
     runs.side_by_side()
     assert len(calls) == runs.trainers[0].steps  # of all three together
     assert {len(shape) for shape in calls} == {4}  # and yet written for one
+    assert runs.trainers[0].speed.facts()["used"] == "joint"
 
 
 def test_a_replica_that_fails_leaves_the_others_alone(tmp_path):
