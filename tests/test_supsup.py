@@ -670,8 +670,8 @@ def test_superfluous_outputs_make_the_task_known_from_one_image(tmp_path):
 def test_three_permutations_get_a_mask_each_without_any_task_id(tmp_path):
     parts = build(
         configure(
-            "+experiment=supsup_permuted_digits_10_shared", "method=supsup_nns", "method.floor=2", "method.epsilon=0.75",
-            "scenario.disjoint.num_tasks=3", "scenario.disjoint.test_per_class=5", "method.max_masks=6", "device=cpu",
+            "+experiment=supsup_permuted_digits_10_shared", "method=supsup_nns", "method.floor=2", "method.max_masks=6",
+            "method.epsilon=0.75", "scenario.disjoint.num_tasks=3", "scenario.disjoint.test_per_class=5", "device=cpu",
         )
     )  # fmt: skip
     record = parts.trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False).run()
