@@ -121,7 +121,7 @@ def test_order_robustness_needs_the_same_tasks_and_their_answers():
     assert math.isnan(maximum_order_disparity([first, unanswered]))
 
 
-# -- area under the ROC curve -----------------------------------------------------------------------------------------
+# -- area under the ROC curve ------------------------------------------------------------------------------------------
 
 
 def test_auroc_by_hand():

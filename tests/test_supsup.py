@@ -665,3 +665,15 @@ def test_superfluous_outputs_make_the_task_known_from_one_image(tmp_path):
     assert many["H"] > 90  # chance is 20
     assert many["G"] > 90
     assert few["H"] < 70
+
+
+def test_three_permutations_get_a_mask_each_without_any_task_id(tmp_path):
+    parts = build(
+        configure(
+            "+experiment=supsup_permuted_digits_10_shared", "method=supsup_nns", "method.floor=2", "method.max_masks=6",
+            "method.epsilon=0.75", "scenario.disjoint.num_tasks=3", "scenario.disjoint.test_per_class=5", "device=cpu",
+        )
+    )  # fmt: skip
+    record = parts.trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False).run()
+    assert parts.method.facts()["masks_of_tasks"] == [[0], [1], [2]]  # nine decisions
+    assert record.class_il.accuracy[-1].mean() > 80  # chance is 10
