@@ -159,6 +159,11 @@ def parts_of(*overrides: str) -> Parts:
     return build(config)
 
 
+def run_info(folder: Path, tasks: int) -> RunInfo:
+    """What a logger is told of a run that is none."""
+    return RunInfo(folder, "benchmark", "benchmark", 0, "", {}, tasks)
+
+
 @contextmanager
 def looping(parts: Parts, *others: Logger) -> Iterator[Trainer]:
     """The loop over ``parts`` as a run has it: JSON lines on the disk, the console's bookkeeping, a checkpoint folder.
@@ -167,7 +172,7 @@ def looping(parts: Parts, *others: Logger) -> Iterator[Trainer]:
     """
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         logger = Loggers([JsonLines(), Console(min_seconds=1e9), *others])
-        logger.start(RunInfo(Path(folder), "benchmark", "benchmark", 0, "", {}, len(parts.scenario.tasks)))
+        logger.start(run_info(Path(folder), len(parts.scenario.tasks)))
         yield parts.trainer(logger, Checkpoint(Path(folder)), stop=lambda: False)
         logger.finish("finished", None)
 

@@ -1,0 +1,162 @@
+"""The benchmark runs, and compares like with like. How fast anything is, is not tested here."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+from cl_bench.checkpoint import Checkpoint
+from cl_bench.loggers.group import Loggers
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from speed import common, fast, loop, pieces, results, sequence, startup
+from speed.clock import Clock, seconds_a_step
+from speed.common import Options, Row
+
+TINY = Options(repetitions=2, tell=lambda what: None, small=True)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """scripts/benchmark.py as a module."""
+    spec = importlib.util.spec_from_file_location("benchmark_command", ROOT / "scripts" / "benchmark.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_repetitions_are_in_turn_and_the_first_does_not_count():
+    calls = []
+
+    def work(name):
+        calls.append(name)
+        return float(len(calls))
+
+    values = common.in_turn({"a": lambda: work("a"), "b": lambda: work("b")}, 2)
+    assert calls == ["a", "b"] * 3
+    assert values == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert common.ratio(values, "b", "a") == [4 / 3, 6 / 5]
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "most", "reached"),
+    [
+        ([1.0, 3.0, 2.0], 2.0, None, True),
+        ([1.0, 3.0, 1.0], 2.0, None, False),
+        ([1.0, 3.0, 2.0], None, 2.0, True),
+        ([9.0, 3.0, 2.0], None, 2.0, False),
+        ([1.0], None, None, None),
+    ],
+)
+def test_the_median_is_held_to_what_is_wanted(values, least, most, reached):
+    assert Row("part", "what", "x", values, least=least, most=most).reached is reached
+
+
+@pytest.mark.parametrize("name", ["linear", "lvt"])
+def test_the_bare_step_does_the_arithmetic_of_the_methods_step(name):
+    overrides = ["+scale=mini"] if name == "lvt" else []
+    parts = common.parts_of(*common.on_random_pixels(2), *loop.CASES[name][0], *overrides, "scenario.num_tasks=2")
+    first, second = parts.scenario.tasks
+    with common.looping(parts) as trainer:
+        common.closed(parts, first)
+        phase = common.first_phase(parts, common.shortened(second, common.BATCH))
+        trainer.run_phase(second, 0, phase, None)  # ER's reservoir is filled
+        with FlopCounterMode(display=False) as ours:
+            trainer.run_phase(second, 0, phase, None)
+    bare = loop.bare_step(parts)
+    with FlopCounterMode(display=False) as theirs:
+        bare()
+    assert ours.get_total_flops() == theirs.get_total_flops() > 0
+
+
+def test_pieces_are_faster_than_image_by_image():
+    rows = [*pieces.data_path(TINY), *pieces.reservoir(TINY)]
+    assert [row.part for row in rows] == ["data", "buffer", "buffer"]
+    assert all(min(row.values) > 1.5 for row in rows)  # 12 to 55 where it was measured
+
+
+def test_both_data_paths_normalise_alike():
+    source = common.random_pixels(per_class=1)
+    steps = pieces.per_sample(source.mean, source.std).transforms[2:]  # without the draws
+    theirs = pieces.Pictures(torch.from_numpy(source.train_images), torch.arange(100), None)[7][0]
+    for step in steps:
+        theirs = step(theirs)
+    ours = common.parts_of(*common.on_random_pixels(1), "scenario.num_tasks=2").scenario.transform
+    torch.testing.assert_close(ours.plain(torch.from_numpy(source.train_images[7:8]))[0], theirs)
+
+
+def test_a_twin_in_mid_sequence_is_the_method_itself(monkeypatch):
+    monkeypatch.setattr(sequence, "CASES", {"er": sequence.Case(sequence.CASES["er"].overrides, steps=2)})
+    step, evaluation = sequence.steps(TINY)
+    assert list(step.sides) == list(evaluation.sides) == ["task 1", "task 2", "task 4"]
+    assert len(step.values) == TINY.repetitions
+
+
+def test_memory_is_noted_after_each_task():
+    held = sequence._held("er", tasks=4)
+    assert list(held) == [1, 2, 3, 4]
+    assert all(2**20 < size < 2**36 for size in held.values())
+
+
+def test_the_clock_leaves_the_first_epoch_out(tmp_path):
+    parts = common.parts_of(
+        *common.on_random_pixels(2), *loop.CASES["linear"][0], "scenario.num_tasks=2", "trainer.epochs=3"
+    )
+    clock = Clock()
+    clock.start(common.run_info(tmp_path, 2))
+    parts.trainer(Loggers([clock]), Checkpoint(tmp_path), stop=lambda: False).run()
+    clock.finish("finished", None)
+    assert len(seconds_a_step(tmp_path)) == 2
+    assert all(0 < seconds < 60 for seconds in seconds_a_step(tmp_path))
+
+
+def test_no_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no GPU"):
+        list(fast.gpu(TINY))
+
+
+def test_a_run_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="experiment"):
+        startup._first_step(["+experiment=none_such"])
+
+
+def test_one_part_that_fails_takes_no_other_along(benchmark, monkeypatch, tmp_path, capsys):
+    def works(options):
+        yield Row("loop", "a|b", "x", [0.5, 0.75, 1.0], least=0.9, sides={"bare step": [1.0, 2.0, 3.0]})
+
+    def fails(options):
+        yield Row("memory", "before it", "x", [1.0], most=1.1)
+        raise ValueError("broken")
+
+    monkeypatch.setattr(benchmark, "PARTS", {"memory": fails, "loop": works})
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--out", str(tmp_path), "--only", "loop,memory"])
+    assert benchmark.main() == 0
+    assert "ValueError: broken" in capsys.readouterr().out
+    content = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [(row["part"], row["median"], row["reached"]) for row in content["rows"]] == [
+        ("memory", 1.0, True),
+        ("loop", 0.75, False),
+    ]
+    assert content["not_measured"] == {"memory": "ValueError: broken"}
+    assert torch.__version__.startswith(content["facts"]["packages"]["torch"])
+    table = (tmp_path / "table.md").read_text()
+    assert "| 0.75 x | 0.5 - 1 | at least 0.9 | NO | bare step 2000 ms |" in table
+    assert "a\\|b" in table
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+
+
+def test_an_unknown_part_is_refused(benchmark, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "lopp"])
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main()
+    assert caught.value.code == 2
+
+
+def test_numbers_are_short():
+    assert [results._number(value) for value in (1234.5, 12.345, 0.01234)] == ["1234", "12.3", "0.0123"]
