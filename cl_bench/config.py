@@ -10,9 +10,10 @@ import importlib
 import inspect
 import json
 import math
+import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -21,14 +22,17 @@ from typing import Any, Literal
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_bench.errors import ConfigError
+from cl_bench.errors import ConfigError, within
 
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 """The configuration folder: inside the package when installed from a wheel, beside it in a checkout."""
 
-ALLOWED_PACKAGES = ("cl_bench", "torch", "torchvision", "timm", "avalanche")
-"""Packages that a ``_target_`` may name; ``allow_packages`` adds to them."""
+ALLOWED_PACKAGES = ("cl_bench", "torch.optim")
+"""Packages whose own classes and functions a ``_target_`` may name (decision 15); ``allow_packages`` adds to them."""
+
+VARIABLES = "CL_BENCH_"
+"""What the names of the environment variables begin with that a configuration may read."""
 
 INCOMPARABLE = (
     "seed", "experiment", "name", "scale", "device", "results_dir", "data_dir", "overwrite", "dry_run", "published",
@@ -84,6 +88,26 @@ def _by_scale(options: dict[str, Any], *, _root_: DictConfig) -> Any:
 OmegaConf.register_new_resolver("by_scale", _by_scale, replace=True)
 
 
+def _environment(name: str, *default: str | None) -> str | None:
+    if not name.startswith(VARIABLES):  # the value would stand in config.yaml, reports and logs (decision 15)
+        raise ConfigError(
+            "oc.env",
+            expected=f"an environment variable whose name begins with {VARIABLES}",
+            got=name,
+            fix=f"Write the value itself, or export {VARIABLES}{name} if it is no secret.",
+        )
+    if name in os.environ:
+        return os.environ[name]
+    if not default:
+        raise ConfigError(
+            "oc.env", expected=f"the environment variable {name}", got="nothing", fix=f"export {name}=VALUE first."
+        )
+    return default[0]
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+
+
 def target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..., Any]:
     """What ``node._target_`` names; refused before anything is imported unless its package is allowed."""
     path = node.get("_target_") if isinstance(node, DictConfig) else None
@@ -98,9 +122,9 @@ def target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..
 
 
 def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
-    """The class or function at a dotted path inside an allowed package."""
+    """The class or function that an allowed package defines at a dotted path; what it imported is refused."""
     allowed = (*ALLOWED_PACKAGES, *allow_packages)
-    if path.split(".")[0] not in allowed:
+    if not _inside(path, allowed):
         raise ConfigError(
             key,
             expected=f"something in one of the packages {', '.join(allowed)}",
@@ -114,9 +138,20 @@ def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
         raise ConfigError(
             key, expected="the dotted path of a class or function", got=path, fix=f"It cannot be loaded: {error}."
         ) from error
-    if not callable(found):
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
         raise ConfigError(key, expected="a class or function", got=path, fix="Name the class, not its module.")
+    if not _inside(found.__module__, allowed):
+        raise ConfigError(
+            key,
+            expected=f"something that one of the packages {', '.join(allowed)} defines itself",
+            got=f"{path}, which is of {found.__module__}",
+            fix="Name what it is for, or write a class of your own.",
+        )
     return found
+
+
+def _inside(path: str, packages: Iterable[str]) -> bool:
+    return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
 def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: typing.Collection[str]) -> dict[str, Any]:
@@ -201,6 +236,8 @@ def _resolved(node: DictConfig, name: str, key: str) -> Any:
     try:
         value = node[name]
     except OmegaConfBaseException as error:
+        if ours := within(error):  # of a resolver
+            raise ConfigError(key, expected=ours.expected, got=ours.got, fix=ours.fix) from error
         reason = str(error).splitlines()[0]
         raise ConfigError(key, expected="a value", got=reason, fix=f"Set {key}=VALUE.") from error
     return OmegaConf.to_container(value, resolve=True) if isinstance(value, (DictConfig, ListConfig)) else value

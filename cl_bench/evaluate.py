@@ -5,12 +5,16 @@ task id through BatchNorm or any batch-wise rule. Masking is done here, for ever
 seen yet, in Task-IL classes outside the image's task.
 """
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cl_bench.errors import ConfigError
 from cl_bench.methods.base import Method, Predict
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Data
@@ -111,3 +115,17 @@ def _answer(scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     answered = best.values > -torch.inf
     confidence = torch.softmax(scores, dim=1).gather(1, best.indices[:, None]).squeeze(1)
     return torch.where(answered, best.indices, -1), torch.where(answered, confidence, torch.nan)
+
+
+def read_predictions(path: Path) -> dict[str, np.ndarray]:
+    """The columns of ``predictions.npz``; numbers only, nothing in it is ever unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            str(path),
+            expected="the arrays of a finished run",
+            got=" ".join(str(error).split()),
+            fix="Put the file back, or make the run anew with overwrite=true.",
+        ) from error

@@ -58,7 +58,7 @@ BUFFERS = {
     "lvt": ["confidence_aware", "reservoir", "fixed_memory"],
     "dytox": ["herding", "fixed_memory"],
 }
-LONGEST = 120.0  # seconds that a run of about one may take on a busy machine before it counts as hanging
+LONGEST = 600.0  # seconds that a run of about one may take on a busy machine before it counts as hanging
 
 
 @dataclass(frozen=True)
