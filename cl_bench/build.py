@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import Precision, arguments, named, target
 from cl_bench.errors import ConfigError
 from cl_bench.loggers.base import Logger
+from cl_bench.memory import ran_out
 from cl_bench.methods.base import Method
+from cl_bench.record import Matrix
 from cl_bench.scenarios.base import Scenario
 from cl_bench.trainer import Settings, Trainer
 
@@ -75,15 +78,17 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
         torch.cuda.set_device(device)  # the generator that a checkpoint saves is the current device's
     generators = seeded(config.seed)
     # The cheap parts first, so that a typing error is answered before a data set is read.
-    settings = component(config.trainer, "trainer", allow)
-    schedule = component(config.schedule, "schedule", allow)
-    optimizer = partial_component(config.optimizer, "optimizer", allow)
-    metrics = {str(name): named(path, f"metrics.{name}", allow) for name, path in config.metrics.items()}
+    settings = component(config.trainer, "trainer", allow, KINDS["trainer"])
+    schedule = component(config.schedule, "schedule", allow, KINDS["schedule"])
+    optimizer = partial_component(config.optimizer, "optimizer", allow, KINDS["optimizer"])
+    metrics = {str(name): metric(path, f"metrics.{name}", allow) for name, path in config.metrics.items()}
     make_net, make_buffer, make_method = (
-        partial_component(config[group], group, allow) for group in ("backbone", "buffer", "method")
+        partial_component(config[group], group, allow, KINDS[group]) for group in ("backbone", "buffer", "method")
     )
 
-    scenario = scenario or component(config.scenario, "scenario", allow).to(device, config.images.value)
+    scenario = scenario or component(config.scenario, "scenario", allow, KINDS["scenario"]).to(
+        device, config.images.value
+    )
     if settings.evaluate_on == "val" and not len(scenario.tasks[0].val):
         raise ConfigError(
             "trainer.evaluate_on",
@@ -114,15 +119,28 @@ RUNTIME: dict[str, tuple[str, ...]] = {
 }
 """Constructor arguments of each group that are runtime objects."""
 
+KINDS: dict[str, type] = {
+    "scenario": Scenario,
+    "backbone": Backbone,
+    "buffer": Buffer,
+    "method": Method,
+    "optimizer": torch.optim.Optimizer,
+    "schedule": Callable,  # type: ignore[dict-item]  # (epoch, epochs) -> factor
+    "trainer": Settings,
+    "logger": Logger,
+}
+"""What each group builds; anything else is refused before it is called."""
 
-def component(node: DictConfig, key: str, allow: list[str], **runtime: Any) -> Any:
-    """Build what ``node`` describes, nested nodes first; ``runtime`` are the objects its constructor may ask for."""
-    return partial_component(node, key, allow)(**runtime)
+
+def component(node: DictConfig, key: str, allow: list[str], kind: type) -> Any:
+    """Build the ``kind`` of object that ``node`` describes, nested nodes first."""
+    return partial_component(node, key, allow, kind)()
 
 
-def partial_component(node: DictConfig, key: str, allow: list[str]) -> Any:
+def partial_component(node: DictConfig, key: str, allow: list[str], kind: type) -> Any:
     """Check what ``node`` describes now, and build it when the result is called with its runtime objects."""
     built = target(node, key, allow)
+    _refuse_other_kinds(built, key, node._target_, kind)
     if inspect.isabstract(built):
         raise ConfigError(
             f"{key}._target_",
@@ -134,12 +152,12 @@ def partial_component(node: DictConfig, key: str, allow: list[str]) -> Any:
     values = arguments(node, key, built, RUNTIME.get(key, ()))
     for name, value in values.items():
         if isinstance(node[name], DictConfig) and "_target_" in node[name]:
-            values[name] = value = component(node[name], f"{key}.{name}", allow)
-        kind = parameters[name].annotation
-        if inspect.isclass(kind) and kind.__module__.startswith("cl_bench.") and not isinstance(value, kind):
+            values[name] = value = component(node[name], f"{key}.{name}", allow, parameters[name].annotation)
+        wanted = parameters[name].annotation
+        if inspect.isclass(wanted) and wanted.__module__.startswith("cl_bench.") and not isinstance(value, wanted):
             raise ConfigError(
                 f"{key}.{name}",
-                expected=f"a node that builds {kind.__name__}",
+                expected=f"a node that builds {wanted.__name__}",
                 got=value,
                 fix=f"Leave {key}.{name} be.",
             )
@@ -151,8 +169,43 @@ def partial_component(node: DictConfig, key: str, allow: list[str]) -> Any:
         except ConfigError as error:
             # A component names its own keys; a nested one, or one that names a whole key, is left as it is.
             raise error.under(key) if error.key.split("[")[0] in values else error from None
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            raise ConfigError(
+                key,
+                expected="sizes that fit into this machine's memory",
+                got=str(error).splitlines()[0],
+                fix=f"Lower the sizes of {key}; dry_run=true tells what a run needs.",
+            ) from error
 
     return make
+
+
+def _refuse_other_kinds(built: Callable[..., Any], key: str, path: str, kind: type) -> None:
+    """A class or function may be called only where its class, or the annotation of its result, is what is wanted."""
+    made = built if inspect.isclass(built) else typing.get_type_hints(built).get("return")
+    if not (inspect.isclass(made) and inspect.isclass(kind) and issubclass(made, kind)):
+        raise ConfigError(
+            f"{key}._target_",
+            expected=f"something that builds {getattr(kind, '__name__', kind)}",
+            got=path,
+            fix=f"Choose one: {key.split('.')[0]}=NAME.",
+        )
+
+
+def metric(path: str, key: str, allow: list[str]) -> Callable[[Matrix], float]:
+    """The metric at a dotted path: a function that says of itself that it makes a number of an accuracy matrix."""
+    found = named(path, key, allow)
+    hints = {} if inspect.isclass(found) else typing.get_type_hints(found)
+    if hints.pop("return", None) is not float or list(hints.values()) != [Matrix]:
+        raise ConfigError(
+            key,
+            expected="a function annotated (matrix: cl_bench.record.Matrix) -> float",
+            got=path,
+            fix="See cl_bench/metrics.",
+        )
+    return found
 
 
 def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buffer: Buffer) -> None:
@@ -212,7 +265,7 @@ def _refuse_disjoint(config: DictConfig, method: Method, buffer: Buffer) -> None
 def loggers(config: DictConfig) -> dict[str, Logger]:
     """The chosen loggers by name."""
     allow = list(config.allow_packages)
-    return {str(name): component(node, f"logger.{name}", allow) for name, node in config.logger.items()}
+    return {str(name): component(node, f"logger.{name}", allow, Logger) for name, node in config.logger.items()}
 
 
 def choose_device(name: str) -> torch.device:

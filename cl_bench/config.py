@@ -10,9 +10,10 @@ import importlib
 import inspect
 import json
 import math
+import os
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -25,14 +26,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_bench.errors import ConfigError
+from cl_bench.errors import ConfigError, within
 
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 """The configuration folder: inside the package when installed from a wheel, beside it in a checkout."""
 
-ALLOWED_PACKAGES = ("cl_bench", "torch", "torchvision", "timm", "avalanche")
-"""Packages that a ``_target_`` may name; ``allow_packages`` adds to them."""
+ALLOWED_PACKAGES = ("cl_bench", "torch.optim")
+"""Packages whose own classes and functions a ``_target_`` may name (decision 15); ``allow_packages`` adds to them."""
+
+VARIABLES = "CL_BENCH_"
+"""What the names of the environment variables begin with that a configuration may read."""
 
 INCOMPARABLE = (
     "seed", "experiment", "name", "scale", "device", "images", "results_dir", "data_dir", "overwrite", "dry_run",
@@ -112,6 +116,26 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
+def _environment(name: str, *default: str | None) -> str | None:
+    if not name.startswith(VARIABLES):  # the value would stand in config.yaml, reports and logs (decision 15)
+        raise ConfigError(
+            "oc.env",
+            expected=f"an environment variable whose name begins with {VARIABLES}",
+            got=name,
+            fix=f"Write the value itself, or export {VARIABLES}{name} if it is no secret.",
+        )
+    if name in os.environ:
+        return os.environ[name]
+    if not default:
+        raise ConfigError(
+            "oc.env", expected=f"the environment variable {name}", got="nothing", fix=f"export {name}=VALUE first."
+        )
+    return default[0]
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+
+
 def target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..., Any]:
     """What ``node._target_`` names; refused before anything is imported unless its package is allowed."""
     path = node.get("_target_") if isinstance(node, DictConfig) else None
@@ -126,9 +150,9 @@ def target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..
 
 
 def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
-    """The class or function at a dotted path inside an allowed package."""
+    """The class or function that an allowed package defines at a dotted path; what it imported is refused."""
     allowed = (*ALLOWED_PACKAGES, *allow_packages)
-    if path.split(".")[0] not in allowed:
+    if not _inside(path, allowed):
         raise ConfigError(
             key,
             expected=f"something in one of the packages {', '.join(allowed)}",
@@ -142,9 +166,20 @@ def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
         raise ConfigError(
             key, expected="the dotted path of a class or function", got=path, fix=f"It cannot be loaded: {error}."
         ) from error
-    if not callable(found):
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
         raise ConfigError(key, expected="a class or function", got=path, fix="Name the class, not its module.")
+    if not _inside(found.__module__, allowed):
+        raise ConfigError(
+            key,
+            expected=f"something that one of the packages {', '.join(allowed)} defines itself",
+            got=f"{path}, which is of {found.__module__}",
+            fix="Name what it is for, or write a class of your own.",
+        )
     return found
+
+
+def _inside(path: str, packages: Iterable[str]) -> bool:
+    return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
 def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: typing.Collection[str]) -> dict[str, Any]:
@@ -229,6 +264,8 @@ def _resolved(node: DictConfig, name: str, key: str) -> Any:
     try:
         value = node[name]
     except OmegaConfBaseException as error:
+        if ours := within(error):  # of a resolver
+            raise ConfigError(key, expected=ours.expected, got=ours.got, fix=ours.fix) from error
         reason = str(error).splitlines()[0]
         raise ConfigError(key, expected="a value", got=reason, fix=f"Set {key}=VALUE.") from error
     return OmegaConf.to_container(value, resolve=True) if isinstance(value, (DictConfig, ListConfig)) else value

@@ -35,6 +35,13 @@ def _rebuild(cls: type[ConfigError], key: str, expected: str, got: object, fix: 
     return cls(key, expected=expected, got=got, fix=fix)
 
 
+def within(error: BaseException | None) -> ConfigError | None:
+    """The :class:`ConfigError` that ``error`` was raised because of, e.g. that of a resolver inside OmegaConf's own."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def require(condition: bool, key: str, *, expected: str, got: object, fix: str) -> None:
     """Raise :class:`ConfigError` unless ``condition`` holds."""
     if not condition:

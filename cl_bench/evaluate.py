@@ -8,12 +8,16 @@ Masking is done here, for every method alike: in Class-IL classes not seen yet, 
 task.
 """
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cl_bench.errors import ConfigError
 from cl_bench.methods.base import Method, Predict
 from cl_bench.metrics.auroc import one_vs_rest
 from cl_bench.scenarios.base import Scenario
@@ -152,3 +156,17 @@ def _of_task(scores: Tensor, own: Tensor, largest: int) -> Tensor:
     places = first + torch.arange(largest, device=own.device)
     inside = places - first < own.sum(dim=1, keepdim=True)
     return probability.gather(1, places.clamp(max=own.shape[1] - 1)).masked_fill(~inside, torch.nan)
+
+
+def read_predictions(path: Path) -> dict[str, np.ndarray]:
+    """The columns of ``predictions.npz``; numbers only, nothing in it is ever unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            str(path),
+            expected="the arrays of a finished run",
+            got=" ".join(str(error).split()),
+            fix="Put the file back, or make the run anew with overwrite=true.",
+        ) from error

@@ -3,11 +3,19 @@
 import difflib
 import re
 
+from omegaconf.errors import InterpolationResolutionError
+
 from cl_bench.config import CONFIGS
+from cl_bench.errors import within
 
 
 def explain_hydra(error: Exception) -> str:
     """One message: key, expected, got, way out; Hydra's own words where none of the known kinds fits."""
+    if isinstance(error, InterpolationResolutionError) and error.full_key:
+        if ours := within(error):  # of a resolver, which does not know where it stands
+            return f"{error.full_key}: expected {ours.expected}; got {ours.got}. {ours.fix}"
+        got = str(error).splitlines()[0]
+        return f"{error.full_key}: expected what can be resolved; got {got}. Correct the value."
     text = str(error)
     chain = f"{text}\n{error.__cause__ or ''}"
     if found := re.search(r"Could not find '(.+)/([^/']+)'", text):

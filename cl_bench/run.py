@@ -147,7 +147,7 @@ def write_report(place: Path) -> None:
 def run_folder(values: dict[str, Any], settings: dict[str, Any]) -> Path:
     """``results/<experiment>/<name>-<fingerprint>/seed<seed>``."""
     for key in ("experiment", "name"):
-        if not values[key] or Path(values[key]).name != values[key] or values[key].startswith("."):
+        if not values[key].isprintable() or Path(values[key]).name != values[key] or values[key].startswith("."):
             raise ConfigError(
                 key, expected="a plain name, a single folder", got=values[key], fix=f"Set {key}=NAME without slashes."
             )

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from cl_bench.atomic import write_text
@@ -19,6 +18,7 @@ from cl_bench.build import Parts, build
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import Run
 from cl_bench.errors import ConfigError
+from cl_bench.evaluate import read_predictions
 from cl_bench.folder import read_summary
 
 
@@ -55,8 +55,7 @@ def finished(folder: Path) -> tuple:  # of what audit() asks for
     def rebuild() -> Parts:
         return build(config)
 
-    with np.load(folder / "predictions.npz") as predictions:
-        return rebuild, saved["task_start"]["method"], dict(predictions)
+    return rebuild, saved["task_start"]["method"], read_predictions(folder / "predictions.npz")
 
 
 if __name__ == "__main__":

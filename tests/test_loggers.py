@@ -383,10 +383,9 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
     folder = wandb_home / "run"
     first = offline_wandb()
     first.start(info(folder, url="https://me:very-secret-token@host", nested={"list": ["very-secret-token", 1]}))
-    tell(first, stop=4)
-    with killed_before_mark(5):
-        tell(first, first=4, stop=5)
-    first.finish("interrupted", None)
+    tell(first, stop=5)
+    with killed_before_mark(5):  # whether or not W&B's own process has written what it was told
+        first.finish("interrupted", None)
 
     record = Record.empty(2)
     for after, row in enumerate([[80.0, np.nan], [40.0, 70.0]]):
@@ -405,13 +404,13 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
     assert [metric.step_metric for metric in of_kind(before, "metric") if metric.glob_name == "*"] == ["step"]
     assert [e.exit_code for e in of_kind(before, "exit") + of_kind(after, "exit")] == [130, 0]
 
-    # W&B's counter is the number of the event: the one it got twice (4) has the same number and is one point.
+    # W&B's counter is the number of the event: those it got twice (2 to 4) have the same number and are one point.
     assert [row["_step"] for row in logged(before)] == [1, 2, 3, 4]
     *rows, last = logged(after)
-    assert [row["_step"] for row in rows] == [4, 5, 6]
-    assert [row["step"] for row in rows] == [30, 40, 40]
-    assert rows[1]["losses/replay"] == 0.25
-    assert rows[2]["class_il/task_1"] == 70.0
+    assert [row["_step"] for row in rows] == [2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows] == [20, 20, 30, 40, 40]
+    assert rows[3]["losses/replay"] == 0.25
+    assert rows[4]["class_il/task_1"] == 70.0
     assert not any("task_il" in key for row in rows for key in row)
 
     assert last["_step"] > 6
@@ -452,6 +451,7 @@ class FakeServer:
 
     def __init__(self, *known: str):
         self.known = set(known)
+        self.next_step: dict[str, int] = {}
         self.inits: list[dict] = []
         self.runs: list[SimpleNamespace] = []
         self.Settings = dict
@@ -460,10 +460,12 @@ class FakeServer:
         self.inits.append(arguments)
         resumed = arguments["id"] in self.known
         self.known.add(arguments["id"])
-        run = SimpleNamespace(resumed=resumed, rows=[], exit_codes=[], config={}, summary={})
+        name = arguments["id"]
+        step = self.next_step.get(name, 0)
+        run = SimpleNamespace(resumed=resumed, step=step, rows=[], exit_codes=[], config={}, summary={})
         run.config = SimpleNamespace(update=lambda *args, **kwargs: None)
         run.define_metric = lambda *args, **kwargs: None
-        run.log = lambda row, step, commit: run.rows.append(step)
+        run.log = lambda row, step, commit: (run.rows.append(step), self.next_step.update({name: step + 1}))
         run.finish = lambda exit_code: run.exit_codes.append(exit_code)
         self.runs.append(run)
         return run
@@ -491,6 +493,23 @@ def test_wandb_resumes_its_run_online(tmp_path, online):
     assert [(i["id"], i["resume"], i["mode"]) for i in server.inits] == [
         ("0a1b2c-seed0-er-some-experiment", "allow", "online")
     ] * 2
+
+
+def test_wandb_gets_again_what_a_kill_may_have_lost(tmp_path, online):
+    """The server says how far it is; where a run was killed after its last event, the end makes up for it."""
+    server = online()
+    metrics = JsonLines()
+    metrics.start(info(tmp_path))
+    tell(metrics, 0, len(EVENTS))
+    metrics.finish("finished", None)
+    killed = Wandb(project="p", entity=None, mode="online", tags=[])
+    killed.start(info(tmp_path))
+    tell(killed, 0, len(EVENTS))
+    server.next_step = dict.fromkeys(server.next_step, 3)  # the others never came there
+    resumed = Wandb(project="p", entity=None, mode="online", tags=[])
+    resumed.start(info(tmp_path))
+    resumed.finish("finished", None)
+    assert [run.rows for run in server.runs] == [[1, 2, 3, 4, 5, 6], [3, 4, 5, 6]]
 
 
 def test_wandb_does_not_mix_a_run_started_afresh_into_the_old_one(tmp_path, online):

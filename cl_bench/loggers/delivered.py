@@ -1,6 +1,7 @@
 """What TensorBoard and W&B share: they cannot take a line back, so each event is delivered to them once."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ class Delivered:
             return []
         missed = read_events(self._folder, self.count, number)
         return [*enumerate(missed, self.count), (number, event)]
+
+    def rest(self) -> list[tuple[int, dict[str, Any]]]:
+        """What is in ``metrics.jsonl`` and was not delivered."""
+        return [*enumerate(read_events(self._folder, self.count, sys.maxsize), self.count)]
 
     def mark(self, count: int, **note: Any) -> None:
         """Events 0 to ``count`` (exclusive) are delivered; atomic, so that a kill leaves the old state or the new."""

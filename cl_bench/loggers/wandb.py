@@ -31,7 +31,9 @@ class Wandb(Logger):
     """One W&B run for each run folder, which a resumed process goes on with.
 
     Curves are drawn against ``step``, the optimizer steps. W&B's own counter is the number of the event: it only
-    grows, also over a kill, and W&B ignores a number that it has.
+    grows, also over a kill, and W&B ignores a number that it has. What was logged is on its way to W&B's own process
+    for a while and lost with a kill, so only what was logged before an orderly end counts as delivered; the rest is
+    logged once more.
 
     Args:
         project: W&B project.
@@ -71,10 +73,7 @@ class Wandb(Logger):
         """Log the event, unless it was."""
         if self._run is None:
             return
-        for due, content in self._delivered.due(number, event):
-            if curves := scalars(content):
-                self._run.log({"step": content["step"], **curves}, step=due, commit=True)
-            self._delivered.mark(due + 1)
+        self._log(self._run, self._delivered.due(number, event))
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
         """Add the summary and the accuracy matrix, and close the run."""
@@ -85,9 +84,17 @@ class Wandb(Logger):
             if summary is not None:
                 run.summary.update(summary_values(summary))
             if status == "finished":
+                self._log(run, self._delivered.rest())
                 _log_matrix(run, self._folder / "accuracy_matrix.csv", number=self._delivered.count)
         finally:
             run.finish(exit_code=EXIT_CODES.get(status, 1))
+        self._delivered.mark(self._delivered.count)
+
+    def _log(self, run: "wandb.Run", events: list[tuple[int, dict[str, Any]]]) -> None:
+        for number, content in events:
+            if curves := scalars(content):
+                run.log({"step": content["step"], **curves}, step=number, commit=True)
+            self._delivered.count = number + 1
 
     def _open(self, info: RunInfo) -> "wandb.Run":
         """Open the run under an id that is this folder's own.
@@ -104,6 +111,7 @@ class Wandb(Logger):
             name = f"{first}-{attempt}"
             run = self._run = self._init(info, name)
         self._delivered.mark(self._delivered.count, id=name)
+        self._delivered.count = max(self._delivered.count, run.step)  # what the server has of a run that was killed
         return run
 
     def _init(self, info: RunInfo, name: str) -> "wandb.Run":

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from cl_bench.atomic import write_text
 from cl_bench.errors import ConfigError, require
+from cl_bench.evaluate import read_predictions
 from cl_bench.record import SCHEMA, SETTINGS, TITLES, Record
 from cl_bench.report import plots
 
@@ -276,8 +276,7 @@ def _confusion(run: Run) -> Figure | None:
     path = run.folder / "predictions.npz"
     if not path.is_file():
         return None
-    with np.load(path) as predictions:
-        return plots.confusion(run.summary["tasks"], run.summary["class_names"], dict(predictions))
+    return plots.confusion(run.summary["tasks"], run.summary["class_names"], read_predictions(path))
 
 
 def _losses(path: Path) -> Figure | None:
