@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from cl_bench import folder as files
-from cl_bench.build import Parts, build, component, loggers
+from cl_bench.build import KINDS, Parts, build, component, loggers
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import INCOMPARABLE, comparable, fingerprint, plain
 from cl_bench.errors import ConfigError, RunError
@@ -46,7 +46,7 @@ def run(config: DictConfig) -> float | None:
         settings = comparable(values)
         dry_run(build(config), base_summary(values, settings))
         return None
-    replicas = component(config.trainer, "trainer", list(config.allow_packages)).replicas
+    replicas = component(config.trainer, "trainer", list(config.allow_packages), KINDS["trainer"]).replicas
     seeds = range(values["seed"], values["seed"] + replicas)
     with stop_signals() as caught:
         if replicas == 1:
