@@ -125,6 +125,7 @@ def run(jobs: Sequence[Job], deadline: float) -> int:
             if job.state == "finished":
                 continue
             if caught or time.monotonic() >= deadline:
+                print(f"Stopped before {job.folder}; the same command goes on.", flush=True)
                 return STOPPED
             print(f"[{number}/{len(jobs)}] {job.command}", flush=True)
             status = _run(job, deadline, caught)
