@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class Moments:
     def arm(self) -> None:
         """Put the counters into this process, which is a fork and ends after its run."""
         self._before(Trainer, "batch", lambda: "in mid-epoch" if self.counts["batch"] > 1 else "before the first step")
-        self._before(Trainer, "run_phase", lambda: "between phases")
+        self._before(Trainer, "phase_course", lambda: "between phases")
         self._before(evaluation, "_answer", lambda: "during evaluation")
         for owner, name in ((os, "fsync"), (Path, "replace")):
             self._before(owner, name, lambda: "while a checkpoint is written")
@@ -392,12 +392,12 @@ def many_tasks(soak: Soak, tasks: int) -> dict[str, list[float]]:
     ]  # fmt: skip
 
     def watch() -> None:
-        run_phase = Trainer.run_phase
+        phase_course = Trainer.phase_course
         rows = []
 
-        def measured(self: Trainer, *args: Any) -> None:
+        def measured(self: Trainer, *args: Any) -> Iterator[Any]:
             steps, began = self.steps, time.process_time()
-            run_phase(self, *args)
+            yield from phase_course(self, *args)
             spent = (time.process_time() - began) / (self.steps - steps)
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -405,7 +405,7 @@ def many_tasks(soak: Soak, tasks: int) -> dict[str, list[float]]:
             rows.append([pages * os.sysconf("SC_PAGE_SIZE") / 1e6, opened, 1e3 * spent])
             Path("rows.json").write_text(json.dumps(rows))
 
-        Trainer.run_phase = measured  # type: ignore[method-assign]
+        Trainer.phase_course = measured  # type: ignore[method-assign,assignment]
 
     if forked([*arguments, "results_dir=r"], place, seconds=3600, prepare=watch) != 0:
         soak.failures.append(f"{tasks} tasks: failed, see {place}")
