@@ -17,15 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 
-import cl_bench.__main__  # stores the typed skeleton that compose() asks for
+import cl_bench
 from cl_bench.build import Parts, build
 from cl_bench.checkpoint import Checkpoint
-from cl_bench.config import CONFIGS
+from cl_bench.config import composed
 from cl_bench.data.base import ImageSet
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.console import Console
@@ -150,13 +146,7 @@ def on_random_pixels(per_class: int) -> list[str]:
 
 def parts_of(*overrides: str) -> Parts:
     """What the command would build with these overrides."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        config = compose("config", overrides=list(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        del config.hydra
-    return build(config)
+    return build(composed(overrides))
 
 
 def run_info(folder: Path, tasks: int) -> RunInfo:

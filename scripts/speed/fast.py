@@ -1,18 +1,35 @@
-"""(h) and replicas: what ``trainer.speed`` and ``trainer.replicas`` are worth, measured through the command line.
+"""(h) what ``trainer.speed`` is worth, measured through the command line, and what computing several seeds as one is.
 
-An epoch of the first task is a repetition; the first one, in which a step is compiled or captured, does not count. The
-runs follow one another, so these ratios are not of interleaved repetitions: read their spread.
+Of a ``trainer.speed`` an epoch of the first task is a repetition; the first one, in which a step is compiled or
+captured, does not count. These runs follow one another, so their ratios are not of interleaved repetitions: read their
+spread.
 """
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from cl_bench.checkpoint import Checkpoint
+from cl_bench.loggers.group import Loggers
+from cl_bench.methods.base import FunctionalMethod
+from cl_bench.replicas import Joint
+from cl_bench.step import total
 from speed.clock import seconds_a_step
-from speed.common import BATCH, Options, Row, command, on_random_pixels, ratio
+from speed.common import (
+    BATCH,
+    Options,
+    Row,
+    command,
+    first_phase,
+    in_turn,
+    on_random_pixels,
+    parts_of,
+    ratio,
+    repeat,
+)
 from speed.loop import CASES
 
 SPEEDS = ("eager", "compile", "graph")
@@ -43,13 +60,41 @@ def gpu(options: Options) -> Iterator[Row]:
 
 
 def replicas(options: Options) -> Iterator[Row]:
-    """Cost of five seeds at once in runs of one seed."""
+    """Gradients of five networks computed as one, as :mod:`cl_bench.replicas` does it, against those of one network.
+
+    The draws and the optimizers are each replica's own and left out: what stacking may speed up is the arithmetic.
+    """
     for name, overrides in REPLICAS.items():
-        options.tell(f"{name}, five seeds at once")
-        base = [*on_random_pixels(4 if options.small else 20), *overrides, "scenario.num_tasks=2", "device=cpu"]
-        values = {f"{count}": _run(options, *base, f"trainer.replicas={count}")[0] for count in (1, 5)}
-        what = f"a step of five seeds / of one, {name}"
-        yield Row("replicas", what, "x", ratio(values, "5", "1"), most=2.5, sides=values)
+        options.tell(f"{name}, five seeds as one")
+        built = [parts_of(*on_random_pixels(2), *overrides, f"seed={seed}") for seed in range(5)]
+        steps, methods, inputs = [], [], []
+        for parts in built:
+            method, task = parts.method, parts.scenario.tasks[0]
+            assert isinstance(method, FunctionalMethod)
+            trainer = parts.trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
+            steps.append(next(trainer.phase_course(task, 0, first_phase(parts, task), None)))
+            x = torch.randn(2 * BATCH, *parts.scenario.image_shape)
+            inputs.append({"x": x, "y": torch.randint(100, (2 * BATCH,))})
+            methods.append(method)
+        joint = Joint()
+
+        def alone(number: int = 0, methods: list = methods, inputs: list = inputs) -> None:
+            methods[number].zero_grad()
+            total(methods[number].terms(inputs[number], 0)[0].values()).backward()
+
+        def stacked(joint: Joint = joint, steps: list = steps, methods: list = methods, inputs: list = inputs) -> None:
+            joint.differentiate(steps, methods, inputs)
+
+        def in_a_row(alone: Callable[[int], None] = alone) -> None:
+            for number in range(5):
+                alone(number)
+
+        times = 1 if options.small else {"mlp": 30, "resnet18_slim": 2}[name]
+        works: dict[str, Callable[[], None]] = {"one": alone, "five as one": stacked, "five in a row": in_a_row}
+        values = in_turn({label: repeat(work, times) for label, work in works.items()}, options.repetitions)
+        for label, most in (("five as one", 2.5), ("five in a row", None)):
+            what = f"gradients of {label} / of one, {name}"
+            yield Row("replicas", what, "x", ratio(values, label, "one"), most=most, sides=values)
 
 
 def _run(options: Options, *overrides: str) -> tuple[list[float], int]:

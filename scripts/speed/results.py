@@ -83,7 +83,7 @@ def draw(path: Path, rows: list[Row], facts: dict[str, Any]) -> None:
     )
     for axis, (title, chosen) in zip(axes[:, 0], drawn.values()):
         _bars(axis, title, chosen)
-    figure.suptitle(_title(facts), fontsize=8, color="0.4")
+    figure.suptitle(f"{_title(facts)}\nthick: what is wanted; thin: smallest to largest", fontsize=8, color="0.4")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -94,13 +94,13 @@ def _bars(axis: Any, title: str, rows: list[Row]) -> None:
     for place, row in zip(places, rows):
         axis.barh(place, row.median, height=0.62, color=colours[row.reached])
         axis.plot([min(row.values), max(row.values)], [place, place], color="black", linewidth=1)
-        for wanted in (row.least, row.most):
-            if wanted is not None:
-                axis.plot([wanted, wanted], [place - 0.42, place + 0.42], color="black", linewidth=2)
-        axis.annotate(f" {_number(row.median)}", (max(row.median, *row.values), place), va="center", fontsize=8)
+        wanted = [value for value in (row.least, row.most) if value is not None]
+        for value in wanted:
+            axis.plot([value, value], [place - 0.42, place + 0.42], color="black", linewidth=2)
+        axis.annotate(f"  {_number(row.median)}", (max(*row.values, *wanted), place), va="center", fontsize=8)
     axis.set_yticks(list(places), [row.what for row in rows], fontsize=8)
     axis.set_title(title, fontsize=9, loc="left")
-    axis.set_xlim(0, 1.12 * max(max(row.values) for row in rows))
+    axis.set_xlim(0, 1.12 * max(max(*row.values, row.least or 0, row.most or 0) for row in rows))
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 

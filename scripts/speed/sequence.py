@@ -98,8 +98,10 @@ def steps(options: Options) -> Iterator[Row]:
         if case.most is None:
             for begin in (1, 2):
                 what = f"{name}: growth of a step a task, tasks {begin} to {points[-1]}, of the first task's step"
-                apart, whole = points[-1] - begin, values["task 1"]
-                growth = [100 * (b - a) / c / apart for a, b, c in zip(values[f"task {begin}"], values[last], whole)]
+                apart, first_task = points[-1] - begin, values["task 1"]
+                growth = [
+                    100 * (b - a) / c / apart for a, b, c in zip(values[f"task {begin}"], values[last], first_task)
+                ]
                 yield Row("sequence", what, "%", growth, most=5.0, sides=values, note=NOTES[name])
         else:
             what = f"{name}: step at {last} / {first}"
