@@ -300,11 +300,12 @@ def test_parameter_counts():
 
     from conftest import configure
 
-    from cl_bench.build import component
+    from cl_bench.backbones.base import Backbone
+from cl_bench.build import component
 
     shape = {"num_classes": 100, "image_shape": (3, 32, 32)}
     for name, expected in {"lvt": 8_929_088, "lvt_3stage": 7_626_560, "resnet18": 11_220_132}.items():
-        net = component(configure(f"backbone={name}").backbone, "backbone", [], **shape)
+        net = component(configure(f"backbone={name}").backbone, "backbone", [], Backbone, **shape)
         assert count(net) == expected, name
         if name == "lvt":
             assert count(net.stem) == 2_775_104

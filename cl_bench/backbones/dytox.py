@@ -29,7 +29,8 @@ class TaskAttention(nn.Module):
     """TAB: a task token asks the patches and itself, z = [theta; x], u = LN(z).
 
     q = W_q u_theta, k = W_k u, v = W_v u;  c = theta + W_o softmax(q k^T / sqrt(D / h)) v;  e = c + MLP(LN(c)).
-    Only the token is updated, so that the cost is linear in the number of patches.
+    Only the token is updated, so that the cost is linear in the number of patches. LN, W_k and W_v look at every row of z
+    by itself, so keys and values of the patches are computed once for all tokens (:meth:`remembered`).
     """
 
     def __init__(self, *, dim: int, heads: int, mlp_ratio: int, drop_path: float) -> None:
@@ -41,18 +42,26 @@ class TaskAttention(nn.Module):
         self.mlp = Mlp(dim, mlp_ratio * dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, token: Tensor, x: Tensor) -> Tensor:
-        """(1, 1, D), (B, n, D) -> (B, D)."""
-        batch = len(x)
-        token = token.expand(batch, 1, -1)
-        u = self.norm1(torch.cat([token, x], dim=1))
-        q, k, v = (
-            layer(y).view(batch, y.shape[1], self.heads, -1).transpose(1, 2)
-            for layer, y in ((self.q, u[:, :1]), (self.k, u), (self.v, u))
-        )  # (B, h, 1 or n + 1, D / h)
+    def remembered(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches (B, n, D) -> their keys and values, (B, h, n, D / h) each."""
+        u = self.norm1(x)
+        return self._heads(self.k(u)), self._heads(self.v(u))
+
+    def forward(self, token: Tensor, patches: tuple[Tensor, Tensor]) -> Tensor:
+        """Token (1, 1, D), keys and values of the patches -> (B, D)."""
+        keys, values = patches
+        batch = len(keys)
+        u = self.norm1(token)
+        q, k, v = (self._heads(layer(u)).expand(batch, -1, -1, -1) for layer in (self.q, self.k, self.v))
+        k, v = torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)  # (B, h, n + 1, D / h)
         asked = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, 1, -1)
+        token = token.expand(batch, 1, -1)
         c = token + self.drop_path(self.out(asked))
         return (c + self.drop_path(self.mlp(self.norm2(c))))[:, 0]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, n, D) -> (B, h, n, D / h)."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class Classifier(nn.Sequential):
@@ -165,8 +174,8 @@ class DyTox(Backbone):
 
     def embeddings(self, x: Tensor) -> list[Tensor]:
         """(B, C, H, W) -> e_1..e_t, (B, D) each: one pass of the encoder, one of the TAB for every token."""
-        encoded = self.encode(x)
-        return [self.tab(token, encoded) for token in self.tokens]
+        patches = self.tab.remembered(self.encode(x))
+        return [self.tab(token, patches) for token in self.tokens]
 
     def logits(self, embeddings: list[Tensor]) -> Tensor:
         """e_1..e_t -> (B, C): classifier i reads e_i, or a single one reads all of them."""
