@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 
 MINI := +experiment=lvt_cifar100_10split,resnet18_finetune_cifar100_10split,resnet18_er_cifar100_10split,resnet18_derpp_cifar100_10split,resnet18_joint_cifar100_10split
 
-.PHONY: help environment quickstart test lint types check format bench mini clean
+.PHONY: help environment quickstart test lint types check format bench mini soak golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,13 @@ bench: $(VENV)/.made ## speed of loop, data path and buffer as ratios
 mini: $(VENV)/.made ## the table in results/mini: fifteen runs of about two minutes
 	$(RUN) -m cl_bench -m $(MINI) +scale=mini seed=0,1,2 results_dir=results/mini/records
 	$(RUN) scripts/compare.py results/mini/records --out results/mini
+
+soak: $(VENV)/.made ## 220 kills over every method, loggers, a full disk, 200 tasks, a long fuzz: an hour or so
+	OMP_NUM_THREADS=1 $(RUN) -u tests/soak.py --kills 220 --more --json soak.json
+	CL_BENCH_FUZZ=1000 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_fuzz.py --timeout=0
+
+golden: $(VENV)/.made ## make the golden runs of the tests anew, where results were meant to change
+	OMP_NUM_THREADS=1 $(RUN) tests/test_golden.py
 
 clean: ## remove the environment and caches, never data or results
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
