@@ -21,7 +21,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models.convit import GPSA, Block
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import Backbone
+from cl_bench.backbones.base import Backbone, check_layers
 from cl_bench.errors import require
 
 
@@ -100,6 +100,7 @@ class DyTox(Backbone):
         sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
         for key, value in sizes.items():
             require(value > 0, key, expected="1 or more", got=value, fix="See configs/backbone/dytox.yaml.")
+        check_layers("depth", depth)
         require(dim % heads == 0, "dim", expected=f"a multiple of {heads} heads", got=dim, fix=f"Try {heads * 32}.")
         require(0 <= drop_path < 1, "drop_path", expected="in [0, 1)", got=drop_path, fix="The paper's code has 0.1.")
         channels, height, width = image_shape
