@@ -14,7 +14,7 @@ DYTOX_PARTS := token_expansion divergence_head finetuning independent_classifier
 space := $(subst ,, )
 listed = $(subst $(space),$(,),$(strip $(1)))
 
-.PHONY: help environment quickstart test lint types check format bench mini ablation_lvt ablation_dytox clean
+.PHONY: help environment quickstart test lint types check format bench mini ablation_lvt ablation_dytox soak golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +62,13 @@ ablation_lvt: $(VENV)/.made ## LVT less one part each at mini scale, beside the 
 ablation_dytox: $(VENV)/.made ## the same of DyTox
 	$(SWEEP) results_dir=results/mini/$@/records +experiment=dytox_cifar100_10step +ablation=$(call listed,$(addprefix dytox_without_,$(DYTOX_PARTS)))
 	$(RUN) scripts/compare.py results/mini/records/dytox_cifar100_10step results/mini/$@/records --out results/mini/$@
+
+soak: $(VENV)/.made ## 220 kills over every method, loggers, a full disk, 200 tasks, a long fuzz: an hour or so
+	OMP_NUM_THREADS=1 $(RUN) -u tests/soak.py --kills 220 --more --json soak.json
+	CL_BENCH_FUZZ=1000 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_fuzz.py --timeout=0
+
+golden: $(VENV)/.made ## make the golden runs of the tests anew, where results were meant to change
+	OMP_NUM_THREADS=1 $(RUN) tests/test_golden.py
 
 clean: ## remove the environment and caches, never data or results
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

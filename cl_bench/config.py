@@ -225,6 +225,8 @@ def typed(value: Any, hint: Any, key: str) -> Any:
     """``value`` as OmegaConf converts it to the annotation ``hint``, without its leniency towards odd numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, expected="a finite number", got=value, fix="Correct the value.")
+    if any(isinstance(number, int) and abs(number) >= 2**63 for number in _numbers(value)):
+        raise ConfigError(key, expected="whole numbers of 64 bits", got=value, fix="Correct the value.")
     if hint is bool and not isinstance(value, bool):
         raise ConfigError(key, expected="true or false", got=value, fix="Choose one of them.")
     if typing.get_origin(hint) is Literal:
@@ -244,6 +246,10 @@ def typed(value: Any, hint: Any, key: str) -> Any:
         raise ConfigError(
             key, expected=f"a value of type {name.replace('typing.', '')}", got=value, fix="Correct the value."
         ) from error
+
+
+def _numbers(value: Any) -> list[Any]:
+    return [number for item in value for number in _numbers(item)] if isinstance(value, list) else [value]
 
 
 def _omegaconf_type(hint: Any) -> Any:

@@ -47,8 +47,9 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error says that there is not enough memory, of a device or of the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    words = r"can't allocate memory|not enough memory|out of memory"  # of torch's allocators for CPU and MPS
-    return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+    # Of torch's allocators for CPU and MPS, and of sizes whose product has more than 64 bits.
+    words = r"can't allocate memory|not enough memory|out of memory|[Oo]verflow"
+    return isinstance(error, RuntimeError | TypeError | ValueError) and re.search(words, str(error)) is not None
 
 
 def largest_tensors(named: Mapping[str, torch.Tensor], count: int = 5) -> list[str]:

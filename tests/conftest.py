@@ -10,7 +10,9 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Context
+from cl_bench.build import component
 from cl_bench.config import composed
 from cl_bench.data.base import ImageSet
 from cl_bench.data.transform import Transform
@@ -41,6 +43,12 @@ TINY = [
 def configure(*overrides: str) -> DictConfig:
     """The configuration that the command would run with."""
     return composed(overrides)
+
+
+def network_of(*overrides: str, num_classes: int = 100, image_shape: tuple[int, int, int] = (3, 32, 32)) -> Backbone:
+    """The network that these overrides choose."""
+    shape = {"num_classes": num_classes, "image_shape": image_shape}
+    return component(configure(*overrides).backbone, "backbone", [], Backbone, **shape)
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

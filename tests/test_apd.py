@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, configure, identity_transform, toy_images
+from conftest import batch_of, configure, identity_transform, network_of, toy_images
 from test_losses import array, cross_entropy
 from test_methods import trainer_of
 
 from cl_bench.backbones.apd import NO_GROUP, APDNet, ResponseNorm
-from cl_bench.backbones.base import Backbone
-from cl_bench.build import Parts, build, component
+from cl_bench.build import Parts, build
 from cl_bench.errors import ConfigError
 from cl_bench.methods.apd import APD, k_means, split
 from cl_bench.metrics.forgetting import forgetting
@@ -81,9 +80,7 @@ def opened(method: APD, task: int, y: torch.Tensor, raw: torch.Tensor) -> list[t
 
 
 def test_the_papers_network_has_2986500_shared_weights():
-    net = component(
-        configure("backbone=apd").backbone, "backbone", [], Backbone, num_classes=100, image_shape=(3, 32, 32)
-    )
+    net = network_of("backbone=apd")
     assert [tuple(s.shape) for s in net.sigma] == [(20, 3, 5, 5), (50, 20, 5, 5), (800, 3200), (500, 800)]
     assert sum(s.numel() for s in net.sigma) == 2_986_500
     net.add_task(10)

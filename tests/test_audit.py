@@ -79,6 +79,54 @@ class KeepsImagesAside(Honest):
         self.statistics.copy_(self.scenario.transform.plain(task.train.images[:5]))
 
 
+class KeepsImagesAsideInDisguise(KeepsImagesAside):
+    """The same as one long row of numbers from 0 to 1."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.register_buffer("statistics", torch.zeros(5 * 64))
+
+    def learn(self, task):
+        yield from ER.learn(self, task)
+        self.statistics.copy_(task.train.images[:5].flatten() / 255)
+
+
+class KeepsImagesInColumns(Honest):
+    """Stores more images beside the ones it may keep."""
+
+    def learn(self, task):
+        yield from super().learn(task)
+        self.buffer.columns["notes"] = task.train.images[:20].flatten(1).float()
+
+
+class TrainsOnValidationImages(Honest):
+    """Adds the images that are held out to its phase, and remembers some."""
+
+    def learn(self, task):
+        yield Phase(Data.concatenate([task.val, task.train]), self.observe, self.net.parameters())
+        self.buffer.close_task(task, self.describe)
+        self.buffer.images[:3] = task.val.images[:3]
+
+
+class ChoosesOnTheImagesItIsMeasuredOn(Honest):
+    """Keeps its weights only where they do well on the images that are asked about later."""
+
+    def learn(self, task):
+        yield from super().learn(task)
+        asked = task.asked("val")
+        loss = torch.nn.functional.cross_entropy(self.net(self.scenario.transform.plain(asked.images)), asked.labels)
+        self.net.head.weight.data *= 1 + loss.item()
+
+
+class OpensAllClassesAtOnce(Honest):
+    """Makes the evaluation believe that every class was seen in the first task."""
+
+    def learn(self, task):
+        yield from super().learn(task)
+        tasks = self.scenario.tasks
+        tasks[:] = [replace(t, classes=range(10) if t.id == 0 else range(10, 10)) for t in tasks]
+
+
 class OverfillsItsBuffer(Honest):
     """Allocates more places than the capacity."""
 
@@ -131,21 +179,43 @@ CHEATS = {
     TrainsOnTestImages: {
         "every phase trains on training images",
         "every remembered image was in the training set",
-        "training does not depend on the test set",
+        "training does not depend on the images it is measured on",
     },
-    PeeksAtTestImages: {"training does not depend on the test set"},
+    TrainsOnValidationImages: {
+        "every phase trains on training images",
+        "every remembered image was in the training set",
+    },
+    ChoosesOnTheImagesItIsMeasuredOn: {"training does not depend on the images it is measured on"},
+    PeeksAtTestImages: {"training does not depend on the images it is measured on"},
     KeepsImagesAside: {"no training image is kept outside the buffer"},
+    KeepsImagesAsideInDisguise: {"no training image is kept outside the buffer"},
+    KeepsImagesInColumns: {
+        "no training image is kept outside the buffer",
+        "the buffer is within its budget",
+        "the buffer stays within its budget while learning",
+    },
+    OpensAllClassesAtOnce: {"no class is answered before it was seen"},
     OverfillsItsBuffer: {"the buffer is within its budget", "the buffer stays within its budget while learning"},
-    StoresTestImages: {"every remembered image was in the training set", "training does not depend on the test set"},
+    StoresTestImages: {
+        "every remembered image was in the training set",
+        "training does not depend on the images it is measured on",
+    },
     LearnsWhileAnswering: {"answering leaves the method's state as it was"},
     LeavesGradients: {"answering leaves no gradient behind"},
     NormalisesByBatch: {"BatchNorm is in evaluation mode"},
 }
 
 
+SETTINGS = {
+    TrainsOnValidationImages: ["scenario.val_fraction=0.3"],
+    ChoosesOnTheImagesItIsMeasuredOn: ["scenario.val_fraction=0.3", "trainer.evaluate_on=val"],
+}
+"""What a cheat needs to be tempted."""
+
+
 def verdicts(make: Callable[[Parts], ER], tmp_path) -> dict[str, bool]:
     def rebuild() -> Parts:
-        parts = build(configure(*RUN))
+        parts = build(configure(*RUN, *SETTINGS.get(make, [])))
         return replace(parts, method=make(parts))
 
     parts = rebuild()

@@ -354,6 +354,23 @@ WRONG = {
     "an empty layer": (["backbone.hidden=[0]"], r"backbone.hidden: expected widths of 1 or more; got \[0\]"),
     "no tasks": (["scenario.classes_per_task=[]"], "scenario.classes_per_task: expected positive numbers that add up"),
     "a huge number": (["seed=100000000000000000000000"], "seed: expected a whole number in"),
+    "a huge number in a group": (
+        ["backbone.hidden=[100000000000000000000000000]"],
+        "backbone.hidden: expected whole numbers of 64 bits",
+    ),
+    "more than there is memory": (
+        ["backbone.hidden=[1000000000000]"],
+        "backbone: expected sizes that fit into this machine's memory",
+    ),
+    "more places than there is memory": (
+        ["method=er", "buffer=reservoir", "buffer.capacity=1000000000000000"],
+        "buffer: expected sizes that fit into this machine's memory",
+    ),
+    "layers without end": (
+        ["backbone=vit", "backbone.patch_size=4", "backbone.depth=1000000000000"],
+        "backbone.depth: expected 1 to 1000 layers; got 1000000000000",
+    ),
+    "a secret": (["data_dir=${oc.env:HOME}"], "data_dir: expected an environment variable whose name begins with"),
     "letters beyond ASCII": (["method=größer"], ""),
     "too many images": (
         ["scenario.train_per_class=99999"],

@@ -5,13 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, buffer_context, configure, identity_transform
+from conftest import batch_of, buffer_context, configure, identity_transform, network_of
 from test_losses import array, softmax
 
-from cl_bench.backbones.base import Backbone
 from cl_bench.backbones.dytox import DyTox
 from cl_bench.buffers.herding import Herding
-from cl_bench.build import build, component
+from cl_bench.build import build
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.errors import ConfigError
 from cl_bench.loggers.group import Loggers
@@ -161,9 +160,7 @@ def test_mixup_draws_beta_once_a_batch(three_images):
 
 def test_parameter_counts():
     """10.734, 10.745 and 10.780 M at 10, 20 and 50 steps, 10.723 M for the joint transformer."""
-    net = component(
-        configure("backbone=dytox").backbone, "backbone", [], Backbone, num_classes=100, image_shape=(3, 32, 32)
-    )
+    net = network_of("backbone=dytox")
 
     def count(module):
         return sum(p.numel() for p in module.parameters())
@@ -182,9 +179,7 @@ def test_parameter_counts():
 
 
 def test_drop_path_rises_linearly_to_the_tab():
-    net = component(
-        configure("backbone=dytox").backbone, "backbone", [], Backbone, num_classes=100, image_shape=(3, 32, 32)
-    )
+    net = network_of("backbone=dytox")
     rates = [0.0] + [block.drop_path.drop_prob for block in net.sabs[1:]] + [net.tab.drop_path.drop_prob]
     assert isinstance(net.sabs[0].drop_path, torch.nn.Identity)
     assert rates == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
@@ -261,9 +256,7 @@ def test_the_encoder_starts_local():
     block.local_init()
     assert torch.equal(block.v.weight, torch.eye(8))
     assert block.pos_proj.weight[0].tolist() == [2 * (0 - 0.0), 2 * (0 - 0.0), -1]  # one central head of two
-    full = component(
-        configure("backbone=dytox").backbone, "backbone", [], Backbone, num_classes=10, image_shape=(3, 32, 32)
-    )
+    full = network_of("backbone=dytox", num_classes=10)
     centres = full.sabs[0].attn.pos_proj.weight[:9, :2] / 2
     assert {tuple(c) for c in centres.tolist()} == {(dx, dy) for dx in (-1.0, 0.0, 1.0) for dy in (-1.0, 0.0, 1.0)}
     assert full.sabs[0].attn.gating_param.tolist() == 12 * [1.0]

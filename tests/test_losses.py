@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, buffer_context, identity_transform
+from conftest import batch_of, buffer_context, identity_transform, network_of
 
 from cl_bench.backbones.lvt import LVT
 from cl_bench.backbones.mlp import MLP
@@ -298,14 +298,8 @@ def test_parameter_counts():
     def count(net):
         return sum(p.numel() for p in net.parameters())
 
-    from conftest import configure
-
-    from cl_bench.backbones.base import Backbone
-from cl_bench.build import component
-
-    shape = {"num_classes": 100, "image_shape": (3, 32, 32)}
     for name, expected in {"lvt": 8_929_088, "lvt_3stage": 7_626_560, "resnet18": 11_220_132}.items():
-        net = component(configure(f"backbone={name}").backbone, "backbone", [], Backbone, **shape)
+        net = network_of(f"backbone={name}")
         assert count(net) == expected, name
         if name == "lvt":
             assert count(net.stem) == 2_775_104

@@ -8,12 +8,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import TINY, batch_of, configure, toy_images
+from conftest import TINY, batch_of, configure, network_of, toy_images
 
-from cl_bench.backbones.base import Backbone
 from cl_bench.backbones.layers.vit import small_vit
 from cl_bench.backbones.memory_vit import MemoryViT, attention_rules
-from cl_bench.build import build, component
+from cl_bench.build import build
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.errors import ConfigError
 from cl_bench.loggers.group import Loggers
@@ -416,18 +415,9 @@ def test_wrong_keys_are_refused(keys, message):
 
 
 def test_plain_vit_is_timms_and_as_large_as_lvt():
-    net = component(
-        configure("backbone=vit").backbone, "backbone", [], Backbone, num_classes=100, image_shape=(3, 32, 32)
-    )
+    net = network_of("backbone=vit")
     assert sum(p.numel() for p in net.parameters()) == 8_955_748
-    small = component(
-        configure("backbone=vit", "+scale=mini").backbone,
-        "backbone",
-        [],
-        Backbone,
-        num_classes=100,
-        image_shape=(3, 32, 32),
-    ).eval()
+    small = network_of("backbone=vit", "+scale=mini").eval()
     x = torch.randn(2, 3, 32, 32)
     logits = small(x)
     assert logits.shape == (2, 100)

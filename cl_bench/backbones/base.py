@@ -7,6 +7,16 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from cl_bench.errors import require
+
+MOST_LAYERS = 1000
+"""Layers of a kind that a network may be asked for: building more takes minutes and ends in no memory."""
+
+
+def check_layers(key: str, layers: int) -> None:
+    """Refuse a number of layers that cannot be meant."""
+    require(0 < layers <= MOST_LAYERS, key, expected=f"1 to {MOST_LAYERS} layers", got=layers, fix="2 to 24 are usual.")
+
 
 class Backbone(nn.Module, ABC):
     """A network with one head over all K classes."""

@@ -21,7 +21,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models.convit import GPSA, Block
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import Backbone
+from cl_bench.backbones.base import Backbone, check_layers
 from cl_bench.errors import require
 
 
@@ -29,8 +29,8 @@ class TaskAttention(nn.Module):
     """TAB: a task token asks the patches and itself, z = [theta; x], u = LN(z).
 
     q = W_q u_theta, k = W_k u, v = W_v u;  c = theta + W_o softmax(q k^T / sqrt(D / h)) v;  e = c + MLP(LN(c)).
-    Only the token is updated, so that the cost is linear in the number of patches. LN, W_k and W_v look at every row of z
-    by itself, so keys and values of the patches are computed once for all tokens (:meth:`remembered`).
+    Only the token is updated, so that the cost is linear in the number of patches. LN, W_k and W_v look at every row of
+    z by itself, so keys and values of the patches are computed once for all tokens (:meth:`remembered`).
     """
 
     def __init__(self, *, dim: int, heads: int, mlp_ratio: int, drop_path: float) -> None:
@@ -109,6 +109,7 @@ class DyTox(Backbone):
         sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
         for key, value in sizes.items():
             require(value > 0, key, expected="1 or more", got=value, fix="See configs/backbone/dytox.yaml.")
+        check_layers("depth", depth)
         require(dim % heads == 0, "dim", expected=f"a multiple of {heads} heads", got=dim, fix=f"Try {heads * 32}.")
         require(0 <= drop_path < 1, "drop_path", expected="in [0, 1)", got=drop_path, fix="The paper's code has 0.1.")
         channels, height, width = image_shape

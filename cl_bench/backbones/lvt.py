@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import Backbone
+from cl_bench.backbones.base import Backbone, check_layers
 from cl_bench.backbones.layers.resnet import resnet_layers
 from cl_bench.errors import require
 
@@ -151,6 +151,9 @@ class LVT(Backbone):
         sizes |= {"key_dim": [key_dim], "value_dim": [value_dim], "mlp_ratio": [mlp_ratio]}
         for key, values in sizes.items():
             require(min(values) > 0, key, expected="1 or more", got=values, fix="See configs/backbone/lvt.yaml.")
+        check_layers("stem_layers", stem_layers)
+        for depth in depths:
+            check_layers("depths", depth)
         require(
             0 <= dropout < 1, "dropout", expected="a number in [0, 1)", got=dropout, fix="The paper's code has 0.1."
         )

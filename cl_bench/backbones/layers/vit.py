@@ -2,6 +2,7 @@
 
 from timm.models.vision_transformer import VisionTransformer
 
+from cl_bench.backbones.base import check_layers
 from cl_bench.errors import require
 
 
@@ -26,6 +27,7 @@ def small_vit(
     """
     for key, value in {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}.items():
         require(value > 0, key, expected="1 or more", got=value, fix="See configs/backbone/vit.yaml.")
+    check_layers("depth", depth)
     require(mlp_ratio > 0, "mlp_ratio", expected="above 0", got=mlp_ratio, fix="4 is usual.")
     channels, height, width = image_shape
     require(
