@@ -125,23 +125,27 @@ def show(place: Path, summary: dict[str, Any], report: bool) -> None:
     """The report of a finished run, if it is to be made, and its table; training needs none of their packages."""
     try:
         if report:
-            write_report(place)
+            _write_whole_report(place)
         print_result(place, summary)
     except ModuleNotFoundError as error:
         print(f"No report: {error.name} is not installed. The same command writes it where it is.", file=sys.stderr)
+
+
+def _write_whole_report(place: Path) -> None:
+    try:
+        write_report(place)
+    except OSError as error:
+        raise RunError(
+            f"{place}: the run is finished, but its report could not be written: {error.strerror or error}. "
+            "Make room or mend the folder; the same command writes it."
+        ) from error
 
 
 def write_report(place: Path) -> None:
     """Plots and page of a finished run; matplotlib is loaded here and not before."""
     from cl_bench.report import page
 
-    try:
-        page.write_report(place)
-    except OSError as error:
-        raise RunError(
-            f"{place}: the run is finished, but its report could not be written: {error.strerror or error}. "
-            "Make room or mend the folder; the same command writes it."
-        ) from error
+    page.write_report(place)
 
 
 def run_folder(values: dict[str, Any], settings: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Context
-from cl_bench.build import component
+from cl_bench.build import partial_component
 from cl_bench.config import composed
 from cl_bench.data.base import ImageSet
 from cl_bench.data.transform import Transform
@@ -48,7 +48,7 @@ def configure(*overrides: str) -> DictConfig:
 def network_of(*overrides: str, num_classes: int = 100, image_shape: tuple[int, int, int] = (3, 32, 32)) -> Backbone:
     """The network that these overrides choose."""
     shape = {"num_classes": num_classes, "image_shape": image_shape}
-    return component(configure(*overrides).backbone, "backbone", [], Backbone, **shape)
+    return partial_component(configure(*overrides).backbone, "backbone", [], Backbone)(**shape)
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
