@@ -95,12 +95,25 @@ def _check_sums(path: Path) -> None:
             raise zipfile.BadZipFile(f"{member} does not have its checksum")
 
 
-def rng_state(generators: Mapping[str, Generator]) -> State:
-    """The states of every random generator a run may draw from."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+def torch_rng_state() -> State:
+    """The states of torch's own generators: all that a step of training draws from beside the run's."""
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the run's own device
+    }
+
+
+def set_torch_rng_state(state: State) -> None:
+    """The inverse of :func:`torch_rng_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def rng_state(generators: Mapping[str, Generator]) -> State:
+    """The states of every random generator a run may draw from."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return torch_rng_state() | {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
@@ -109,9 +122,7 @@ def rng_state(generators: Mapping[str, Generator]) -> State:
 
 def set_rng_state(state: State, generators: Mapping[str, Generator]) -> None:
     """The inverse of :func:`rng_state`."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    set_torch_rng_state(state)
     random.setstate(_tuples(state["python"]))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -93,12 +93,6 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 def write_environment(folder: Path, device: torch.device) -> None:
     """``env.json``: versions, commit, device and host facts; nothing of the environment's variables."""
     packages = ("cl-bench", "torch", "torchvision", "numpy", "hydra-core", "omegaconf", "timm", "scikit-learn")
-    versions: dict[str, str | None] = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -106,23 +100,31 @@ def write_environment(folder: Path, device: torch.device) -> None:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": versions,
-        "commit": _commit(),
+        "versions": {name: version(name) for name in packages},
+        "commit": commit(),
     }
     write_json(folder / "env.json", facts)
 
 
-def _commit() -> str | None:
+def version(package: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
     """The checkout's commit, with ``+changes`` where files differ from it; None outside a checkout."""
     git = ["git", "-C", str(PACKAGE)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if commit.returncode:
+    if head.returncode:
         return None
-    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 def write_predictions(folder: Path, answers: Evaluation, scenario: Scenario) -> None:

@@ -27,8 +27,7 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     meminfo = PROCESS.parent / "meminfo"
     if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return _stated(meminfo, "MemAvailable")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -37,10 +36,15 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if (PROCESS / "status").exists():
-        lines = dict(line.split(":", 1) for line in (PROCESS / "status").read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
+        return _stated(PROCESS / "status", "VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _stated(file: Path, key: str) -> int:
+    """Bytes of a line ``key: N kB`` in a file of /proc."""
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
 
 
 def ran_out(error: BaseException) -> bool:
@@ -58,9 +62,8 @@ def largest_tensors(named: Mapping[str, torch.Tensor], count: int = 5) -> list[s
     gc.collect()  # what only a cycle holds is nothing to tell of
     reached: dict[int, tuple[int, tuple[int, ...], torch.dtype]] = {}
     for thing in gc.get_objects():
-        if (
-            issubclass(type(thing), torch.Tensor) and thing.layout is torch.strided
-        ):  # not isinstance: proxies answer that
+        # not isinstance: proxies answer that
+        if issubclass(type(thing), torch.Tensor) and thing.layout is torch.strided:
             storage = thing.untyped_storage()
             reached.setdefault(storage.data_ptr(), (storage.nbytes(), tuple(thing.shape), thing.dtype))
     largest = sorted(reached.items(), key=lambda item: -item[1][0])[:count]

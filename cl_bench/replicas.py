@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from cl_bench.checkpoint import set_torch_rng_state, torch_rng_state
 from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
 from cl_bench.step import Step, laid_out_as, state_of, total
 from cl_bench.trainer import Course
-from cl_bench.types import Losses
+from cl_bench.types import Losses, Phase
 
 
 def obstacle(method: Method, device: torch.device) -> str | None:
@@ -43,11 +44,11 @@ class Lane:
         self.step: Step | None = None
         self.result: Any = None
         self.error: Exception | SystemExit | None = None
-        self._rng = _rng()
+        self._rng = torch_rng_state()
 
     def go_on(self, losses: Losses | Exception | None) -> None:
         """Up to the next step, or to the end: a result or an error. What a step failed with is raised in the course."""
-        _set_rng(self._rng)
+        set_torch_rng_state(self._rng)
         self.step = None
         try:
             if isinstance(losses, Exception):
@@ -58,17 +59,17 @@ class Lane:
             self.result = end.value
         except (Exception, SystemExit) as error:  # the others go on; it is raised when they are through
             self.error = error
-        self._rng = _rng()
+        self._rng = torch_rng_state()
 
     def perform(self, step: Step, inputs: Inputs | None) -> Losses | Exception:
         """The step by itself; an error of it is this lane's only."""
-        _set_rng(self._rng)
+        set_torch_rng_state(self._rng)
         try:
             return step.speed.perform(step, inputs)
         except Exception as error:
             return error
         finally:
-            self._rng = _rng()
+            self._rng = torch_rng_state()
 
 
 def lead(courses: Sequence[Course[Step, Losses, Any]]) -> list[Any]:
@@ -130,13 +131,17 @@ class Joint:
     """
 
     def __init__(self) -> None:
+        self._phases: list[Phase] = []
         self._parameters: dict[str, Tensor] = {}
         self._state: dict[str, Tensor] = {}
 
     def differentiate(self, steps: list[Step], methods: list[FunctionalMethod], inputs: list[Inputs]) -> list[Terms]:
         """Each replica's loss terms and columns, and its gradients on its parameters."""
-        self._parameters = _stacked([dict(m.named_parameters()) for m in methods], self._parameters)
-        self._state = _stacked([state_of(m) for m in methods], self._state)
+        phases = [step.phase for step in steps]
+        if list(map(id, phases)) != list(map(id, self._phases)):  # within a phase no tensor takes another's place
+            self._phases = phases
+            self._parameters = _stacked([dict(m.named_parameters()) for m in methods], self._parameters)
+            self._state = _stacked([state_of(m) for m in methods], self._state)
         module, task = _Terms(methods[0]), steps[0].batch.task
 
         def terms(parameters: dict[str, Tensor], state: dict[str, Tensor], inputs: Inputs) -> Terms:
@@ -188,13 +193,3 @@ def _stacked(owned: list[dict[str, Tensor]], before: dict[str, Tensor]) -> dict[
                 tensor.data = place
         stacks[name] = stack
     return stacks
-
-
-def _rng() -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-
-def _set_rng(state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])

@@ -72,15 +72,10 @@ def eager(step: Step) -> Losses:
     """Perform a step as it is written; the reference for every other way."""
     with step.autocast:
         losses = step.phase.observe(step.batch)
-    backward(step, losses)
-    return losses
-
-
-def backward(step: Step, losses: Losses) -> None:
-    """Backward pass and update."""
     step.method.zero_grad()  # all of them: what this phase leaves alone must not pile up gradients
     total(losses.values()).backward()
     step.update()
+    return losses
 
 
 def total(losses: Iterable[Tensor]) -> Tensor:
@@ -105,7 +100,7 @@ def state_of(method: Method) -> dict[str, Tensor]:
     The contents of the rehearsal buffer are not among them: they reach a step through its inputs.
     """
     memories = tuple(f"{name}." for name, module in method.named_modules() if isinstance(module, Buffer))
-    return {name: tensor for name, tensor in method.named_buffers() if not name.startswith(memories or ("\0",))}
+    return {name: tensor for name, tensor in method.named_buffers() if not name.startswith(memories)}
 
 
 class Speed:
@@ -177,13 +172,9 @@ class Speed:
         step.method.zero_grad()
         if self.used == "graph":
             return self._graphs.terms(step, method, inputs)
-        if self.used == "compile" and self._compiled is None:
-            # Static: the last batch of an epoch is one more shape, not an unknown one. A method may look at the task's
-            # number, so every task is one compilation more; past the limit torch would be eager without a word.
-            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-            torch._dynamo.config.fail_on_recompile_limit_hit = True
-            self._compiled = torch.compile(method.terms, dynamic=False)
-        compute = self._compiled if self.used == "compile" and self._compiled else method.terms
+        compute: Callable[[Inputs, int], Terms] = method.terms
+        if self.used == "compile":
+            compute = self._compiled = self._compiled or _compiled(method)
         with step.autocast:
             losses, columns = compute(inputs, step.batch.task)
         total(losses.values()).backward()
@@ -219,6 +210,17 @@ class Speed:
             torch.cuda.synchronize(self.device)
             taken.append(time.perf_counter() - began)
         return statistics.median(taken[Graphs.WARM_UP + 2 :])
+
+
+def _compiled(method: FunctionalMethod) -> Callable[[Inputs, int], Terms]:
+    """Its terms, compiled when they are first called.
+
+    Static: the last batch of an epoch is one more shape, not an unknown one. A method may look at the task's number, so
+    every task is one compilation more; past the limit torch would be eager without a word.
+    """
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(method.terms, dynamic=False)
 
 
 @dataclass

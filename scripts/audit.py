@@ -16,7 +16,7 @@ from cl_bench.atomic import write_text
 from cl_bench.audit import audit
 from cl_bench.build import Parts, build
 from cl_bench.checkpoint import Checkpoint
-from cl_bench.config import Run
+from cl_bench.config import Images, Run
 from cl_bench.errors import ConfigError
 from cl_bench.evaluate import read_predictions
 from cl_bench.folder import read_summary
@@ -51,6 +51,7 @@ def finished(folder: Path) -> tuple:  # of what audit() asks for
         )
     config = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(folder / "config.yaml"))
     assert isinstance(config, DictConfig)
+    config.images = Images.device  # an audit looks at every image, and exchanges some
 
     def rebuild() -> Parts:
         return build(config)

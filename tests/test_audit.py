@@ -250,7 +250,7 @@ def test_a_cheat_is_caught(cheat, tmp_path):
 
 
 def test_the_command_audits_a_run_folder(tmp_path, capsys):
-    done = command(*RUN, "results_dir=r", cwd=tmp_path)
+    done = command(*RUN, "results_dir=r", "images=host", cwd=tmp_path)  # an audit brings them to the device
     assert done.returncode == 0, done.stderr
     [run] = (tmp_path / "r").rglob("seed0")
     spec = importlib.util.spec_from_file_location("audit_command", ROOT / "scripts" / "audit.py")

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from cl_bench.build import Parts, build
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import composed
 from cl_bench.data.base import ImageSet
+from cl_bench.folder import commit, version
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.console import Console
 from cl_bench.loggers.group import Loggers
@@ -224,9 +224,9 @@ def facts() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "cl_bench": cl_bench.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: version(name) for name in packages},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -235,18 +235,6 @@ def facts() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 def _processor() -> str:
