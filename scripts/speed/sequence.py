@@ -61,6 +61,7 @@ class Case:
         trained: whether the tasks between are trained on (a step each), or opened and closed only.
         first: the task that the others are compared with.
         most: what step 50 / step ``first`` may be; None where growth a task is what is limited.
+        brief: what else makes 50 tasks short where memory is measured.
     """
 
     overrides: list[str]
@@ -68,6 +69,7 @@ class Case:
     trained: bool = True
     first: int = 1
     most: float | None = 1.10
+    brief: tuple[str, ...] = ()
 
 
 LINEAR = ["backbone=mlp", "backbone.hidden=[]", "buffer=reservoir", "buffer.capacity=200"]
@@ -75,7 +77,13 @@ CASES = {
     "er": Case(["method=er", *LINEAR], steps=100),
     "derpp": Case(["method=derpp", *LINEAR], steps=50),
     "lvt": Case(["backbone=lvt", "+scale=mini", "buffer.capacity=500"], steps=4, first=2),
-    "dytox": Case(["backbone=dytox", "buffer.capacity=500"], steps=1, trained=False, most=None),
+    "dytox": Case(
+        ["backbone=dytox", "buffer.capacity=500"],
+        steps=1,
+        trained=False,
+        most=None,
+        brief=("buffer.capacity=100", "method.finetune_epochs=1"),
+    ),
 }
 NOTES = {
     "lvt": "against task 2: in the first task its memory is empty, so a step has half the images",
@@ -182,8 +190,9 @@ def _held(name: str, tasks: int) -> dict[int, int]:
     # In this process only: with so few test images an evaluation's batch, and with it the memory of its activations,
     # would grow from 12 images to 100; on CIFAR-100 it is 500 from the first tasks on.
     evaluation.MAX_BATCH = EVALUATED
-    scale = [] if "+scale=mini" in CASES[name].overrides else ["+scale=mini"]
-    overrides = [*CASES[name].overrides, *scale, f"scenario.num_tasks={tasks}", "trainer.epochs=1"]
+    case = CASES[name]
+    scale = [] if "+scale=mini" in case.overrides else ["+scale=mini"]
+    overrides = [*case.overrides, *scale, f"scenario.num_tasks={tasks}", "trainer.epochs=1", *case.brief]
     clock = Clock()
     with looping(parts_of(*on_random_pixels(PER_CLASS), *overrides), clock) as trainer:
         trainer.run()

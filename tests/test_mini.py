@@ -1,0 +1,78 @@
+"""The mini-scale records of this checkout: tables made of them, and the orders that they are said to show."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cl_bench.report.compare import MAIN, compare, write
+
+MINI = Path(__file__).parents[1] / "results" / "mini"
+SEEDS = [0, 1, 2]
+FINETUNE, JOINT = "finetune-resnet18-none", "joint-resnet18-none"
+REHEARSAL = [
+    "er-resnet18-reservoir",
+    "derpp-resnet18-reservoir",
+    "icarl-resnet18-herding",
+    "lvt-lvt-confidence_aware",
+    "dytox-dytox-herding",
+    "er-vit-reservoir",
+]
+METHODS = {
+    "joint",
+    "finetune",
+    "er",
+    "derpp",
+    "icarl",
+    "lwf",
+    "ewc",
+    "lvt",
+    "dytox",
+    "supsup",
+    "den",
+    "apd",
+    "memory_vit",
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row.label: row for row in compare([str(MINI / "records")]).rows}
+
+
+@pytest.mark.parametrize("folder", [".", "ablation_lvt", "ablation_dytox"])
+def test_the_committed_table_is_what_the_command_in_it_makes(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(MINI.parents[1])
+    table = (MINI / folder / "table.md").read_text()
+    command = table.split("`")[1]
+    _, _, *paths, out, _ = shlex.split(command)
+    assert out == "--out"
+    write(compare(paths), tmp_path, command)
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_every_method_has_three_seeds(rows):
+    assert {row.runs[0].summary["method"] for row in rows.values()} == METHODS
+    assert {
+        label: list(row.runs) for label, row in rows.items() if [r.summary["seed"] for r in row.runs] != SEEDS
+    } == {}
+
+
+@pytest.mark.parametrize("method", REHEARSAL)
+def test_rehearsal_is_above_finetuning_with_every_seed(method, rows):
+    bound = rows["finetune-vit-none"] if "-vit-" in method else rows[FINETUNE]
+    assert (rows[method].values(MAIN) > bound.values(MAIN)).all()
+
+
+def test_joint_training_is_the_upper_bound(rows):
+    for row in rows.values():
+        mean = row.stat(MAIN).mean
+        assert row.label == JOINT or mean is None or mean < rows[JOINT].values(MAIN).min()
+
+
+def test_networks_that_keep_tasks_apart_do_not_forget(rows):
+    forgetting = {row.runs[0].summary["method"]: row.values("task_il.forgetting") for row in rows.values()}
+    assert (forgetting["supsup"] == 0).all()
+    assert (forgetting["memory_vit"] == 0).all()
+    assert (forgetting["apd"] < 0.02).all()
+    assert (forgetting["den"] < rows[FINETUNE].values("task_il.forgetting") / 2).all()
