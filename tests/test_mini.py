@@ -76,3 +76,9 @@ def test_networks_that_keep_tasks_apart_do_not_forget(rows):
     assert (forgetting["memory_vit"] == 0).all()
     assert (forgetting["apd"] < 2).all()
     assert (forgetting["den"] < rows[FINETUNE].values("task_il.forgetting") / 2).all()
+
+
+def test_transformers_made_for_it_are_above_rehearsal_on_an_ordinary_one(rows):
+    ordinary = rows["er-vit-reservoir"].stat(MAIN).mean
+    assert rows["lvt-lvt-confidence_aware"].stat(MAIN).mean > ordinary
+    assert rows["dytox-dytox-herding"].stat(MAIN).mean > ordinary
