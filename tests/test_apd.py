@@ -260,6 +260,22 @@ def test_the_next_consolidation_starts_from_the_whole_tensors_and_drops_the_olde
     assert max(moved) <= 0.05 / 2 + 1e-6
 
 
+def test_later_consolidations_move_a_weight_by_half_of_beta_or_lambda1():
+    """What is shared may fall below the threshold when it is shared no more; lambda1 is above beta / 2 here."""
+    method, moved = small(clusters=1, lambda1=0.04), []
+    for values in [(0.0, 0.05, 0.05), (0.05, 0.05, 0.05), (5.0, 5.0, 5.0)]:
+        for value in values:
+            method.net.add_task(1)
+            for tau in method.net.parts[-1].tau:
+                tau.data.fill_(value)
+        before = at_test(method)
+        method.consolidate_every = len(before)  # one cluster
+        method.consolidate()
+        moved.append(max(np.abs(a - b).max() for now, then in zip(at_test(method), before) for a, b in zip(now, then)))
+    # the middle of 0 and 0.05; that of 0.025 and 0.05; 0.0375 alone is cut
+    assert moved == pytest.approx([0.025, 0.0125, 0.0375], abs=1e-6)
+
+
 def test_k_means_starts_where_it_is_told():
     points = torch.tensor([[0.0], [1.0], [10.0], [11.0], [30.0]])
     labels, centroids = k_means(points, torch.tensor([[40.0], [0.0], [9.0]]))

@@ -249,13 +249,19 @@ def test_a_cheat_is_caught(cheat, tmp_path):
         assert caught == CHEATS[cheat]
 
 
+def audit_command():
+    """``scripts/audit.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("audit_command", ROOT / "scripts" / "audit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_command_audits_a_run_folder(tmp_path, capsys):
     done = command(*RUN, "results_dir=r", "images=host", cwd=tmp_path)  # an audit brings them to the device
     assert done.returncode == 0, done.stderr
     [run] = (tmp_path / "r").rglob("seed0")
-    spec = importlib.util.spec_from_file_location("audit_command", ROOT / "scripts" / "audit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = audit_command()
     assert module.main([str(run)]) == 0
     printed = capsys.readouterr().out
     written = json.loads((run / "audit.json").read_text())
@@ -263,3 +269,15 @@ def test_the_command_audits_a_run_folder(tmp_path, capsys):
     assert all(check["passed"] and check["found"] for check in written)
     assert module.main([str(tmp_path)]) == 2
     assert "RUN: expected the folder of a finished run" in capsys.readouterr().err
+
+
+def test_batches_of_one_task_are_said_and_are_no_pass(tmp_path):
+    keys = ["method=supsup", "backbone=mlp", "backbone.hidden=[16]", "+method.deciding_images=1"]
+    done = command(*TINY, *keys, "trainer.epochs=1", "results_dir=r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [run] = (tmp_path / "r").rglob("seed0")
+    assert json.loads((run / "summary.json").read_text())["test_batches"] == "single_task"
+    assert "every test batch is of one task" in (run / "report.html").read_text()
+    assert audit_command().main([str(run)]) == 1
+    checks = {check["name"]: check["passed"] for check in json.loads((run / "audit.json").read_text())}
+    assert not checks["one image a batch gives the same answers"]

@@ -230,11 +230,12 @@ def test_old_tasks_answer_identically_after_an_expansion(make):
     assert torch.isinf(net(IMAGES)[:, 7:]).all()
 
 
-def test_expansion_trains_only_new_weights_and_keeps_old_answers_bit_equal():
-    parts = parts_of("method.group_lasso=0.01", "optimizer.weight_decay=0.1")  # even an optimizer that decays weights
+def test_each_phase_of_a_task_trains_its_own_weights_and_expansion_keeps_old_answers_bit_equal():
+    # even an optimizer that decays weights; an l1 that leaves the first network sparse, so that S is a part of it
+    parts = parts_of("method.group_lasso=0.01", "method.l1=0.05", "optimizer.weight_decay=0.1")
     method, net, trainer = method_of(parts), method_of(parts).net, trainer_of(parts, Checkpoint)
     x = parts.scenario.transform.plain(parts.scenario.tasks[0].test.images)
-    grown = 0
+    seen = set()
     for task in parts.scenario.tasks:
         method.eval()
         for number, phase in enumerate(method.learn(task)):
@@ -243,15 +244,29 @@ def test_expansion_trains_only_new_weights_and_keeps_old_answers_bit_equal():
                 answers = net.answer(x, 0)
             trainer.run_phase(task, number, phase, None)
             method.eval()
-            if task.id == 1 and number == 2:
-                grown += 1
+            if task.id != 1:
+                continue
+            seen.add(number)
+            if number == 0:  # the head alone
+                for layer, (w, b) in zip(net.hidden(), before):
+                    assert torch.equal(layer.weight, w)
+                    assert torch.equal(layer.bias, b)
+                assert torch.equal(net.answer(x, 0), answers)
+            elif number == 1:  # the selected part, W_S
+                masks = method._chosen[:-1]
+                assert not all(mask.all() for mask, _ in masks)
+                for layer, (w, b), (mask, row) in zip(net.hidden(), before, masks):
+                    assert torch.equal(layer.weight[~mask], w[~mask])
+                    assert torch.equal(layer.bias[~row], b[~row])
+                assert any(not torch.equal(layer.weight, w) for layer, (w, _) in zip(net.hidden(), before))
+            elif number == 2:  # what was added
                 n = [w - method.units for w in net.widths]
                 for layer, (w, b), rows, columns in zip(net.hidden(), before, n, [1, *n]):
                     assert torch.equal(layer.weight[:rows, :columns], w[:rows, :columns])
                     assert torch.equal(layer.bias[:rows], b[:rows])
                     assert not torch.equal(layer.weight[rows:], w[rows:])
                 assert torch.equal(net.answer(x, 0), answers)
-    assert grown == 1
+    assert seen >= {0, 1, 2}
 
 
 @pytest.mark.parametrize(("tau", "expands"), [(0.0, True), (1000.0, False)])

@@ -189,8 +189,11 @@ def test_lvt_importance_is_the_mean_gradient_of_the_injection_loss(three_images)
     raw, y = three_images
     method = lvt()
     data = Data(raw, y, torch.arange(3))
-    list(method.learn(Task(0, range(2), data, data, data)))
     parameters = method.net.keys_and_biases()
+    list(method.learn(Task(0, range(2), data, data, data)))
+    for p in method.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    list(method.learn(Task(1, range(2), data, data, data)))  # its measure holds nothing of the first one's
     brute = [torch.zeros_like(p) for p in parameters]
     for image, label in zip(raw, y):  # one image at a time
         logits = method.net.injection(method.net.features(image[None].float() / 255))

@@ -367,6 +367,21 @@ def test_weights_from_a_file(tmp_path):
     assert sum(p.numel() for p in phase.params) == 6 * 3 * 64 + 64 + 65 * 2
 
 
+def test_weights_of_timm(monkeypatch):
+    create, asked = timm.create_model, []
+
+    def fetched(model, *, pretrained, **keys):
+        asked.append((model, pretrained))
+        return create(model, pretrained=False, **keys)
+
+    monkeypatch.setattr(timm, "create_model", fetched)
+    keys = {"pretrained": True, "image_shape": (3, 32, 32), "image_mean": [0.1] * 3, "image_std": [0.4] * 3}
+    learned = LearnableMemory(net=MemoryViT(**(KEYS | keys)), scenario=scenario(), **RULE)
+    assert asked == [("test_vit", True)]
+    assert learned.facts()["trunk"] == "weights of test_vit"
+    assert len(list(learned.learn(scenario().tasks[0]))) == 1  # no warm-up
+
+
 @pytest.mark.parametrize("kind", ["missing", "pickled code", "another network", "not a state dict"])
 def test_a_wrong_file_of_weights_is_refused(kind, tmp_path):
     path = tmp_path / "weights.pt"

@@ -10,6 +10,7 @@ from cl_bench.backbones.layers.masked import MaskedNet, TaskBatchNorm, kept_weig
 from cl_bench.backbones.lvt import LVT
 from cl_bench.backbones.mlp import MLP
 from cl_bench.backbones.resnet18 import ResNet18
+from cl_bench.backbones.vit import ViT
 from cl_bench.build import build
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.errors import ConfigError
@@ -44,6 +45,10 @@ def slim_resnet(shape: tuple[int, int, int] = COLOUR) -> ResNet18:
 def small_lvt() -> LVT:
     keys = {"width": 8, "stem_layers": 1, "dims": [8, 16], "depths": [1, 1], "heads": [2, 2], "key_dim": 4}
     return LVT(**keys, value_dim=4, mlp_ratio=2, dropout=0.1, num_classes=6, image_shape=GREY)
+
+
+def small_vit() -> ViT:
+    return ViT(patch_size=4, dim=8, depth=1, heads=2, mlp_ratio=2, num_classes=6, image_shape=GREY)
 
 
 def supsup(net=None, num_tasks: int = 3, shape=GREY, **changes) -> SupSup:
@@ -110,14 +115,19 @@ def test_weights_are_signed_kaiming_constants_without_bias():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
 
 
-@pytest.mark.parametrize("net", [mlp, lambda: slim_resnet(GREY), small_lvt], ids=["mlp", "resnet18", "lvt"])
+@pytest.mark.parametrize(
+    "net", [mlp, lambda: slim_resnet(GREY), small_lvt, small_vit], ids=["mlp", "resnet18", "lvt", "vit"]
+)
 @pytest.mark.parametrize("mask", ["edge_popup", "threshold"])
 def test_any_network_is_masked_and_learns(net, mask):
     method = supsup(net(), mask=mask)
     task = Classes(3, GREY).tasks[0]
     phase = next(method.learn(task))
     first = method.train().observe(batch_of(task.train.images, task.train.labels, 0))["ce"].item()
+    rest = {name: p.clone() for name, p in method.named_parameters() if not name.endswith(".scores")}
     train(method, phase, task, steps=30)
+    assert rest  # weights, and of a transformer LayerNorm, class token and positions
+    assert all(torch.equal(p, rest[name]) for name, p in method.named_parameters() if name in rest)
     assert method.train().observe(batch_of(task.train.images, task.train.labels, 0))["ce"].item() < 0.7 * first
 
 
