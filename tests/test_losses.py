@@ -109,17 +109,18 @@ def test_derpp(three_images):
     assert losses["replay_ce"].item() == pytest.approx(0.6 * cross_entropy(z_old, old_y.numpy()), rel=1e-5)
 
 
-def test_derpp_draws_twice_and_stores_the_streams_logits(three_images):
+@pytest.mark.parametrize(("beta", "expected"), [(1.0, {"ce", "logit_mse", "replay_ce"}), (0.0, {"ce", "logit_mse"})])
+def test_derpp_draws_for_each_term_and_stores_the_streams_logits(beta, expected, three_images):
     raw, y = three_images
     method = DERpp(
-        net=mlp(), buffer=Reservoir(capacity=6, context=buffer_context()), alpha=1.0, beta=1.0, replay_size=1
+        net=mlp(), buffer=Reservoir(capacity=6, context=buffer_context()), alpha=1.0, beta=beta, replay_size=1
     )
     remembered(method.buffer, STORED)
     draws = []
     sample = method.buffer.sample
     method.buffer.sample = lambda size: draws.append(sample(size)) or draws[-1]
-    method.observe(batch_of(raw, y))
-    assert len(draws) == 2
+    assert set(method.observe(batch_of(raw, y))) == expected
+    assert len(draws) == len(expected) - 1
     torch.testing.assert_close(method.buffer.columns["logits"][3:6], method.net(raw.float() / 255).detach())
 
 

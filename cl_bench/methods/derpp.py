@@ -25,7 +25,7 @@ class DERpp(FunctionalMethod):
 
     Args:
         alpha: weight of the logit-matching term.
-        beta: weight of the replayed cross-entropy.
+        beta: weight of the replayed cross-entropy; 0 is DER, which has no second draw.
         replay_size: images of each draw.
     """
 
@@ -46,8 +46,11 @@ class DERpp(FunctionalMethod):
         """(x, y) of the stream, (x', z') and (x'', y'') of two draws."""
         found = {"x": batch.x, "y": batch.y}
         if len(self.buffer):
-            first, second = (self.buffer.sample(self.replay_size) for _ in range(2))
-            found |= {"x'": first.x, "z'": first.columns["logits"], "x''": second.x, "y''": second.y}
+            first = self.buffer.sample(self.replay_size)
+            found |= {"x'": first.x, "z'": first.columns["logits"]}
+            if self.beta:
+                second = self.buffer.sample(self.replay_size)
+                found |= {"x''": second.x, "y''": second.y}
         return found
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
@@ -56,6 +59,7 @@ class DERpp(FunctionalMethod):
         losses = {"ce": F.cross_entropy(logits, inputs["y"])}
         if "x'" in inputs:
             losses["logit_mse"] = self.alpha * F.mse_loss(self.net(inputs["x'"]).float(), inputs["z'"])
+        if "x''" in inputs:
             losses["replay_ce"] = self.beta * F.cross_entropy(self.net(inputs["x''"]), inputs["y''"])
         return losses, {"logits": logits.detach()}
 
