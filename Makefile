@@ -51,7 +51,7 @@ bench: $(VENV)/.made ## speed against the limit, Avalanche and pieces, as ratios
 
 mini: $(VENV)/.made ## the table in results/mini: three seeds of every method, about an hour and a half
 	$(SWEEP) results_dir=results/mini/records +experiment=$(call listed,$(MINI))
-	$(SWEEP) results_dir=results/mini/records +experiment=vit_er_cifar100_10split method=finetune buffer=none
+	$(SWEEP) results_dir=results/mini/records +experiment=vit_er_cifar100_10split method=finetune,joint buffer=none
 	$(SWEEP) results_dir=results/mini/records +experiment=supsup_cifar100_20split scenario.num_tasks=10
 	$(RUN) scripts/compare.py results/mini/records --out results/mini
 
