@@ -87,13 +87,12 @@ def test_the_terms_of_the_main_phase_are_the_equations(three_images, old, temper
     share = old / 4
     p, q = softmax(z[:, :old] / temperature), softmax(teacher / temperature)
     auxiliary = array(method.auxiliary(embeddings[-1]))
-    new = 4 - old
-    assert auxiliary.shape == (3, 1 + new)
+    assert auxiliary.shape == (3, 1 + 4 - old)
+    places = np.maximum(y.numpy() - old + 1, 0)  # 0 any old class, then the new ones
     expected = {
         "clf": (1 - share) * bce(z, one_hot),
         "kd": share * temperature**2 * (q * np.log(q / p)).sum() / (3 * old),  # over images and old classes
-        "div": 0.1
-        * bce(auxiliary, np.eye(1 + new)[np.maximum(y.numpy() - old + 1, 0)]),  # 0 any old class, then new ones
+        "div": 0.1 * bce(auxiliary, np.eye(1 + 4 - old)[places]),
     }
     assert expected["kd"] > 1e-6 or old == 1  # of one class the softmax is 1
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4)

@@ -1,13 +1,13 @@
 """The mini-scale records of this checkout: tables made of them, and the orders that they are said to show."""
 
 import shlex
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from cl_bench.report.compare import MAIN, compare, write
 
-MINI = Path(__file__).parents[1] / "results" / "mini"
+MINI = ROOT / "results" / "mini"
 SEEDS = [0, 1, 2]
 FINETUNE, JOINT = "finetune-resnet18-none", "joint-resnet18-none"
 REHEARSAL = [
@@ -42,7 +42,7 @@ def rows():
 
 @pytest.mark.parametrize("folder", sorted(str(path.parent.relative_to(MINI)) for path in MINI.rglob("table.md")))
 def test_the_committed_table_is_what_the_command_in_it_makes(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(MINI.parents[1])
+    monkeypatch.chdir(ROOT)
     table = (MINI / folder / "table.md").read_text()
     command = table.split("`")[1]
     _, _, *paths, out, _ = shlex.split(command)
@@ -68,6 +68,7 @@ def test_joint_training_is_the_upper_bound(rows):
     for row in rows.values():
         mean = row.stat(MAIN).mean
         assert row.label == JOINT or mean is None or mean < rows[JOINT].values(MAIN).min()
+    assert rows["joint-vit-none"].values(MAIN).min() > rows["er-vit-reservoir"].values(MAIN).max()
 
 
 def test_networks_that_keep_tasks_apart_do_not_forget(rows):
