@@ -3,6 +3,11 @@ VENV := .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
+TESTS := $(RUN) -m pytest --numprocesses=auto --maxprocesses=4
+# What makes torch compute as it does on other processors.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+
 # Two runs at a time, a thread each: on two cores that is faster than one run on both.
 SWEEP := OMP_NUM_THREADS=1 $(RUN) -m cl_bench -m hydra/launcher=joblib hydra.launcher.n_jobs=2 +scale=mini seed=0,1,2 logger=none
 RESNET18 := $(foreach method,finetune er derpp joint icarl lwf ewc,resnet18_$(method)_cifar100_10split)
@@ -14,10 +19,10 @@ DYTOX_PARTS := token_expansion divergence_head finetuning independent_classifier
 space := $(subst ,, )
 listed = $(subst $(space),$(,),$(strip $(1)))
 
-.PHONY: help environment quickstart test lint types check format bench mini ablation_lvt ablation_dytox soak golden clean
+.PHONY: help environment quickstart test test-portable test-avx2 test-sse lint types check format bench mini ablation_lvt ablation_dytox soak golden clean
 
 help: ## list the targets
-	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 environment: $(VENV)/.made ## python's venv with everything pinned in constraints.txt
 
@@ -31,7 +36,18 @@ quickstart: $(VENV)/.made ## a small LVT on the bundled digits: accuracy table a
 	$(RUN) -m cl_bench +experiment=quickstart
 
 test: $(VENV)/.made ## all tests
-	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4
+	$(TESTS)
+
+test-portable: $(VENV)/.made ## all tests; those that rounding can touch also as on other processors, and with two threads
+	$(TESTS)
+	CL_BENCH_TEST_THREADS=2 $(TESTS) -m arithmetic
+	$(MAKE) test-avx2 test-sse
+
+test-avx2: $(VENV)/.made ## the tests that rounding can touch, computed as on a processor with AVX2 only
+	$(AVX2) $(TESTS) -m arithmetic
+
+test-sse: $(VENV)/.made ## the same without AVX
+	$(SSE) $(TESTS) -m arithmetic
 
 lint: $(VENV)/.made ## ruff: format and lint
 	$(VENV)/bin/ruff format --check .

@@ -1,6 +1,7 @@
 """What several test files use: configurations, tiny parts, the command in a process of its own."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,14 @@ from cl_bench.data.transform import Transform
 from cl_bench.types import Batch
 
 # Tiny nets gain nothing from a second thread, and two busy processes with two threads each on two cores crawl.
-torch.set_num_threads(1)
+THREADS = int(os.environ.get("CL_BENCH_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS)
+
+SEED = int(os.environ.get("CL_BENCH_TEST_SEED", "0"))
+"""Seed of the tests that learn something, so that their margins can be measured over several."""
+
+INSTRUCTION_SETS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
+"""Environment variables that make torch compute as on another processor; read when it is loaded."""
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("CL_BENCH_DATA", ROOT / "data"))
@@ -68,7 +76,12 @@ def command_environment(**environment: str) -> dict[str, str]:
     base = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     return (
         base
-        | {"PYTHONPATH": str(ROOT), "CL_BENCH_DATA": str(DATA), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+        | {
+            "PYTHONPATH": str(ROOT),
+            "CL_BENCH_DATA": str(DATA),
+            "WANDB_MODE": "offline",
+            "OMP_NUM_THREADS": str(THREADS),
+        }
         | environment
     )
 
@@ -107,6 +120,28 @@ def buffer_context(num_classes: int = 4, shape: tuple[int, int, int] = (1, 8, 8)
 def batch_of(raw: torch.Tensor, y: torch.Tensor, task: int = 0) -> Batch:
     """A stream batch of un-augmented images."""
     return Batch(x=identity_transform(raw.shape[1]).plain(raw), y=y, raw=raw, task=task)
+
+
+def describe_machine() -> str:
+    """What decides how torch rounds here: a stranger's report of a failed test is of use only with it."""
+    name = next((line.split(":")[1] for line in cpuinfo() if line.startswith("model name")), platform.machine())
+    asked = [f"{key}={os.environ[key]}" for key in INSTRUCTION_SETS if key in os.environ]
+    words = [name.strip(), torch.backends.cpu.get_cpu_capability(), *asked, f"{torch.get_num_threads()} threads"]
+    return ", ".join([*words, f"torch {torch.__version__}", f"seed {SEED}"])
+
+
+def cpuinfo() -> list[str]:
+    """The lines of /proc/cpuinfo, none where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        report.sections.append(("machine", describe_machine()))
+    return report
 
 
 @pytest.fixture

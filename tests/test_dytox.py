@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, buffer_context, configure, identity_transform, network_of
+from conftest import SEED, batch_of, buffer_context, configure, identity_transform, network_of
 from test_losses import array, softmax
 
 from cl_bench.backbones.dytox import DyTox
@@ -17,6 +17,8 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.methods.dytox import DyToxRule, repeated
 from cl_bench.optim import adamw
 from cl_bench.types import Data, Task
+
+pytestmark = pytest.mark.arithmetic
 
 NET = {
     "patch_size": 2, "dim": 8, "depth": 2, "heads": 2, "mlp_ratio": 2, "locality_strength": 1.0, "drop_path": 0.0,
@@ -322,7 +324,8 @@ def test_the_teacher_is_the_network_before_and_stays_still(three_images):
     method = rule().eval()
     list(method.learn(task_of(0)))
     x = raw.float() / 255
-    before = method.net(x)[:, :2]
+    with torch.no_grad():  # as a teacher answers: with gradients other kernels may round otherwise
+        before = method.net(x)[:, :2]
     main = next(method.learn(task_of(1)))
     assert torch.equal(method.teacher(x), before)
     moved(method, main)
@@ -355,7 +358,7 @@ def test_memory_is_chosen_by_all_embeddings_of_plain_images():
     x, features = seen[0]
     assert torch.equal(x, method.buffer.transform.plain(task_of(1).train.images))
     with torch.no_grad():
-        assert torch.equal(features, torch.cat(method.net.embeddings(x), dim=1))
+        torch.testing.assert_close(features, torch.cat(method.net.embeddings(x), dim=1))
     assert features.shape == (10, 2 * 8)
     for steps in (10, 20, 50):
         assert configure(f"+experiment=dytox_cifar100_{steps}step").buffer.capacity == 2000
@@ -462,7 +465,13 @@ def test_another_network_or_buffer_is_refused():
 def test_new_classes_lead_before_fine_tuning_and_old_ones_gain_by_it(tmp_path):
     """On the digits: after the main phase the newest task is ahead, fine-tuning raises the old one."""
     overrides = ("scenario.train_per_class=100", "scenario.test_per_class=25", "buffer.capacity=20")
-    rates = ("optimizer=adamw", "optimizer.lr=0.002", "trainer.batch_size=16", "method.finetune_lr=0.002")
+    rates = (
+        "optimizer=adamw",
+        "optimizer.lr=0.002",
+        "trainer.batch_size=16",
+        "method.finetune_lr=0.002",
+        f"seed={SEED}",
+    )
     parts = build(configure("backbone=dytox_digits", *overrides, *rates, "trainer.epochs=15", "device=cpu"))
     trainer = parts.trainer(Loggers([]), Checkpoint(tmp_path), lambda: False)
     tasks, accuracy = parts.scenario.tasks, []

@@ -20,6 +20,8 @@ from cl_bench.checkpoint import Checkpoint
 from cl_bench.loggers.base import Logger
 from cl_bench.loggers.jsonl import finite
 
+pytestmark = pytest.mark.arithmetic
+
 GOLDEN = Path(__file__).parent / "golden"
 
 LOSS = 1e-4

@@ -23,6 +23,8 @@ from cl_bench.methods.lvt import LifelongViT
 from cl_bench.methods.lwf import LwF
 from cl_bench.types import Data, Task
 
+pytestmark = pytest.mark.arithmetic
+
 SHAPE = {"num_classes": 4, "image_shape": (1, 8, 8)}
 LVT_KEYS = {
     "alpha": 0.7, "beta": 0.3, "gamma": 2.0, "new_weight": 0.1, "new_weight_rule": "constant", "distillation": "kl",
@@ -536,9 +538,11 @@ def test_a_teacher_only_answers(three_images):
     before = {name: t.clone() for name, t in teacher.state_dict().items()}
     answer = teacher(raw.float() / 255)
     assert not answer.requires_grad
-    assert torch.equal(answer, net.eval()(raw.float() / 255))
+    with torch.no_grad():  # as a teacher answers: with gradients other kernels may round otherwise
+        assert torch.equal(answer, net.eval()(raw.float() / 255))
     assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
     changed(net)
     assert torch.equal(answer, teacher(raw.float() / 255))
     teacher.take(net)
-    assert torch.equal(teacher(raw.float() / 255), net(raw.float() / 255))
+    with torch.no_grad():
+        assert torch.equal(teacher(raw.float() / 255), net(raw.float() / 255))

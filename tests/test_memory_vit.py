@@ -19,6 +19,8 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.methods.memory_vit import LearnableMemory
 from cl_bench.scenarios.split import Split
 
+pytestmark = pytest.mark.arithmetic
+
 KEYS = {
     "pretrained": False, "checkpoint": None, "model": "test_vit", "patch_size": 4, "dim": 16, "depth": 3, "heads": 2,
     "mlp_ratio": 2.0, "attention": "extension", "memory": 3, "class_token": True, "num_classes": 6,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, configure
+from conftest import SEED, TINY, configure
 
 from cl_bench.build import Parts, build
 from cl_bench.checkpoint import Checkpoint
@@ -87,6 +87,7 @@ def trainer_of(parts: Parts, folder, stop=lambda: False) -> Trainer:
     return parts.trainer(Loggers([]), Checkpoint(folder), stop)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_finite_and_named_and_reach_exactly_the_trained_parameters(method, tmp_path):
     parts = parts_of(method)
@@ -124,6 +125,7 @@ def test_losses_are_finite_and_named_and_reach_exactly_the_trained_parameters(me
     assert phases >= 1
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("method", METHODS)
 def test_predict_has_a_score_a_class(method):
     parts = parts_of(method)
@@ -134,9 +136,12 @@ def test_predict_has_a_score_a_class(method):
     assert not scores.isnan().any()
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("method", METHODS)
 def test_learns_two_toy_tasks(method, tmp_path):
-    parts = parts_of(method, "scenario.train_per_class=100", "scenario.test_per_class=20", "trainer.epochs=8")
+    parts = parts_of(
+        method, "scenario.train_per_class=100", "scenario.test_per_class=20", "trainer.epochs=8", f"seed={SEED}"
+    )
     record = trainer_of(parts, tmp_path).run()
     last_row = record.task_il.accuracy[-1]
     assert last_row[-1] > 70  # five classes: chance is 20

@@ -12,6 +12,8 @@ from cl_bench.build import build
 from cl_bench.replicas import lead, obstacle
 from cl_bench.trainer import Interrupted, follow
 
+pytestmark = pytest.mark.arithmetic
+
 SEEDS = (0, 1, 2)
 CONVOLUTIONS = [
     "method=er",
@@ -56,7 +58,7 @@ def largest_difference(first, second):
 
 
 def in_double(trainer):
-    """Sixteen digits: BatchNorm over a few tiny maps blows the rounding of single precision up to anything."""
+    """Sixteen digits: training blows the rounding of single precision up, by how much depends on the processor."""
     method, inputs, plain = trainer.method.double(), trainer.method.inputs, trainer.scenario.transform.plain
     method.inputs = lambda batch: {n: t.double() if t.is_floating_point() else t for n, t in inputs(batch).items()}
     trainer.scenario.transform.plain = lambda images: plain(images).double()
@@ -69,8 +71,7 @@ def in_double(trainer):
     ids=lambda value: "resnet18" if value is None else value if isinstance(value, str) else "",
 )
 def test_each_replica_is_the_run_of_its_seed(method, overrides, tmp_path):
-    change = in_double if method is None else lambda trainer: None
-    joint, alone = (Runs(method, tmp_path / name, *overrides, change=change) for name in ("joint", "alone"))
+    joint, alone = (Runs(method, tmp_path / name, *overrides, change=in_double) for name in ("joint", "alone"))
     for record, expected in zip(joint.side_by_side(), alone.one_by_one()):
         for setting in ("class_il", "task_il"):
             # an image on the border between two classes may fall to either side
@@ -78,7 +79,7 @@ def test_each_replica_is_the_run_of_its_seed(method, overrides, tmp_path):
             assert np.nanmax(np.abs(ours - theirs)) <= 1
     for seed in SEEDS:
         assert joint.trainers[seed].steps == alone.trainers[seed].steps > 0
-        assert largest_difference(joint.trainers[seed], alone.trainers[seed]) < (1e-9 if method is None else 1e-4)
+        assert largest_difference(joint.trainers[seed], alone.trainers[seed]) < 1e-9
     assert largest_difference(joint.trainers[0], joint.trainers[1]) > 1e-2
 
 

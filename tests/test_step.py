@@ -8,6 +8,8 @@ from cl_bench.methods.base import FunctionalMethod
 from cl_bench.methods.er import ER
 from cl_bench.step import Graphs, Speed, state_of
 
+pytestmark = pytest.mark.arithmetic
+
 FUNCTIONAL = [name for name in METHODS if isinstance(parts_of(name).method, FunctionalMethod)]
 
 

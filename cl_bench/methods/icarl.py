@@ -80,7 +80,7 @@ class ICaRL(FunctionalMethod):
 
     def _features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D) of unit length."""
-        return F.normalize(self.net.features(x).float(), dim=1)
+        return F.normalize(self.net.features(x).to(self.means.dtype), dim=1)
 
     @torch.no_grad()
     def _measure_means(self) -> None:
