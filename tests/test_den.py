@@ -36,6 +36,14 @@ DOUBLE = 1e-12
 """Room for the rounding of double precision, relative and absolute."""
 
 
+@pytest.fixture
+def doubles():
+    """New parameters have double precision, also those that a network adds later."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def mlp(*hidden: int) -> DEN:
     torch.manual_seed(0)
     shape = (1, 8, 8)
@@ -213,8 +221,8 @@ def test_selected_sub_network_is_all_that_changes():
 
 
 @pytest.mark.parametrize("make", [lambda: mlp(7, 6), convolutional], ids=["mlp", "conv"])
-def test_old_tasks_answer_identically_after_an_expansion(make):
-    net, images = make().double().eval(), IMAGES.double()
+def test_old_tasks_answer_identically_after_an_expansion(make, doubles):
+    net, images = make().eval(), IMAGES.double()
     net.add_head(4)
     disturb(net)
     net.add_head(3)
@@ -350,8 +358,8 @@ def test_drift_is_the_norm_over_incoming_weights():
 
 
 @pytest.mark.parametrize("make", [lambda: mlp(7, 6), convolutional], ids=["mlp", "conv"])
-def test_splitting_every_drifted_unit_gives_the_old_answers_back(make):
-    net, images = make().double().eval(), IMAGES.double()
+def test_splitting_every_drifted_unit_gives_the_old_answers_back(make, doubles):
+    net, images = make().eval(), IMAGES.double()
     net.add_head(4)
     disturb(net)
     old, answers = snapshot(net), net.answer(images, 0)
@@ -371,15 +379,15 @@ def test_splitting_every_drifted_unit_gives_the_old_answers_back(make):
 
 
 @pytest.mark.parametrize("make", [lambda: mlp(7, 6), convolutional], ids=["mlp", "conv"])
-def test_a_split_of_some_units_restores_those_and_appends_their_drifted_copies(make):
-    net, images = make().double().eval(), IMAGES.double()
+def test_a_split_of_some_units_restores_those_and_appends_their_drifted_copies(make, doubles):
+    net, images = make().eval(), IMAGES.double()
     net.add_head(4)
     old = snapshot(net)
     net.add_head(3)
     disturb(net)
     before, widths = snapshot(net), net.widths
     which = [torch.tensor([1]), *(torch.tensor([0, 2]) for _ in widths[1:])]
-    reference = make().double().eval()  # the old task's network with the split units put back by hand
+    reference = make().eval()  # the old task's network with the split units put back by hand
     reference.add_head(4)
     reference.load_state_dict(
         {k: v for k, v in net.state_dict().items() if not k.startswith(("heads.1", "_extra"))}, strict=False
