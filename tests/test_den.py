@@ -77,6 +77,12 @@ def disturb(net: DEN, size: float = 0.3) -> None:
             layer.bias += size * torch.randn_like(layer.bias)
 
 
+@torch.no_grad()
+def answers_to_the_first_task(net: DEN, x: Tensor) -> Tensor:
+    """Always without gradients, for the same kernels."""
+    return net.answer(x, 0)
+
+
 # -- the terms ---------------------------------------------------------------------------------------------------------
 
 
@@ -256,8 +262,7 @@ def test_each_phase_of_a_task_trains_its_own_weights_and_expansion_keeps_old_ans
         method.eval()
         for number, phase in enumerate(method.learn(task)):
             before = snapshot(net)
-            with torch.no_grad():
-                answers = net.answer(x, 0)
+            answers = answers_to_the_first_task(net, x)
             trainer.run_phase(task, number, phase, None)
             method.eval()
             if task.id != 1:
@@ -267,7 +272,7 @@ def test_each_phase_of_a_task_trains_its_own_weights_and_expansion_keeps_old_ans
                 for layer, (w, b) in zip(net.hidden(), before):
                     assert torch.equal(layer.weight, w)
                     assert torch.equal(layer.bias, b)
-                assert torch.equal(net.answer(x, 0), answers)
+                assert torch.equal(answers_to_the_first_task(net, x), answers)
             elif number == 1:  # the selected part, W_S
                 masks = method._chosen[:-1]
                 assert not all(mask.all() for mask, _ in masks)
@@ -281,7 +286,7 @@ def test_each_phase_of_a_task_trains_its_own_weights_and_expansion_keeps_old_ans
                     assert torch.equal(layer.weight[:rows, :columns], w[:rows, :columns])
                     assert torch.equal(layer.bias[:rows], b[:rows])
                     assert not torch.equal(layer.weight[rows:], w[rows:])
-                assert torch.equal(net.answer(x, 0), answers)
+                assert torch.equal(answers_to_the_first_task(net, x), answers)
     assert seen >= {0, 1, 2}
 
 
