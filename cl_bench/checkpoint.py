@@ -25,8 +25,8 @@ State = dict[str, Any]
 class Checkpoint:
     """The files of one folder, which lies in a run folder.
 
-    ``last.pt`` is the newest checkpoint, ``previous.pt`` the one before it. ``boundary.pt`` is the newest one between two
-    tasks: the smallest file that the run can go on from, which is what one carries to another machine.
+    ``last.pt`` is the newest checkpoint, ``previous.pt`` the one before it. ``boundary.pt`` is the newest one between
+    two tasks: the smallest file that the run can go on from, to be carried to another machine.
     """
 
     NAMES = ("last.pt", "previous.pt", "boundary.pt")
@@ -66,7 +66,9 @@ class Checkpoint:
         self._last_is_damaged = False
         if boundary:
             twin = self.folder / "twin.pt"
-            twin.unlink(missing_ok=True)  # of a save that was killed; a copy would be written into that older checkpoint
+            twin.unlink(
+                missing_ok=True
+            )  # of a save that was killed; a copy would be written into that older checkpoint
             try:
                 os.link(last, twin)
             except OSError:  # a file system without hard links
