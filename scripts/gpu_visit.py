@@ -1,6 +1,6 @@
 """A visit to a lent GPU, in stages: what fits into minutes, and each result at once.
 
-python scripts/gpu_visit.py STAGE ... [--device cuda:0] [--work DIR] [--out DIR] [--seconds S] [--steps N]
+python scripts/gpu_visit.py STAGE ... [--device cuda:0] [--work DIR] [--out DIR] [--seconds S]
 
 At home, before:
   carry SCRIPT STRIPS DIR   make DIR of what travels: wheels/, and the folder STRIPS in two halves, first/ and second/,
@@ -18,6 +18,7 @@ There, in this order (docs/gpu.md):
 
 Every item is a process with a time limit of its own. Its result is a line of JSON, at once on standard output and in
 visit.jsonl; what it printed is in visit.log. Exit status: 0 all items ended well, 1 one did not, 2 wrong arguments.
+With --device cpu --scale mini --steps 3 all of it can be rehearsed.
 """
 
 import argparse
@@ -173,8 +174,10 @@ def _last_object(printed: str) -> Facts:
 # -- stages --------------------------------------------------------------------------------------------------------
 
 
-def items(stage: str, arguments: Sequence[str], visit: Visit, steps: int) -> Iterator[Item]:
-    """The processes of a stage."""
+def items(
+    stage: str, arguments: Sequence[str], visit: Visit, steps: int = 300, scale: str | None = None
+) -> Iterator[Item]:
+    """The processes of a stage; ``steps`` are timed in ``rates``, ``scale`` is that of what is trained."""
     work, device, limit = visit.work, visit.device, LIMITS.get(stage, 0)
     paths = [Path(argument).resolve() for argument in arguments]
 
@@ -201,10 +204,11 @@ def items(stage: str, arguments: Sequence[str], visit: Visit, steps: int) -> Ite
     if stage == "rates":
         for speed in SPEEDS:
             for method in METHODS:
-                yield Item(stage, part("rates", method, speed, steps, device), limit, f"{method} {speed}")
+                scaled = [f"+scale={scale}"] if scale else []
+                yield Item(stage, part("rates", method, speed, steps, device, *scaled), limit, f"{method} {speed}")
     if stage == "full":
         rows = [first_row(visit.results()) if row == FIRST else row for row in arguments[0].split(",")]
-        yield full(rows, float(arguments[1]), work / "reproduction", device)
+        yield full(rows, float(arguments[1]), work / "reproduction", device, scale)
     if stage == "pack":
         yield Item(stage, part("pack", work / "reproduction", visit.out), limit)
 
@@ -215,11 +219,12 @@ def first_row(results: Sequence[Facts]) -> str:
     return "derpp500" if measured and measured[-1] <= FIRST_MS else "er500"
 
 
-def full(rows: Sequence[str], seconds: float, out: Path, device: str) -> Item:
+def full(rows: Sequence[str], seconds: float, out: Path, device: str, scale: str | None = None) -> Item:
     """Train rows for so long; what is not finished then saves and leaves."""
     command = ["scripts/reproduce.py", *rows, "--seeds", "1", "--minutes", str(seconds / 60), "--out", str(out)]
     command += ["--grace", str(GRACE_SECONDS), "--set", f"device={device}", "trainer.checkpoint_seconds=600"]
     command += ["trainer.speed=graph"] if device != "cpu" else []
+    command += ["--scale", scale] if scale else []
     return Item("full", command, seconds + GRACE_SECONDS + 30, ",".join(rows), lambda printed: {"runs": progress(out)})
 
 
@@ -244,8 +249,8 @@ def read_tests(printed: str) -> Facts:
     """How many tests passed, failed and were skipped so far, and which failed, from pytest's verbose lines."""
     ends = re.findall(r"^(?=.*%\])(?=.*?(\S+::\S+)).*\b(PASSED|FAILED|ERROR|SKIPPED)\b", printed, re.MULTILINE)
     counts = Counter(word for _, word in ends)
-    failed = [name for name, word in ends if word in ("FAILED", "ERROR")]
-    return {word: counts[word.upper()] for word in ("passed", "failed", "error", "skipped")} | {"names": failed[:20]}
+    bad = [name for name, word in ends if word in ("FAILED", "ERROR")]
+    return {word: counts[word.upper()] for word in ("passed", "failed", "error", "skipped")} | {"bad": bad[:20]}
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -278,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/visit"), metavar="DIR", help="default: /tmp/visit")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of what is brought home (default: WORK/out)")
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="nothing goes on after so many")
+    parser.add_argument("--scale", choices=["mini"], help="of what is trained, for a rehearsal")
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="that are timed in rates (default: 300)")
     options = parser.parse_args(arguments)
     try:
@@ -288,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     visit = Visit(work, (options.out or work / "out").resolve(), options.device, options.seconds)
     for stage, its in stages:
         try:
-            for item in items(stage, its, visit, options.steps):
+            for item in items(stage, its, visit, options.steps, options.scale):
                 visit.run(item)
         except OSError as error:
             visit.tell({"stage": stage, "item": "", "status": "failed", "why": f"{type(error).__name__}: {error}"})

@@ -107,12 +107,15 @@ def test_rows_are_run_by_the_command_that_reproduces(tmp_path, capsys):
     assert gpu_visit.full(["er500"], 480, tmp_path, "cuda:0").command[-3:] == [
         "device=cuda:0", "trainer.checkpoint_seconds=600", "trainer.speed=graph",
     ]  # fmt: skip
+    rehearsal = gpu_visit.full(["er500"], 9, tmp_path, "cpu", "mini")
+    assert load("reproduce").main([*rehearsal.command[1:], "--list"]) == 0
+    assert "+scale=mini" in capsys.readouterr().out
 
 
 def test_results_of_earlier_calls_choose_the_row(visit, tmp_path):
     visit.tell({"stage": "rates", "item": "derpp graph", "status": "ok", "ms": 5.0})
     later = gpu_visit.Visit(visit.work, tmp_path / "other", "cpu")
-    [full] = gpu_visit.items("full", ["first,lvt500", "10"], later, 300)
+    [full] = gpu_visit.items("full", ["first,lvt500", "10"], later)
     assert full.name == "derpp500,lvt500"
 
 
@@ -242,7 +245,7 @@ def test_the_halves_are_about_equal_and_become_the_data_when_both_are_there(carr
     assert sizes == {"first": 6000, "second": 3000}
     assert (folder / "wheels" / "commit").exists()
     for half in ("first", "second"):
-        [one] = gpu_visit.items("decode", [str(folder / half)], visit, 300)
+        [one] = gpu_visit.items("decode", [str(folder / half)], visit)
         visit.run(one)
         assert (visit.work / "data" / "train").exists() == (half == "second")
     assert [line["status"] for line in lines(visit.out)] == ["ok", "ok"]
@@ -253,7 +256,7 @@ def test_damaged_strips_are_told(carried, visit):
     folder, _ = carried
     (folder / "first" / "strips" / "0.webp").write_bytes(b"0" * 1000)
     for half in ("first", "second"):
-        [one] = gpu_visit.items("decode", [str(folder / half)], visit, 300)
+        [one] = gpu_visit.items("decode", [str(folder / half)], visit)
         visit.run(one)
     assert [line["status"] for line in lines(visit.out)] == ["ok", "failed"]
     assert "the strips are damaged" in (visit.out / "visit.log").read_text()
@@ -324,7 +327,7 @@ FAILED tests/test_cuda.py::test_b - AssertionError
 
 @pytest.mark.parametrize("printed", [PLAIN, XDIST])
 def test_tests_are_counted_even_if_they_are_cut_short(printed):
-    found = {"passed": 1, "failed": 1, "error": 0, "skipped": 1, "names": ["tests/test_cuda.py::test_b"]}
+    found = {"passed": 1, "failed": 1, "error": 0, "skipped": 1, "bad": ["tests/test_cuda.py::test_b"]}
     assert gpu_visit.read_tests(printed) == found
 
 
