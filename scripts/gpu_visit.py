@@ -18,7 +18,7 @@ There, in this order (docs/gpu.md):
 
 Every item is a process with a time limit of its own. Its result is a line of JSON, at once on standard output and in
 visit.jsonl; what it printed is in visit.log. Exit status: 0 all items ended well, 1 one did not, 2 wrong arguments.
-With --device cpu --scale mini --steps 3 all of it can be rehearsed.
+With --device cpu --speed eager --scale mini --steps 3 all of it can be rehearsed.
 """
 
 import argparse
@@ -174,10 +174,8 @@ def _last_object(printed: str) -> Facts:
 # -- stages --------------------------------------------------------------------------------------------------------
 
 
-def items(
-    stage: str, arguments: Sequence[str], visit: Visit, steps: int = 300, scale: str | None = None
-) -> Iterator[Item]:
-    """The processes of a stage; ``steps`` are timed in ``rates``, ``scale`` is that of what is trained."""
+def items(stage: str, arguments: Sequence[str], visit: Visit, options: argparse.Namespace) -> Iterator[Item]:
+    """The processes of a stage; ``options`` are those of the command."""
     work, device, limit = visit.work, visit.device, LIMITS.get(stage, 0)
     paths = [Path(argument).resolve() for argument in arguments]
 
@@ -204,11 +202,12 @@ def items(
     if stage == "rates":
         for speed in SPEEDS:
             for method in METHODS:
-                scaled = [f"+scale={scale}"] if scale else []
-                yield Item(stage, part("rates", method, speed, steps, device, *scaled), limit, f"{method} {speed}")
+                scaled = [f"+scale={options.scale}"] if options.scale else []
+                measure = part("rates", method, speed, options.steps, device, *scaled)
+                yield Item(stage, measure, limit, f"{method} {speed}")
     if stage == "full":
         rows = [first_row(visit.results()) if row == FIRST else row for row in arguments[0].split(",")]
-        yield full(rows, float(arguments[1]), work / "reproduction", device, scale)
+        yield full(rows, float(arguments[1]), work / "reproduction", options)
     if stage == "pack":
         yield Item(stage, part("pack", work / "reproduction", visit.out), limit)
 
@@ -219,12 +218,11 @@ def first_row(results: Sequence[Facts]) -> str:
     return "derpp500" if measured and measured[-1] <= FIRST_MS else "er500"
 
 
-def full(rows: Sequence[str], seconds: float, out: Path, device: str, scale: str | None = None) -> Item:
+def full(rows: Sequence[str], seconds: float, out: Path, options: argparse.Namespace) -> Item:
     """Train rows for so long; what is not finished then saves and leaves."""
     command = ["scripts/reproduce.py", *rows, "--seeds", "1", "--minutes", str(seconds / 60), "--out", str(out)]
-    command += ["--grace", str(GRACE_SECONDS), "--set", f"device={device}", "trainer.checkpoint_seconds=600"]
-    command += ["trainer.speed=graph"] if device != "cpu" else []
-    command += ["--scale", scale] if scale else []
+    command += ["--grace", str(GRACE_SECONDS), *(["--scale", options.scale] if options.scale else []), "--set"]
+    command += [f"device={options.device}", f"trainer.speed={options.speed}", "trainer.checkpoint_seconds=600"]
     return Item("full", command, seconds + GRACE_SECONDS + 30, ",".join(rows), lambda printed: {"runs": progress(out)})
 
 
@@ -275,26 +273,33 @@ def parse_stages(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return stages
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, its ``stages`` with their arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", metavar="STAGE", help="stages, each followed by its arguments")
     parser.add_argument("--device", default="cuda:0", help="cpu for a rehearsal (default: cuda:0)")
     parser.add_argument("--work", type=Path, default=Path("/tmp/visit"), metavar="DIR", help="default: /tmp/visit")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of what is brought home (default: WORK/out)")
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="nothing goes on after so many")
+    parser.add_argument("--speed", default="graph", help="trainer.speed of full (default: graph)")
     parser.add_argument("--scale", choices=["mini"], help="of what is trained, for a rehearsal")
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="that are timed in rates (default: 300)")
     options = parser.parse_args(arguments)
     try:
-        stages = parse_stages(options.stages)
+        options.stages = parse_stages(options.stages)
     except ValueError as error:
         parser.error(str(error))
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = read_options(arguments)
     work = options.work.resolve()
     visit = Visit(work, (options.out or work / "out").resolve(), options.device, options.seconds)
-    for stage, its in stages:
+    for stage, its in options.stages:
         try:
-            for item in items(stage, its, visit, options.steps, options.scale):
+            for item in items(stage, its, visit, options):
                 visit.run(item)
         except OSError as error:
             visit.tell({"stage": stage, "item": "", "status": "failed", "why": f"{type(error).__name__}: {error}"})

@@ -37,6 +37,10 @@ def visit(tmp_path):
     return gpu_visit.Visit(tmp_path / "work", tmp_path / "out", "cpu")
 
 
+def options(*words: str):
+    return gpu_visit.read_options(["pack", *words])
+
+
 def item(code: str, limit: float = 60, **more):
     return gpu_visit.Item("stage", ["-c", code], limit, **more)
 
@@ -97,17 +101,16 @@ def test_the_first_row_is_the_one_that_fits(measured, row):
 
 
 def test_rows_are_run_by_the_command_that_reproduces(tmp_path, capsys):
-    built = gpu_visit.full(["derpp500", "lvt500"], 480, tmp_path, "cpu")
+    built = gpu_visit.full(["derpp500", "lvt500"], 480, tmp_path, options("--device=cpu", "--speed=eager"))
     assert built.command[0] == "scripts/reproduce.py"
     assert built.limit > 480 + gpu_visit.GRACE_SECONDS
     assert load("reproduce").main([*built.command[1:], "--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split("name=")[1].split()[0] for line in listed] == ["derpp500", "lvt500"]
     assert "method.alpha=0.3 method.beta=0.5 optimizer.lr=0.03 schedule.factor=0.2" in listed[0]
-    assert gpu_visit.full(["er500"], 480, tmp_path, "cuda:0").command[-3:] == [
-        "device=cuda:0", "trainer.checkpoint_seconds=600", "trainer.speed=graph",
-    ]  # fmt: skip
-    rehearsal = gpu_visit.full(["er500"], 9, tmp_path, "cpu", "mini")
+    default = {"device=cuda:0", "trainer.speed=graph", "trainer.checkpoint_seconds=600"}
+    assert default < set(gpu_visit.full(["er500"], 480, tmp_path, options()).command)
+    rehearsal = gpu_visit.full(["er500"], 9, tmp_path, options("--device=cpu", "--speed=eager", "--scale=mini"))
     assert load("reproduce").main([*rehearsal.command[1:], "--list"]) == 0
     assert "+scale=mini" in capsys.readouterr().out
 
@@ -115,7 +118,7 @@ def test_rows_are_run_by_the_command_that_reproduces(tmp_path, capsys):
 def test_results_of_earlier_calls_choose_the_row(visit, tmp_path):
     visit.tell({"stage": "rates", "item": "derpp graph", "status": "ok", "ms": 5.0})
     later = gpu_visit.Visit(visit.work, tmp_path / "other", "cpu")
-    [full] = gpu_visit.items("full", ["first,lvt500", "10"], later)
+    [full] = gpu_visit.items("full", ["first,lvt500", "10"], later, options())
     assert full.name == "derpp500,lvt500"
 
 
@@ -245,7 +248,7 @@ def test_the_halves_are_about_equal_and_become_the_data_when_both_are_there(carr
     assert sizes == {"first": 6000, "second": 3000}
     assert (folder / "wheels" / "commit").exists()
     for half in ("first", "second"):
-        [one] = gpu_visit.items("decode", [str(folder / half)], visit)
+        [one] = gpu_visit.items("decode", [str(folder / half)], visit, options())
         visit.run(one)
         assert (visit.work / "data" / "train").exists() == (half == "second")
     assert [line["status"] for line in lines(visit.out)] == ["ok", "ok"]
@@ -256,7 +259,7 @@ def test_damaged_strips_are_told(carried, visit):
     folder, _ = carried
     (folder / "first" / "strips" / "0.webp").write_bytes(b"0" * 1000)
     for half in ("first", "second"):
-        [one] = gpu_visit.items("decode", [str(folder / half)], visit)
+        [one] = gpu_visit.items("decode", [str(folder / half)], visit, options())
         visit.run(one)
     assert [line["status"] for line in lines(visit.out)] == ["ok", "failed"]
     assert "the strips are damaged" in (visit.out / "visit.log").read_text()

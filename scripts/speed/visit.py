@@ -4,6 +4,7 @@ What a machine may lack is imported where it is needed.
 """
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -82,7 +83,7 @@ def versions(device: str) -> Facts:
     return {
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in packages},
-        "commit": commit(),
+        "commit": commit() or os.environ.get("CL_BENCH_COMMIT"),
         "webp": features.check("webp"),
         "device": torch.cuda.get_device_name(chosen) if on_gpu else chosen.type,
         "device_gib": round(torch.cuda.get_device_properties(chosen).total_memory / 2**30, 1) if on_gpu else None,
@@ -234,7 +235,7 @@ def bare_step(parts: Any, phase: Any, inputs: Any, task: int, captured: bool) ->
                 gradients()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             gradients()
         compute = graph.replay
 
