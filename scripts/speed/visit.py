@@ -42,7 +42,8 @@ def carry(script: str, strips: str, into: str) -> Facts:
     folder, source = Path(into), Path(strips)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--constraint", str(ROOT / "constraints.txt")]
     subprocess.run([*pip, "--wheel-dir", str(folder / "wheels"), *WHEELS], check=True)
-    (folder / "wheels" / "commit").write_text(commit() or "")
+    if known := commit():
+        (folder / "wheels" / "commit").write_text(known)
     files = sorted(source.iterdir())
     half, size = sum(file.stat().st_size for file in files) / 2, 0
     for name in ("first", "second"):
@@ -98,9 +99,9 @@ def versions(device: str) -> Facts:
 
 
 def probe(device: str) -> Facts:
-    """Milliseconds that the host spends in a small copy to the device behind a queue of kernels.
+    """Milliseconds that the host spends in a small copy to the device behind a queue of kernels, for each kind of copy.
 
-    ``waits`` is whether the pageable copy took at least half as long as the whole queue.
+    ``waits`` is whether the copy took at least half as long as the whole queue.
     """
     import torch
 
@@ -132,9 +133,9 @@ def probe(device: str) -> Facts:
             copied = time.perf_counter()
             wait()
             all_ms, copy_ms = (1e3 * (end - start) for end, start in ((time.perf_counter(), began), (copied, queued)))
-            found[name] = {"copy_ms": round(copy_ms, 3), "queue_ms": round(all_ms, 3)}
-    pageable = found["pageable"]
-    return found | {"waits": pageable["copy_ms"] > pageable["queue_ms"] / 2 if on_gpu else None}
+            waits = copy_ms > all_ms / 2 if on_gpu else None
+            found[name] = {"copy_ms": round(copy_ms, 3), "queue_ms": round(all_ms, 3), "waits": waits}
+    return found
 
 
 def rates(method: str, speed: str, steps: str, device: str, *overrides: str) -> Facts:
