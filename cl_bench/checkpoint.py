@@ -6,6 +6,7 @@ archive with a CRC-32 of each of its members; torch writes these and does not lo
 
 import os
 import random
+import shutil
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -22,20 +23,31 @@ State = dict[str, Any]
 
 
 class Checkpoint:
-    """The files ``last.pt`` and ``previous.pt`` of one folder, which lies in a run folder."""
+    """The files of one folder, which lies in a run folder.
+
+    ``last.pt`` is the newest checkpoint, ``previous.pt`` the one before it. ``boundary.pt`` is the newest one between
+    two tasks: the smallest file that the run can go on from, to be carried to another machine.
+    """
+
+    NAMES = ("last.pt", "previous.pt", "boundary.pt")
+    """From the newest to the oldest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._last_is_damaged = False
 
-    def save(self, state: State) -> None:
+    def save(self, state: State, *, boundary: bool = False) -> None:
         """Write ``state``; a kill at any moment leaves at least one whole checkpoint.
+
+        Args:
+            boundary: whether the state is one between two tasks.
 
         Raises:
             OSError: it could not be written, or the run folder is gone; what was there before is as it was.
         """
         self.folder.mkdir(exist_ok=True)
-        last, previous, partial = (self.folder / name for name in ("last.pt", "previous.pt", "partial.pt"))
+        last, previous, oldest = (self.folder / name for name in self.NAMES)
+        partial = self.folder / "partial.pt"
         try:
             with partial.open("wb") as file:
                 torch.save(state, file)
@@ -52,6 +64,16 @@ class Checkpoint:
             last.replace(previous)
         partial.replace(last)
         self._last_is_damaged = False
+        if boundary:
+            twin = self.folder / "twin.pt"
+            twin.unlink(
+                missing_ok=True
+            )  # of a save that was killed; a copy would be written into that older checkpoint
+            try:
+                os.link(last, twin)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(last, twin)
+            twin.replace(oldest)
 
     def load(self) -> State | None:
         """The newest whole checkpoint, None where there never was one; a damaged one is reported and passed over.
@@ -60,7 +82,7 @@ class Checkpoint:
             ConfigError: there are checkpoints and none is whole.
         """
         damaged: dict[str, str] = {}
-        for name in ("last.pt", "previous.pt"):
+        for name in self.NAMES:
             path = self.folder / name
             if not path.exists():
                 continue
@@ -71,12 +93,9 @@ class Checkpoint:
                 damaged[name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             if damaged:
-                self._last_is_damaged = True
-                print(
-                    f"cl_bench: {self.folder / 'last.pt'} is damaged ({damaged['last.pt']}); "
-                    f"going on from the one before it, {path}",
-                    file=sys.stderr,
-                )
+                self._last_is_damaged = "last.pt" in damaged
+                told = "; ".join(f"{self.folder / name} is damaged ({why})" for name, why in damaged.items())
+                print(f"cl_bench: {told}; going on from the one before it, {path}", file=sys.stderr)
             return state
         if damaged:
             raise ConfigError(

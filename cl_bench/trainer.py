@@ -297,7 +297,8 @@ class Trainer:
                 "record": self.record.to_json(),
                 "counters": [self.steps, self.events, self.parameters_after_first_task],
                 "speed": self.speed.used,
-            }
+            },
+            boundary=now is None,
         )
         self.saved_steps = self.steps
 

@@ -33,7 +33,7 @@ OUT = Path("results/reproduction")
 PAGES = ("README.md", "docs/methods/*.md")
 STOPPED = 143
 GRACE_SECONDS = 60.0
-"""What a run is given to save and leave; then it is killed, and its last checkpoint counts."""
+"""What a run is given to save and leave, unless the command says otherwise; then it is killed."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default: what the row says)")
     parser.add_argument("--scale", choices=["mini"], help="small runs that are held to no published number")
     parser.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="stop after so many minutes")
+    parser.add_argument("--grace", type=float, default=GRACE_SECONDS, metavar="S", help="to save and leave then")
     parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="for every run")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"of records and tables (default: {OUT}[-mini])")
     parser.add_argument("--list", action="store_true", help="show the runs and their state, and run nothing")
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for job in jobs:
                 print(f"{job.state:9}  {job.command}")
             return 0
-        status = run(jobs, deadline)
+        status = run(jobs, deadline, options.grace)
         tables(groups, [group for group, _ in rows], out)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"reproduce: {explain(error)}", file=sys.stderr)
@@ -117,8 +118,11 @@ def _refuse_other_settings(extra: Sequence[str], settings: dict[str, object], pu
     )
 
 
-def run(jobs: Sequence[Job], deadline: float) -> int:
-    """Run what is not finished until the deadline (monotonic seconds) or a signal; returns the exit status."""
+def run(jobs: Sequence[Job], deadline: float, grace: float = GRACE_SECONDS) -> int:
+    """Run what is not finished until the deadline (monotonic seconds) or a signal; returns the exit status.
+
+    A run in progress is then asked to save and leave, and killed after ``grace`` seconds; its last checkpoint counts.
+    """
     failures: list[int] = []
     with stop_signals() as caught:
         for number, job in enumerate(jobs, start=1):
@@ -128,7 +132,7 @@ def run(jobs: Sequence[Job], deadline: float) -> int:
                 print(f"Stopped before {job.folder}; the same command goes on.", flush=True)
                 return STOPPED
             print(f"[{number}/{len(jobs)}] {job.command}", flush=True)
-            status = _run(job, deadline, caught)
+            status = _run(job, deadline, caught, grace)
             if not read_summary(job.folder):
                 if caught or time.monotonic() >= deadline:
                     print(f"Stopped in {job.folder}; the same command goes on.", flush=True)
@@ -138,7 +142,7 @@ def run(jobs: Sequence[Job], deadline: float) -> int:
     return failures[0] if failures else 0
 
 
-def _run(job: Job, deadline: float, caught: Sequence[int]) -> int:
+def _run(job: Job, deadline: float, caught: Sequence[int], grace: float) -> int:
     # a session of its own: Ctrl-C comes to this process, which asks the run to save and leave
     command = [sys.executable, "-m", "cl_bench", *job.overrides]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as child:
@@ -148,7 +152,7 @@ def _run(job: Job, deadline: float, caught: Sequence[int]) -> int:
             if asked == math.inf and (caught or now >= deadline):
                 child.terminate()
                 asked = now
-            if now - asked > GRACE_SECONDS:
+            if now - asked > grace:
                 child.kill()
             time.sleep(0.1)
     return status

@@ -113,19 +113,20 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, l
     assert equal(Checkpoint(tmp_path / "checkpoint").load(), first)
 
 
-def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, monkeypatch):
-    """Stopped before each call that touches the disk, and in the middle of the file."""
+@pytest.mark.parametrize(("boundary", "moments"), [(False, 5), (True, 7)])
+def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, monkeypatch, boundary, moments):
+    """Stopped before each call that touches the disk, and in the middle of the file; a later save loses nothing."""
 
     class Killed(BaseException):
         pass
 
     folder = tmp_path / "checkpoint"
-    first, second, third = itertools.islice(states(), 3)
-    save, fsync, replace = torch.save, os.fsync, Path.replace
-    for moment in range(5):
+    first, second, third, fourth = itertools.islice(states(), 4)
+    save, fsync, replace, link = torch.save, os.fsync, Path.replace, os.link
+    for moment in range(moments):
         shutil.rmtree(folder, ignore_errors=True)
         Checkpoint(folder).save(first)
-        Checkpoint(folder).save(second)
+        Checkpoint(folder).save(second, boundary=True)
         calls = itertools.count()
 
         def maybe(calls=calls, moment=moment) -> None:
@@ -145,9 +146,45 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path, monke
             patch.setattr(torch, "save", half)
             patch.setattr(os, "fsync", lambda number, maybe=maybe: (maybe(), fsync(number)))
             patch.setattr(Path, "replace", lambda path, other, maybe=maybe: (maybe(), replace(path, other)))
+            patch.setattr(os, "link", lambda path, other, maybe=maybe: (maybe(), link(path, other)))
             with pytest.raises(Killed):
-                Checkpoint(folder).save(third)
-        assert equal(Checkpoint(folder).load(), second), moment
+                Checkpoint(folder).save(third, boundary=boundary)
+        newest = second if moment < 5 else third  # from the sixth call on the new one is in its place
+        assert equal(Checkpoint(folder).load(), newest), moment
+        for again in (False, True):
+            Checkpoint(folder).save(fourth, boundary=again)
+            assert equal(torch.load(folder / "last.pt", weights_only=True), fourth), moment
+            assert equal(torch.load(folder / "boundary.pt", weights_only=True), fourth if again else second), moment
+
+
+def test_where_there_are_no_hard_links_the_boundary_is_a_copy(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    checkpoint = Checkpoint(tmp_path / "checkpoint")
+    first, second, third = itertools.islice(states(), 3)
+    checkpoint.save(first, boundary=True)
+    os.link(checkpoint.folder / "boundary.pt", checkpoint.folder / "twin.pt")  # as a kill may leave it
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoint.save(second, boundary=True)
+    checkpoint.save(third)
+    for name, state in (("last.pt", third), ("previous.pt", second), ("boundary.pt", second)):
+        assert equal(torch.load(checkpoint.folder / name, weights_only=True), state)
+
+
+def test_a_run_goes_on_from_the_checkpoint_between_two_tasks_alone(run, straight, tmp_path, monkeypatch):
+    """What is brought home from a lent machine: the record and ``boundary.pt``."""
+    stopped_in_epoch(run, monkeypatch, 4, "results_dir=r")  # an epoch of the second task
+    [last] = tmp_path.glob("r/**/last.pt")
+    saved = [torch.load(last.with_name(name), weights_only=True) for name in Checkpoint.NAMES]
+    assert [s["task"] for s in saved] == [1, 1, 1]
+    assert [s["now"] is None for s in saved] == [False, False, True]
+    assert last.with_name("boundary.pt").stat().st_size < last.stat().st_size
+    last.unlink()
+    last.with_name("previous.pt").unlink()
+    status, error = run("results_dir=r")
+    assert (status, "damaged" in error) == (0, False)
+    assert_equal_results(straight, the_run(tmp_path / "r"))
 
 
 def test_a_run_with_a_damaged_checkpoint_goes_on_and_ends_the_same(run, straight, tmp_path, monkeypatch):
@@ -163,8 +200,8 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_and_ends_the_same(run, straight
 def test_without_a_whole_checkpoint_a_run_is_never_begun_afresh_unasked(run, tmp_path, monkeypatch):
     stopped_in_epoch(run, monkeypatch, 3, "results_dir=r")
     [last] = tmp_path.glob("r/**/last.pt")
-    flip(last)
-    flip(last.with_name("previous.pt"))
+    for name in Checkpoint.NAMES:
+        flip(last.with_name(name))
     before = {path: path.read_bytes() for path in last.parent.parent.rglob("*") if path.is_file()}
     status, error = run("results_dir=r")
     assert status == 2

@@ -268,6 +268,7 @@ shift 2
 folder=${4#results_dir=}
 case $1 in
   long) mkdir -p "$folder/checkpoint"; trap 'exit 143' TERM; while :; do sleep 0.05; done ;;
+  deaf) mkdir -p "$folder/checkpoint"; trap '' TERM; while :; do sleep 0.05; done ;;
   fail) exit 1 ;;
 esac
 mkdir -p "$folder"; echo '{"status": "finished"}' > "$folder/summary.json"
@@ -306,6 +307,13 @@ def test_a_slice_ends_by_a_signal_and_the_next_goes_on(command, tmp_path, capfd)
     assert [job.state for job in todo] == ["begun", "not begun"]
     assert "the same command goes on" in capfd.readouterr().out
     assert command.run(todo, time.monotonic()) == command.STOPPED  # no time at all: nothing is started
+
+
+def test_a_run_that_does_not_leave_is_killed_after_the_grace(command, tmp_path):
+    todo = jobs(command, tmp_path, "deaf")
+    began = time.monotonic()
+    assert command.run(todo, began + 0.3, grace=0.3) == command.STOPPED
+    assert time.monotonic() - began < 30  # a minute is what it would be given
 
 
 def test_the_plan_begins_every_row_before_it_repeats_one(tmp_path):
