@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from cl_bench import folder as files
-from cl_bench.build import KINDS, Parts, build, component, loggers
+from cl_bench.build import KINDS, Parts, build, component, identity, loggers
 from cl_bench.checkpoint import Checkpoint
-from cl_bench.config import INCOMPARABLE, comparable, fingerprint, plain
+from cl_bench.config import INCOMPARABLE, fingerprint, plain
 from cl_bench.errors import ConfigError, RunError
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.group import Loggers
@@ -43,8 +43,8 @@ def run(config: DictConfig) -> float | None:
     if values["dry_run"]:
         from cl_bench.dry_run import dry_run
 
-        settings = comparable(values)
-        dry_run(build(config), base_summary(values, settings))
+        settings, scenario = identity(config, values)
+        dry_run(build(config, scenario), base_summary(values, settings))
         return None
     replicas = component(config.trainer, "trainer", list(config.allow_packages), KINDS["trainer"]).replicas
     seeds = range(values["seed"], values["seed"] + replicas)
@@ -89,7 +89,7 @@ def _course(
         terminal: whether its progress may be shown there.
     """
     values = plain(config)
-    settings = comparable(values)
+    settings, scenario = identity(config, values, scenario)
     place = run_folder(values, settings)
     finished = None if values["overwrite"] else files.read_summary(place)
     if finished:
