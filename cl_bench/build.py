@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from cl_bench.backbones.base import Backbone, SingleHead
+from cl_bench.backbones.base import Backbone, SingleHead, check_single_images
 from cl_bench.buffers.base import Buffer, Context, PerClassBuffer
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import Precision, arguments, comparable, named, target
@@ -94,6 +94,8 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     shared: dict[str, Any] = {"num_classes": scenario.num_classes, "image_shape": scenario.image_shape}
     transform = scenario.transform
     net = make_net(image_mean=transform.mean, image_std=transform.std, **shared).to(device)
+    if settings.batch_size == 1:
+        check_single_images(net, scenario.image_shape, "trainer.batch_size")
     context = Context(transform=transform, generator=generators["buffer"], device=device, **shared)
     buffer = make_buffer(context=context)
     _refuse_unsuitable(config, allow, net, buffer)
