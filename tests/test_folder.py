@@ -1,5 +1,6 @@
 """Pictures of one's own: which files are taken, what they show, and what is stored of them."""
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, configure
+from conftest import ROOT, configure, toy_images
 from PIL import Image
 from test_command import assert_equal_results, in_process, the_run
 from test_faults import no_file_above
@@ -22,6 +23,7 @@ from test_faults import no_file_above
 from cl_bench import run as run_module
 from cl_bench.build import build, identity
 from cl_bench.config import comparable, fingerprint, plain
+from cl_bench.data.digits import digits
 from cl_bench.data.folder import folder
 from cl_bench.data.pictures import Decoder
 from cl_bench.errors import ConfigError
@@ -620,6 +622,20 @@ def test_what_was_recorded_keeps_its_fingerprint():
 def test_bundled_and_checked_data_are_told_by_their_name(scenario):
     config = configure(f"scenario={scenario}", "data_dir=/nowhere")
     assert identity(config, plain(config)) == (comparable(plain(config)), None)
+
+
+def test_the_digest_is_that_of_images_labels_and_names():
+    source = toy_images()
+    same = dataclasses.replace(toy_images(), mean=[0.1], std=[0.2])
+    assert source.digest == same.digest
+    assert digits().digest == "ea8a534ec068cef4"  # on every machine
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        changed = getattr(source, name).copy()
+        changed[-1] = 1 - changed[-1]
+        assert dataclasses.replace(source, **{name: changed}).digest != source.digest, name
+    assert dataclasses.replace(source, class_names=[*source.class_names[:-1], "other"]).digest != source.digest
+    wide = {name: getattr(source, name).reshape(-1, 1, 4, 16) for name in ("train_images", "test_images")}
+    assert dataclasses.replace(source, **wide).digest != source.digest
 
 
 def test_what_is_made_of_pictures_is_told_by_them(tmp_path):
