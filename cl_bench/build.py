@@ -147,17 +147,13 @@ def identity(
     return settings, scenario
 
 
-def _is_fixed_by_settings(node: dict[str, Any], allow: list[str]) -> bool:
+def _is_fixed_by_settings(node: Any, allow: list[str]) -> bool:
     """Whether this part of the scenario and every part below it say all that there is to say of the images."""
-    path, below = (
-        node.get("_target_"),
-        [part for part in node.values() if isinstance(part, dict) and "_target_" in part],
-    )
-    if not isinstance(path, str):
+    path = node.get("_target_") if isinstance(node, dict) else None
+    if not isinstance(path, str) or not is_fixed_by_settings(named(path, "scenario._target_", allow)):
         return False
-    return is_fixed_by_settings(named(path, "scenario._target_", allow)) and all(
-        _is_fixed_by_settings(part, allow) for part in below
-    )
+    below = [part for part in node.values() if isinstance(part, dict) and "_target_" in part]
+    return all(_is_fixed_by_settings(part, allow) for part in below)
 
 
 RUNTIME: dict[str, tuple[str, ...]] = {

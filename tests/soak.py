@@ -30,9 +30,9 @@ import torch
 import torch._dynamo  # loaded by the first optimizer otherwise: seconds in every fork
 from conftest import TINY, command_environment
 from test_command import assert_equal_results
-from test_folder import pictures
 from test_loggers import logged, points, wandb_files, wandb_records
 from test_methods import METHODS, MLP_RESERVOIR, SUITS
+from test_pictures import pictures
 
 import cl_bench.evaluate as evaluation
 from cl_bench import __main__ as main_module

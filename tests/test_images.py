@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, command, configure, toy_images
-from test_folder import pictures
 from test_methods import parts_of, trainer_of
+from test_pictures import pictures
 
 from cl_bench.build import build
 from cl_bench.data import feed as feeding
