@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from cl_bench.backbones.base import Backbone, SingleHead
+from cl_bench.backbones.base import Backbone, SingleHead, check_single_images
 from cl_bench.buffers.base import Buffer, Context, PerClassBuffer
 from cl_bench.checkpoint import Checkpoint
-from cl_bench.config import Precision, arguments, named, target
+from cl_bench.config import Precision, arguments, comparable, named, target
+from cl_bench.data.base import is_fixed_by_settings
 from cl_bench.errors import ConfigError
 from cl_bench.loggers.base import Logger
 from cl_bench.memory import ran_out
@@ -59,6 +60,7 @@ class Parts:
         return {
             "class_order": list(self.scenario.class_order),
             "class_names": list(self.scenario.class_names),
+            "data": self.scenario.data,
             "tasks": [self.scenario.original(task) for task in self.scenario.tasks],
             "shared_labels": self.scenario.shared_labels,
             "evaluate_on": self.settings.evaluate_on,
@@ -70,25 +72,18 @@ class Parts:
 def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     """Check and build every part of a run; the first thing that is wrong is a :class:`ConfigError`.
 
-    A ``scenario`` that the same configuration built before is taken as it is: no seed but its own two governs it.
+    A ``scenario`` that the same configuration built before is taken: no seed but its own two governs it.
     """
     allow = list(config.allow_packages)
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the generator that a checkpoint saves is the current device's
     generators = seeded(config.seed)
-    # The cheap parts first, so that a typing error is answered before a data set is read.
-    settings = component(config.trainer, "trainer", allow, KINDS["trainer"])
-    schedule = component(config.schedule, "schedule", allow, KINDS["schedule"])
-    optimizer = partial_component(config.optimizer, "optimizer", allow, KINDS["optimizer"])
-    metrics = {str(name): metric(path, f"metrics.{name}", allow) for name, path in config.metrics.items()}
-    make_net, make_buffer, make_method = (
-        partial_component(config[group], group, allow, KINDS[group]) for group in ("backbone", "buffer", "method")
-    )
+    settings, schedule, optimizer, metrics, (make_net, make_buffer, make_method) = _cheap_parts(config, allow)
 
-    scenario = scenario or component(config.scenario, "scenario", allow, KINDS["scenario"]).to(
-        device, config.images.value
-    )
+    scenario = scenario or build_scenario(config)
+    if scenario.place is None:
+        scenario.to(device, config.images.value)
     if settings.evaluate_on == "val" and not len(scenario.tasks[0].val):
         raise ConfigError(
             "trainer.evaluate_on",
@@ -99,6 +94,8 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     shared: dict[str, Any] = {"num_classes": scenario.num_classes, "image_shape": scenario.image_shape}
     transform = scenario.transform
     net = make_net(image_mean=transform.mean, image_std=transform.std, **shared).to(device)
+    if settings.batch_size == 1:
+        check_single_images(net, scenario.image_shape, "trainer.batch_size")
     context = Context(transform=transform, generator=generators["buffer"], device=device, **shared)
     buffer = make_buffer(context=context)
     _refuse_unsuitable(config, allow, net, buffer)
@@ -109,6 +106,54 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     precision = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision is torch.bfloat16)
     return Parts(scenario, method, buffer, optimizer, schedule, settings, metrics, generators, device, autocast)
+
+
+def _cheap_parts(config: DictConfig, allow: list[str]) -> tuple[Settings, Any, Any, dict[str, Any], list[Any]]:
+    """What is built first, so that a typing error is answered before a data set is read."""
+    settings = component(config.trainer, "trainer", allow, KINDS["trainer"])
+    schedule = component(config.schedule, "schedule", allow, KINDS["schedule"])
+    optimizer = partial_component(config.optimizer, "optimizer", allow, KINDS["optimizer"])
+    metrics = {str(name): metric(path, f"metrics.{name}", allow) for name, path in config.metrics.items()}
+    makers = [
+        partial_component(config[group], group, allow, KINDS[group]) for group in ("backbone", "buffer", "method")
+    ]
+    return settings, schedule, optimizer, metrics, makers
+
+
+def build_scenario(config: DictConfig) -> Scenario:
+    """The scenario alone, its images not on the device yet."""
+    return component(config.scenario, "scenario", list(config.allow_packages), KINDS["scenario"])
+
+
+def identity(
+    config: DictConfig, values: dict[str, Any], scenario: Scenario | None = None
+) -> tuple[dict[str, Any], Scenario | None]:
+    """What makes a run comparable with others: its settings and, where these do not say what its images are, a digest.
+
+    Args:
+        values: the configuration as plain values.
+        scenario: which the same configuration built before.
+
+    Returns:
+        The settings, the digest as ``data``; and the scenario, None where it is not needed for that.
+    """
+    settings, allow = comparable(values), list(config.allow_packages)
+    if not _is_fixed_by_settings(values["scenario"], allow):
+        if scenario is None:
+            choose_device(config.device)
+            _cheap_parts(config, allow)
+            scenario = build_scenario(config)
+        settings["data"] = scenario.data
+    return settings, scenario
+
+
+def _is_fixed_by_settings(node: Any, allow: list[str]) -> bool:
+    """Whether this part of the scenario and every part below it say all that there is to say of the images."""
+    path = node.get("_target_") if isinstance(node, dict) else None
+    if not isinstance(path, str) or not is_fixed_by_settings(named(path, "scenario._target_", allow)):
+        return False
+    below = [part for part in node.values() if isinstance(part, dict) and "_target_" in part]
+    return all(_is_fixed_by_settings(part, allow) for part in below)
 
 
 RUNTIME: dict[str, tuple[str, ...]] = {

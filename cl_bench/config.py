@@ -48,6 +48,10 @@ INCOMPARABLE = (
 The two scenario seeds count where they are used, as ``scenario.class_order_seed`` and ``scenario.data_seed``."""
 
 
+FILES = ("backbone.checkpoint",)
+"""Keys that name a file. What makes two runs comparable is its content, not its name."""
+
+
 class Precision(Enum):
     """Arithmetic of forward and backward passes; weights are always fp32."""
 
@@ -288,12 +292,17 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make two runs comparable: flat keys and values, without :data:`INCOMPARABLE`."""
+    """The settings that make two runs comparable: flat keys and values, without :data:`INCOMPARABLE`.
+
+    What the images are is not among them where the settings do not say it, see :func:`cl_bench.build.identity`.
+    """
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
         if prefix in INCOMPARABLE:
             return
+        if prefix in FILES and isinstance(value, str):
+            value = _content(value)
         if isinstance(value, dict):
             for key, inner in value.items():
                 visit(f"{prefix}.{key}" if prefix else str(key), inner)
@@ -302,6 +311,15 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
 
     visit("", config)
     return flat
+
+
+def _content(file: str) -> str:
+    """The hash of a file's content; its name where it cannot be read, which is refused when it is needed."""
+    try:
+        with open(file, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except (OSError, ValueError):
+        return file
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from cl_bench import folder as files
-from cl_bench.build import KINDS, Parts, build, component, loggers
+from cl_bench.build import KINDS, Parts, build, component, identity, loggers
 from cl_bench.checkpoint import Checkpoint
-from cl_bench.config import INCOMPARABLE, comparable, fingerprint, plain
+from cl_bench.config import INCOMPARABLE, fingerprint, plain
 from cl_bench.errors import ConfigError, RunError
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.group import Loggers
@@ -43,8 +43,8 @@ def run(config: DictConfig) -> float | None:
     if values["dry_run"]:
         from cl_bench.dry_run import dry_run
 
-        settings = comparable(values)
-        dry_run(build(config), base_summary(values, settings))
+        settings, scenario = identity(config, values)
+        dry_run(build(config, scenario), base_summary(values, settings))
         return None
     replicas = component(config.trainer, "trainer", list(config.allow_packages), KINDS["trainer"]).replicas
     seeds = range(values["seed"], values["seed"] + replicas)
@@ -89,7 +89,7 @@ def _course(
         terminal: whether its progress may be shown there.
     """
     values = plain(config)
-    settings = comparable(values)
+    settings, scenario = identity(config, values, scenario)
     place = run_folder(values, settings)
     finished = None if values["overwrite"] else files.read_summary(place)
     if finished:
@@ -139,6 +139,11 @@ def _write_whole_report(place: Path) -> None:
             f"{place}: the run is finished, but its report could not be written: {error.strerror or error}. "
             "Make room or mend the folder; the same command writes it."
         ) from error
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # whatever is wrong with a page, the run is finished and its results are whole
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"No report ({why}). The run is finished: {place}", file=sys.stderr)
 
 
 def write_report(place: Path) -> None:
@@ -215,6 +220,8 @@ def _train(
         except Exception as error:
             if ran_out(error):
                 raise RunError(_memory_message(error, parts)) from error
+            if "more than 1 value per channel" in str(error):
+                raise _single_value(parts) from error
             raise
         record.cost.peak_memory_bytes = peak_bytes(parts.device)
         record.cost.buffer_bytes = parts.buffer.nbytes
@@ -238,6 +245,18 @@ def _train(
         print(f"Stopped; this run is finished: {place}", file=sys.stderr)
         raise SystemExit(128 + caught[0])
     return summary
+
+
+def _single_value(parts: Parts) -> ConfigError:
+    """What is wrong where BatchNorm was given one value of each channel; what always does is refused before."""
+    small = [str(task.id) for task in parts.scenario.tasks if len(task.train) == 1]
+    return ConfigError(
+        "scenario",
+        expected="training batches of two images or more, since BatchNorm cannot normalise a single value",
+        got="a batch of one image" + (f" (tasks with one training image: {', '.join(small[:10])})" if small else ""),
+        fix="Put more classes into a task or more images into a class, use larger images, or a network without "
+        "BatchNorm (backbone=mlp, vit).",
+    )
 
 
 def _memory_message(error: Exception, parts: Parts) -> str:

@@ -297,6 +297,7 @@ class Trainer:
                 "record": self.record.to_json(),
                 "counters": [self.steps, self.events, self.parameters_after_first_task],
                 "speed": self.speed.used,
+                "data": self.scenario.data,
             },
             boundary=now is None,
         )
@@ -304,6 +305,14 @@ class Trainer:
 
     def _restore(self, saved: State) -> int:
         """Lay a checkpoint's task beginning over this trainer; returns the task."""
+        known = saved.get("data", self.scenario.data)  # not in those of older versions
+        require(
+            known == self.scenario.data,
+            str(self.checkpoint.folder),
+            expected=f"a checkpoint of a run on these images (data {self.scenario.data})",
+            got=f"one of a run on others (data {known})",
+            fix="Put the images of that run back, or start this one afresh with overwrite=true.",
+        )
         self._load(saved["task_start"])
         self.record = Record.from_json(saved["record"])
         self.steps, self.events, self.parameters_after_first_task = saved["counters"]

@@ -17,7 +17,7 @@ from cl_bench.audit import audit
 from cl_bench.build import Parts, build
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import Images, Run
-from cl_bench.errors import ConfigError
+from cl_bench.errors import ConfigError, require
 from cl_bench.evaluate import read_predictions
 from cl_bench.folder import read_summary
 
@@ -54,7 +54,15 @@ def finished(folder: Path) -> tuple:  # of what audit() asks for
     config.images = Images.device  # an audit looks at every image, and exchanges some
 
     def rebuild() -> Parts:
-        return build(config)
+        parts = build(config)
+        require(
+            summary.get("data", parts.scenario.data) == parts.scenario.data,
+            "RUN",
+            expected=f"the images that it learned (data {summary.get('data')})",
+            got=f"others (data {parts.scenario.data})",
+            fix="Put them back where config.yaml says they were.",
+        )
+        return parts
 
     return rebuild, saved["task_start"]["method"], read_predictions(folder / "predictions.npz")
 

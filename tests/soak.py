@@ -32,12 +32,14 @@ from conftest import TINY, command_environment
 from test_command import assert_equal_results
 from test_loggers import logged, points, wandb_files, wandb_records
 from test_methods import METHODS, MLP_RESERVOIR, SUITS
+from test_pictures import pictures
 
 import cl_bench.evaluate as evaluation
 from cl_bench import __main__ as main_module
 from cl_bench import folder as files
 from cl_bench import run as run_module
 from cl_bench.data import digits  # noqa: F401 - loaded before the forks
+from cl_bench.data.pictures import Decoder, kinds
 from cl_bench.record import Record
 from cl_bench.report import page
 from cl_bench.trainer import Trainer
@@ -69,8 +71,12 @@ class Case:
     arguments: list[str]
 
     @classmethod
-    def draw(cls, method: str, rng: random.Random) -> "Case":
-        """Network, buffer, precision and how often a checkpoint is written, at random."""
+    def draw(cls, method: str, rng: random.Random, own: Path) -> "Case":
+        """Data, network, buffer, precision and how often a checkpoint is written, at random.
+
+        Args:
+            own: a folder of pictures, which every third case learns.
+        """
         arguments = [*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}"]
         if method in NETWORKS:
             arguments = [a for a in arguments if not a.startswith("backbone")] + rng.choice(NETWORKS[method])
@@ -84,6 +90,8 @@ class Case:
         ]
         if method == "ewc":  # its pull diverges on a network of four channels, and a run that diverges stops itself
             arguments.append("trainer.clip_norm=1")
+        if rng.random() < 1 / 3:
+            arguments += ["scenario=folder", f"data_dir={own}", "scenario.source.size=8"]
         return cls(method, [*arguments, "logger=none"])
 
 
@@ -99,6 +107,7 @@ class Moments:
     """
 
     NAMES = (
+        "while pictures are decoded",
         "before the first step",
         "in mid-epoch",
         "between phases",
@@ -119,6 +128,7 @@ class Moments:
 
     def arm(self) -> None:
         """Put the counters into this process, which is a fork and ends after its run."""
+        self._before(Decoder, "decode", lambda: "while pictures are decoded")
         self._before(Trainer, "batch", lambda: "in mid-epoch" if self.counts["batch"] > 1 else "before the first step")
         self._before(Trainer, "phase_course", lambda: "between phases")
         self._before(evaluation, "_answer", lambda: "during evaluation")
@@ -275,11 +285,11 @@ class Soak:
         self, arguments: list[str], place: Path, name: str, counts: Moments, took: float, through_command: bool
     ) -> list[str]:
         """One kill; returns what was done, nothing where the run ended before."""
-        moment = self.rng.choice([*Moments.NAMES, "at any time"])
+        moment = self.rng.choice([*(name for name in Moments.NAMES if counts.counts[name]), "at any time"])
         last = counts.counts[moment]
         if through_command:
             moment, seconds = "at any time, the real command", self.rng.uniform(5.0, 5.0 + 2 * took)
-            status, where = real([*arguments, f"results_dir={name}"], place, seconds), f"{seconds:.1f} s"
+            status, where = real([*arguments, *places(arguments, name)], place, seconds), f"{seconds:.1f} s"
         elif moment == "at any time":
             seconds = self.rng.uniform(0.0, took)
             status, where = self._run(arguments, place, name, seconds=seconds), f"{seconds:.2f} s"
@@ -292,7 +302,7 @@ class Soak:
             return []
         self.kills[moment] += 1
         self.methods[next(a for a in arguments if a.startswith("method=")).removeprefix("method=")] += 1
-        for prefix in ("precision=", "backbone=", "buffer=", "logger="):
+        for prefix in ("precision=", "backbone=", "buffer=", "logger=", "scenario="):
             if chosen := [a for a in arguments if a.startswith(prefix)]:
                 self.settings[chosen[-1]] += 1
         return [f"{moment} ({where})"]
@@ -307,7 +317,14 @@ class Soak:
         pictures: bool = False,
     ) -> int:
         self.runs += 1
-        return forked([*arguments, f"results_dir={name}"], place, moments, seconds, None if pictures else no_pictures)
+        arguments = [*arguments, *places(arguments, name)]
+        return forked(arguments, place, moments, seconds, None if pictures else no_pictures)
+
+
+def places(arguments: list[str], name: str) -> list[str]:
+    """Where a run writes to: results and decoded pictures of its own."""
+    cache = [f"scenario.source.cache={name}/decoded"] if "scenario=folder" in arguments else []
+    return [f"results_dir={name}", *cache]
 
 
 def no_pictures() -> None:
@@ -335,6 +352,37 @@ def check_logger(logger: str, straight: Path, killed: Path) -> None:
             assert all(row["step"] == events[min(row["_step"], len(events) - 1)]["step"] for row in rows), rows
             numbers |= set(counter)
         assert numbers == {*range(len(events)), len(events)}, numbers  # the last one is the matrix
+
+
+# -- a fresh folder of pictures ------------------------------------------------------------------------------------
+
+
+def two_starts(soak: Soak, own: Path, times: int) -> None:
+    """Two real commands on one folder of pictures that was never decoded, the second some time after the first."""
+    size = "scenario.source.size=64"  # of more pixels than in the cases: takes longer
+    arguments = [*TINY, "scenario=folder", f"data_dir={own}", size, "backbone.hidden=[4]", "logger=none"]
+    place = soak.folder / "two"
+    place.mkdir()
+    if forked([*arguments, *places(arguments, "alone")], place, prepare=no_pictures):
+        soak.failures.append(f"two starts: the one alone failed, see {place}")
+        return
+    for number in range(times):
+        cache, delay, started = f"scenario.source.cache=fresh{number}", soak.rng.uniform(0.0, 2.0), []
+        with (place / "output.txt").open("ab") as output:
+            for name, seconds in (("first", 0.0), ("second", delay)):
+                time.sleep(seconds)
+                call = [sys.executable, "-m", "cl_bench", *arguments, f"results_dir={name}{number}", cache]
+                started.append(
+                    subprocess.Popen(call, cwd=place, env=command_environment(), stdout=output, stderr=output)
+                )
+            statuses = [process.wait() for process in started]
+        soak.runs += 2
+        try:
+            assert statuses == [0, 0], statuses
+            for name in ("first", "second"):
+                assert_equal_results(the_run(place / "alone"), the_run(place / f"{name}{number}"))
+        except Exception as error:
+            soak.failures.append(f"two starts, {delay:.2f} s apart: {error!r:.2000}, see {place}")
 
 
 # -- a full disk ---------------------------------------------------------------------------------------------------
@@ -434,19 +482,22 @@ def main() -> int:
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="cl_bench_soak_"))
     soak = Soak(folder, options.seed)
+    own = pictures(folder / "pictures", classes=[f"class {c}" for c in range(10)], train=10, test=4)
+    kinds()  # loads PIL's decoders before the forks
     order = soak.rng.sample(METHODS, len(METHODS))
     extra: dict[str, Any] = {}
     number = 0
     sequences = 3 if options.more else 1
     while soak.total < options.kills and len(soak.failures) < 10:
-        soak.case(Case.draw(order[number % len(order)], soak.rng), sequences)
+        soak.case(Case.draw(order[number % len(order)], soak.rng, own), sequences)
         number += 1
         print(f"{soak.total} kills, {len(soak.failures)} failures, {time.monotonic() - began:.0f} s", flush=True)
     if options.more:
         for logger, method in (("tensorboard", "er"), ("tensorboard", "dytox"), ("wandb", "finetune")):
-            soak.case(Case.draw(method, soak.rng), sequences=3, logger=logger)
+            soak.case(Case.draw(method, soak.rng, own), sequences=3, logger=logger)
         for method in ("lvt", "apd"):
-            soak.case(Case.draw(method, soak.rng), sequences=2, through_command=True)
+            soak.case(Case.draw(method, soak.rng, own), sequences=2, through_command=True)
+        two_starts(soak, own, times=3)
         extra["full disk, runs by exit status"] = full_disk(soak, fills=12)
         extra["200 tasks: MB, open files, CPU ms a step"] = many_tasks(soak, 200)
         print(json.dumps(extra), soak.failures, flush=True)

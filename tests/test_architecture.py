@@ -30,8 +30,9 @@ LEVELS = [
 ]
 """A module imports from its own level (only ``base`` there) and from those above it."""
 
-HELPERS = {"delivered", "jsonl"}
-"""Modules that their siblings may import beside ``base``: metrics.jsonl is what the other loggers catch up from."""
+HELPERS = {"delivered", "jsonl", "cache", "pictures"}
+"""Modules that their siblings may import beside ``base``: metrics.jsonl is what the other loggers catch up from, and a
+folder of pictures is decoded and stored by modules of their own."""
 
 
 def imports(path: Path) -> set[str]:

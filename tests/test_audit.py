@@ -269,6 +269,10 @@ def test_the_command_audits_a_run_folder(tmp_path, capsys):
     assert all(check["passed"] and check["found"] for check in written)
     assert module.main([str(tmp_path)]) == 2
     assert "RUN: expected the folder of a finished run" in capsys.readouterr().err
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"data": "other images"}))
+    assert module.main([str(run)]) == 2
+    assert "RUN: expected the images that it learned (data other images); got others" in capsys.readouterr().err
 
 
 def test_batches_of_one_task_are_said_and_are_no_pass(tmp_path):

@@ -143,6 +143,14 @@ def test_a_run_reached_twice_counts_once(tmp_path):
     assert [run.folder for run in row.runs] == [folder]
 
 
+def test_runs_of_other_images_are_refused_with_the_classes_that_differ(tmp_path):
+    names = [f"class {c}" for c in range(9)]
+    make_run(tmp_path, seed=0, class_names=[*names, "ant"], data="d0")
+    make_run(tmp_path, seed=1, class_names=[*names, "bee"], data="d1")
+    with pytest.raises(ConfigError, match=r"fingerprint: .*got class_names, data in .*; of one only: ant; .*: bee\. "):
+        compare([str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("entries", "key"),
     [

@@ -300,6 +300,19 @@ def test_no_room_for_a_file_stops_with_one_message(run, straight, tmp_path, monk
     assert (the_run(tmp_path / "r") / "report.html").exists()
 
 
+def test_a_report_that_cannot_be_made_does_not_fail_its_run(run, straight, tmp_path, monkeypatch):
+    def broken(place):
+        raise UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates not allowed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_report", broken)
+        for _ in range(2):  # nor when it is asked for again
+            status, error = run("results_dir=r")
+            assert status == 0
+            assert [line for line in error.splitlines() if line.startswith("No report (UnicodeEncodeError: ")]
+    assert_equal_results(straight, the_run(tmp_path / "r"))
+
+
 def test_a_folder_removed_in_mid_run_stops_with_one_message(run, tmp_path, monkeypatch):
     observe = Finetune.observe
     calls = itertools.count()

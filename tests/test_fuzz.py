@@ -25,8 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from test_methods import METHODS, MLP_RESERVOIR, SUITS
 
 from cl_bench.__main__ import explain
-from cl_bench.build import build, loggers
-from cl_bench.config import CONFIGS, comparable, plain
+from cl_bench.build import build, identity, loggers
+from cl_bench.config import CONFIGS, plain
 from cl_bench.errors import ConfigError
 from cl_bench.run import base_summary, run_folder
 
@@ -108,9 +108,10 @@ def fault(make: Callable[[], DictConfig]) -> str:
         else:
             try:
                 values = plain(config)
-                folder = run_folder(values, comparable(values))
-                base_summary(values, comparable(values))
-                build(config)
+                chosen, scenario = identity(config, values)
+                folder = run_folder(values, chosen)
+                base_summary(values, chosen)
+                build(config, scenario)
                 loggers(config)
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 refused = error

@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, command, configure, toy_images
-from PIL import Image
 from test_methods import parts_of, trainer_of
+from test_pictures import pictures
 
 from cl_bench.build import build
 from cl_bench.data import feed as feeding
 from cl_bench.data.feed import feed
-from cl_bench.data.folder import folder
-from cl_bench.errors import ConfigError
 from cl_bench.images import HostImages
 from cl_bench.scenarios import base
 from cl_bench.types import Data
@@ -90,56 +88,6 @@ def test_a_run_from_the_host_is_the_run_from_the_device(method, tmp_path):
     for name, value in ours.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, theirs[name]), name
-
-
-def pictures(place, classes=("ant", "bee", "cat"), train=6, test=3):
-    """A folder of small pictures, each class of a colour of its own; returns the folder."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("test", test)):
-        for number, name in enumerate(classes):
-            (place / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 60, (12, 17, 3)).astype(np.uint8)
-                pixels[..., number % 3] += 150
-                Image.fromarray(pixels).save(place / split / name / f"{i}.png")
-    return place
-
-
-def test_pictures_are_decoded_once_and_mapped(tmp_path, monkeypatch):
-    root, cache = pictures(tmp_path / "mine"), str(tmp_path / "decoded")
-    first = folder(root=str(root), size=8, cache=cache)
-    assert isinstance(first.train_images, np.memmap)
-    assert first.train_images.shape == (18, 3, 8, 8)
-    assert first.class_names == ["ant", "bee", "cat"]
-    assert first.test_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert first.train_images[:6, 0].mean() > 100 > first.train_images[:6, 1].mean()
-    expected = (first.train_images / 255).transpose(1, 0, 2, 3).reshape(3, -1)
-    np.testing.assert_allclose(first.mean, expected.mean(1), atol=1e-4)
-    np.testing.assert_allclose(first.std, expected.std(1), atol=1e-4)
-
-    opened = []
-    monkeypatch.setattr(Image, "open", lambda path, original=Image.open: (opened.append(path), original(path))[1])
-    again = folder(root=str(root), size=8, cache=cache)
-    assert not opened
-    assert np.array_equal(again.train_images, first.train_images)
-    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(root / "test" / "ant" / "0.png")
-    assert folder(root=str(root), size=8, cache=cache).test_images[0].max() == 0
-    assert len(opened) == 9  # the test pictures only
-
-
-def test_what_is_wrong_with_a_folder_of_pictures_is_said(tmp_path):
-    cache = str(tmp_path / "decoded")
-    for spoil, message in [
-        (lambda root: (root / "test" / "dog").mkdir(), "dog"),
-        (lambda root: [p.unlink() for p in (root / "train" / "bee").iterdir()], "bee"),
-        (lambda root: (root / "train" / "cat" / "0.png").write_bytes(b"no picture"), "0.png"),
-    ]:
-        root = pictures(tmp_path / message)
-        spoil(root)
-        with pytest.raises(ConfigError, match=message):
-            folder(root=str(root), size=8, cache=cache)
-    with pytest.raises(ConfigError, match="train"):
-        folder(root=str(tmp_path / "nowhere"), size=8, cache=cache)
 
 
 def test_images_that_do_not_fit_stay_in_their_file(tmp_path, monkeypatch):

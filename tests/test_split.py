@@ -1,11 +1,20 @@
 """How classes and images are cut into tasks."""
 
+import dataclasses
+import io
+import multiprocessing
+import shutil
+import tarfile
+import time
+from hashlib import md5
+
 import numpy as np
 import pytest
 import torch
 from conftest import DATA, configure, needs_cifar100, toy_images
 
 from cl_bench.build import build
+from cl_bench.data import cifar100 as cifar100_module
 from cl_bench.data.cifar100 import cifar100
 from cl_bench.data.digits import digits
 from cl_bench.errors import ConfigError
@@ -64,6 +73,30 @@ def test_validation_comes_out_of_training_class_by_class():
         assert len(a.val) == 0
 
 
+def test_small_classes_have_a_validation_image_where_a_fraction_is_asked():
+    source = toy_images()
+    few = np.concatenate([np.flatnonzero(source.train_labels != 2), np.flatnonzero(source.train_labels == 2)[:2]])
+    small = dataclasses.replace(source, train_images=source.train_images[few], train_labels=source.train_labels[few])
+    for fraction, expected in ((0.01, [1, 1, 1, 1]), (0.1, [1, 1, 1, 1]), (0.4, [2, 2, 1, 2]), (0.0, [0, 0, 0, 0])):
+        tasks = split(small, val_fraction=fraction).tasks
+        assert torch.bincount(torch.cat([task.val.labels for task in tasks]), minlength=4).tolist() == expected
+        assert sum(len(task.val) + len(task.train) for task in tasks) == 20
+    one = few[:-1]
+    small = dataclasses.replace(source, train_images=source.train_images[one], train_labels=source.train_labels[one])
+    with pytest.raises(ConfigError, match=r"val_fraction: .*got none left of class 2 at 0.1\. .*another image"):
+        split(small, val_fraction=0.1)
+
+
+@pytest.mark.parametrize("missing", [1, 3])
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_a_class_without_images_is_named(kind, missing):
+    source = toy_images()
+    labels = getattr(source, f"{kind}_labels")
+    kept = {f"{kind}_{what}": getattr(source, f"{kind}_{what}")[labels != missing] for what in ("images", "labels")}
+    with pytest.raises(ConfigError, match=f"source: .*got {kind} images of 3, none of class {missing}"):
+        split(dataclasses.replace(source, **kept))
+
+
 def test_classes_for_pretraining_are_part_of_no_task():
     source = toy_images(num_classes=6)
     order = [5, 0, 3, 1, 4, 2]
@@ -111,7 +144,11 @@ def test_sizes_of_tasks():
         ({"train_per_class": 7}, "train_per_class: expected 1 to 6 images a class"),
         ({"test_per_class": 0}, "test_per_class: expected 1 to 6"),
         ({"val_fraction": 1.0}, r"val_fraction: expected a number in \[0, 1\)"),
-        ({"val_fraction": 0.95}, "at least one training image a class left"),
+        ({"val_fraction": 0.95}, "at least one training image a class left .*none left of class 0, class 1"),
+        (
+            {"val_fraction": 0.1, "train_per_class": 1},
+            "val_fraction: .*none left of class 0, class 1, class 2, class 3 at 0.1",
+        ),
         ({"data_seed": -1}, "data_seed: expected a whole number"),
         ({"pretrain_classes": 4}, "pretrain_classes: expected 0 to 3 classes"),
         ({"pretrain_classes": -1}, "pretrain_classes: expected 0 to 3 classes"),
@@ -157,9 +194,88 @@ def test_a_failed_download_says_where_to_get_the_files(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", unreachable)
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", unreachable)
     with pytest.raises(ConfigError, match=r"fetching it failed \(no route to host\)"):
         cifar100(root=str(tmp_path), download=True)
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A small archive in place of the published one -> its path on the web, and where the data go."""
+    import torchvision
+
+    contents = {name: name.encode() * 10_000 for name in ("train", "test", "meta")}
+    path = tmp_path / "web" / "cifar-100-python.tar.gz"
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"cifar-100-python/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    for name, value in {"url": path.as_uri(), "tgz_md5": md5(path.read_bytes()).hexdigest()}.items():
+        monkeypatch.setattr(torchvision.datasets.CIFAR100, name, value)
+    monkeypatch.setattr(cifar100_module, "MD5", {name: md5(c).hexdigest() for name, c in contents.items()})
+    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, max_hops: url)
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", lambda url, to: shutil.copyfile(path, to))
+    return path, tmp_path / "data"
+
+
+def files_of(root) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (root / "cifar-100-python").iterdir()}
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.2])
+def test_two_processes_fetch_cifar100_once(archive, monkeypatch, delay):
+    path, root = archive
+    extract = torchvision_utils().extract_archive
+
+    def slow(*args, **kwargs):
+        with (path.parent / "extracted").open("a") as file:
+            file.write("x")
+        extract(*args, **kwargs)
+        time.sleep(0.4)  # for the other one to come while all is extracted and not in its place
+
+    monkeypatch.setattr(torchvision_utils(), "extract_archive", slow)
+
+    def fetch(seconds: float) -> None:
+        time.sleep(seconds)
+        if not cifar100_module._is_there(root / "cifar-100-python"):
+            cifar100_module._fetch(root, download=True)
+        assert files_of(root) == {name: name.encode() * 10_000 for name in ("train", "test", "meta")}
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=fetch, args=(seconds,)) for seconds in (0.0, delay)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert (path.parent / "extracted").read_text() == "x"
+    assert sorted(p.name for p in root.iterdir()) == [
+        ".cifar-100-python.lock", "cifar-100-python", "cifar-100-python.tar.gz"
+    ]  # fmt: skip
+
+
+def test_a_fetch_that_was_killed_is_made_again(archive):
+    path, root = archive
+    (root / "cifar-100-python").mkdir(parents=True)
+    (root / "cifar-100-python" / "train").write_bytes(b"of somebody else")
+    (root / ".cifar-100-python.partial" / "cifar-100-python").mkdir(parents=True)
+    (root / "cifar-100-python.tar.gz").write_bytes(path.read_bytes()[:100])
+    cifar100_module._fetch(root, download=True)
+    assert files_of(root)["train"] == b"train" * 10_000
+    path.unlink()
+    (root / "cifar-100-python" / "meta").unlink()
+    with pytest.MonkeyPatch.context() as patch:  # the archive is there: nothing is fetched
+        patch.setattr(torchvision_utils(), "_urlretrieve", None)
+        cifar100_module._fetch(root, download=True)
+    assert files_of(root)["meta"] == b"meta" * 10_000
+
+
+def torchvision_utils():
+    from torchvision.datasets import utils
+
+    return utils
 
 
 @needs_cifar100

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import TINY, configure
+from conftest import TINY, configure, network_of
+from test_command import in_process
 from test_methods import trainer_of
 
 from cl_bench.build import build
@@ -178,3 +179,66 @@ def test_the_buffer_leaves_the_stream_as_it_was(tmp_path):
     assert torch.equal(alone, stream("method=er", "buffer=reservoir"))
     assert torch.equal(alone, stream("method=er", "buffer=fixed_memory"))
     assert not torch.equal(alone, stream("method=finetune", "seed=1"))
+
+
+# -- batches of one image ------------------------------------------------------------------------------------------
+
+SLIM = ["backbone=resnet18_slim", "backbone.width=2"]
+"""On digits of 8 x 8 pixels its last maps are one pixel: one image is one value of each channel."""
+
+DRAWS = ["method=derpp", "buffer=reservoir"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["trainer.batch_size=1"], "trainer.batch_size"),
+        (["trainer.batch_size=1", "method=er", "buffer=reservoir"], "trainer.batch_size"),
+        (["trainer.batch_size=1", "method=supsup"], "trainer.batch_size"),
+        ([*DRAWS, "method.replay_size=1"], "method.replay_size"),
+        ([*DRAWS, "buffer.capacity=1"], "buffer.capacity"),
+    ],
+)
+def test_batches_that_batchnorm_cannot_normalise_are_refused(overrides, key):
+    with pytest.raises(ConfigError, match=f"^{key}: expected 2 or more, since BatchNorm .*8 x 8.*; got 1"):
+        build(configure(*TINY, *SLIM, *overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.batch_size=1", "backbone=mlp"],
+        [*SLIM, "method=er", "buffer=reservoir", "method.replay_size=1"],  # drawn images join the stream's
+        [*SLIM, "method=er", "buffer=reservoir", "buffer.capacity=1"],
+        [*DRAWS, "backbone=mlp", "method.replay_size=1", "buffer.capacity=1", "trainer.batch_size=1"],
+        ["backbone=lvt_digits", "buffer.capacity=1", "buffer=reservoir", "method.replay_size=1"],
+    ],
+)
+def test_single_images_that_can_be_learned_are(overrides, tmp_path):
+    small = ["trainer.epochs=1", "scenario.train_per_class=2"]
+    trainer_of(build(configure(*TINY, *overrides, *small)), tmp_path).run()
+
+
+def test_maps_of_several_pixels_are_normalised_image_by_image():
+    from cl_bench.backbones.base import check_single_images
+
+    net = network_of(*SLIM, image_shape=(3, 32, 32))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    check_single_images(net, (3, 32, 32), "trainer.batch_size")
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net(torch.rand(1, 3, 32, 32))  # as torch has it
+    with pytest.raises(ConfigError):
+        check_single_images(net, (3, 8, 8), "trainer.batch_size")
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        net(torch.rand(1, 3, 8, 8))
+
+
+def test_a_task_of_one_image_is_told_in_one_message(monkeypatch, tmp_path, capsys):
+    arguments = [*SLIM, "scenario.num_tasks=10", "scenario.train_per_class=1", "scenario.test_per_class=2"]
+    more = ["device=cpu", "logger=none", f"results_dir={tmp_path}/r"]
+    assert in_process(*arguments, *more, monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("cl_bench: scenario: expected training batches of two images or more")
+    assert "(tasks with one training image: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9)" in said
+    assert said.count("\n") == 1

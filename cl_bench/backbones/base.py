@@ -5,7 +5,9 @@ Shapes: B images, C channels, H x W pixels, D features, K classes of the scenari
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_bench.errors import require
 
@@ -39,3 +41,33 @@ class SingleHead(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K) logits."""
         return self.head(self.features(x))
+
+
+@torch.no_grad()
+def check_single_images(net: Backbone, image_shape: tuple[int, ...], key: str) -> None:
+    """Refuse to train a network on batches of one image where BatchNorm would see one value of each channel.
+
+    That is where a map has shrunk to one pixel; a value by itself cannot be normalised, and torch refuses to.
+
+    Args:
+        image_shape: (C, H, W).
+        key: the setting that asks for such batches.
+    """
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return
+    values: list[int] = []
+    handles = [norm.register_forward_pre_hook(lambda _, x: values.append(x[0][:, 0].numel())) for norm in norms]
+    training = net.training
+    net.eval()(torch.zeros(1, *image_shape, device=next(net.parameters()).device))
+    net.train(training)
+    for handle in handles:
+        handle.remove()
+    require(
+        min(values, default=2) > 1,
+        key,
+        expected=f"2 or more, since BatchNorm in this network normalises one pixel of each {image_shape[1]} x "
+        f"{image_shape[2]} image, and cannot normalise a single value",
+        got=1,
+        fix="Raise it, or use larger images or a network without BatchNorm (backbone=mlp, vit).",
+    )

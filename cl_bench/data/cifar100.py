@@ -3,11 +3,13 @@
 import hashlib
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 
-from cl_bench.data.base import ImageSet
+from cl_bench.atomic import one_process
+from cl_bench.data.base import ImageSet, fixed_by_settings
 from cl_bench.errors import ConfigError, require
 
 FOLDER = "cifar-100-python"
@@ -18,6 +20,7 @@ MD5 = {
 }
 
 
+@fixed_by_settings  # by the checksums
 def cifar100(*, root: str, download: bool) -> ImageSet:
     """50,000 training and 10,000 test images, (N, 3, 32, 32) uint8, 100 classes in 20 superclasses.
 
@@ -29,7 +32,7 @@ def cifar100(*, root: str, download: bool) -> ImageSet:
         ConfigError: the files are missing and could not be fetched, or are not the official ones.
     """
     folder = Path(root) / FOLDER
-    if not all(os.path.isfile(folder / name) for name in MD5):  # False also where the folder may not be read
+    if not _is_there(folder):
         _fetch(Path(root), download)
     train, test, meta = (_official(folder / name) for name in MD5)
     coarse = dict(zip(train["fine_labels"], train["coarse_labels"]))
@@ -42,7 +45,12 @@ def cifar100(*, root: str, download: bool) -> ImageSet:
         superclass=[coarse[c] for c in range(100)],
         mean=[0.5071, 0.4865, 0.4409],
         std=[0.2673, 0.2564, 0.2761],
+        checksums=(MD5["train"], MD5["test"]),
     )
+
+
+def _is_there(folder: Path) -> bool:
+    return all(os.path.isfile(folder / name) for name in MD5)  # False also where the folder may not be read
 
 
 def _pixels(split: dict) -> np.ndarray:
@@ -71,12 +79,14 @@ def _official(path: Path) -> dict:
 def _fetch(root: Path, download: bool) -> None:
     reason = "scenario.source.download=false forbids fetching it"
     if download:
-        from torchvision.datasets import CIFAR100
-
         try:
-            CIFAR100(str(root), download=True)
+            root.mkdir(parents=True, exist_ok=True)
+            with one_process(root / f".{FOLDER}.lock", f"fetches CIFAR-100 into {root}"):
+                if not _is_there(root / FOLDER):
+                    _download(root)
             return
-        except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError on a bad MD5
+        # URLError is an OSError; RuntimeError: a wrong MD5; ValueError: a name that no folder can have
+        except (OSError, RuntimeError, ValueError) as error:
             reason = f"fetching it failed ({error})"
     raise ConfigError(
         "data_dir",
@@ -85,3 +95,19 @@ def _fetch(root: Path, download: bool) -> None:
         fix="Get cifar-100-python.tar.gz from the CIFAR-100 page, unpack it there or point data_dir=PATH at the folder "
         "that holds cifar-100-python/; +experiment=quickstart needs no download.",
     )
+
+
+def _download(root: Path) -> None:
+    """Archive and files; a file is in its place when it is whole, so that no other process reads half of it."""
+    from torchvision.datasets import CIFAR100
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    beside = root / f".{FOLDER}.partial"
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    try:
+        download_and_extract_archive(CIFAR100.url, root, beside, CIFAR100.filename, CIFAR100.tgz_md5)
+        (root / FOLDER).mkdir(exist_ok=True)
+        for name in MD5:
+            (beside / FOLDER / name).replace(root / FOLDER / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -5,10 +5,11 @@ Permuted MNIST: Goodfellow et al. 2013; with one set of classes a permutation: s
 
 import numpy as np
 
-from cl_bench.data.base import ImageSet
+from cl_bench.data.base import ImageSet, fixed_by_settings
 from cl_bench.errors import require
 
 
+@fixed_by_settings
 def permuted_digits(*, digits: ImageSet, permutations: int, permutation_seed: int) -> ImageSet:
     """Permutation i of the pixels of every image gives classes ``l i`` to ``l i + l - 1``, l the classes of ``digits``.
 

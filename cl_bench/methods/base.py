@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import Backbone
-from cl_bench.buffers.base import Columns
+from cl_bench.backbones.base import Backbone, check_single_images
+from cl_bench.buffers.base import Buffer, Columns
 from cl_bench.errors import require
 from cl_bench.types import Batch, Losses, Phase, Task
 
@@ -159,6 +159,13 @@ def check_replay_size(replay_size: int) -> None:
         got=replay_size,
         fix="32 is usual at batch size 32.",
     )
+
+
+def check_draws(net: Backbone, buffer: Buffer, replay_size: int) -> None:
+    """Refuse draws of one image that pass a network by themselves, where it cannot be trained on one."""
+    for key, size in {"replay_size": replay_size, "buffer.capacity": buffer.capacity}.items():
+        if size == 1:
+            check_single_images(net, buffer.images.shape[1:], key)
 
 
 def described(net: Backbone, x: Tensor, y: Tensor) -> Columns:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer, Columns
-from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_replay_size, described
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_draws, check_replay_size, described
 from cl_bench.types import Batch, Phase, Task
 
 
@@ -34,6 +34,7 @@ class DERpp(FunctionalMethod):
     def __init__(self, *, net: Backbone, buffer: Buffer, alpha: float, beta: float, replay_size: int) -> None:
         super().__init__()
         check_replay_size(replay_size)
+        check_draws(net, buffer, replay_size)
         self.net, self.buffer = net, buffer
         self.alpha, self.beta, self.replay_size = alpha, beta, replay_size
 

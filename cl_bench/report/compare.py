@@ -389,18 +389,26 @@ def _refuse_unlike(first: Run, second: Run) -> None:
         got=f"seed {first.summary['seed']} in both {folders}",
         fix="Leave one of them out.",
     )
-    kept = ("class_order", "tasks")
+    both = (first.summary, second.summary)
+    kept = [key for key in ("class_order", "tasks", "class_names", "data") if all(key in summary for summary in both)]
     keys = unlike(
         settings(first) | {key: first.summary[key] for key in kept},
         settings(second) | {key: second.summary[key] for key in kept},
     )
+    names = [_only(*pair) for pair in (both, both[::-1])] if "class_names" in keys else []
     require(
         not keys,
         "fingerprint",
         expected="runs with one fingerprint to differ only in their seed",
-        got=f"{', '.join(keys)} in {folders}",
+        got=f"{', '.join(keys)} in {folders}{''.join(names)}",
         fix="Leave one of them out, or run it again with overwrite=true.",
     )
+
+
+def _only(summary: dict[str, Any], other: dict[str, Any]) -> str:
+    """The classes that the other run does not have."""
+    names = [name for name in summary["class_names"] if name not in other["class_names"]]
+    return f"; of one only: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
 
 
 def settings(run: Run) -> dict[str, Any]:

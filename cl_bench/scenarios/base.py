@@ -1,7 +1,9 @@
 """What a scenario is: a data set cut into a sequence of tasks."""
 
+import hashlib
 from abc import ABC
 from dataclasses import replace
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +15,9 @@ from cl_bench.types import Data, Task
 
 LARGEST_SHARE = 0.5
 """Part of the device's free memory that images may take; the rest is for the network and its activations."""
+
+CHUNK = 500
+"""Images that are looked at together."""
 
 Place = Literal["device", "host"]
 
@@ -30,7 +35,7 @@ class Scenario(ABC):
         pretrain: training images of classes that are part of no task, for methods that train a network before the
             first task; labels are positions in ``pretrain_order``. Both are empty unless the scenario holds some out.
         pretrain_order: the data set's class id at each of those positions.
-        place: where the images lie, known once they were put there: on the training device or on the host.
+        place: where the images lie: on the training device or on the host; None before they were put there.
     """
 
     shared_labels: ClassVar[bool] = False
@@ -41,7 +46,22 @@ class Scenario(ABC):
     transform: Transform
     pretrain: Data
     pretrain_order: list[int]
-    place: Place
+    place: Place | None = None
+
+    @cached_property
+    def data(self) -> str:
+        """16 hexadecimal digits of a hash of images, labels and class names: a run goes on on the same data only.
+
+        A scenario over an :class:`~cl_bench.data.base.ImageSet` sets that one's digest; this one, which looks at every
+        image, is for those that do not.
+        """
+        content = hashlib.sha256(repr(self.class_names).encode())
+        for data in self._sets():
+            content.update(repr(tuple(data.images.shape)).encode())
+            for part in data.chunks(CHUNK):
+                content.update(part.images.cpu().contiguous().numpy().data)
+                content.update(part.labels.cpu().numpy().data)
+        return content.hexdigest()[:16]
 
     @property
     def num_classes(self) -> int:

@@ -6,11 +6,13 @@ permutation in permuted MNIST, "first or second class of its task" in split MNIS
 
 from dataclasses import replace
 
+from cl_bench.data.base import fixed_by_settings
 from cl_bench.errors import require
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Data, Task
 
 
+@fixed_by_settings
 class SharedLabels(Scenario):
     """The tasks of another scenario under one set of l labels, so that K = l.
 
@@ -31,6 +33,7 @@ class SharedLabels(Scenario):
             got=f"tasks of {' and '.join(map(str, sizes))} classes",
             fix="Set scenario.disjoint.classes_per_task=null and a scenario.disjoint.num_tasks.",
         )
+        self.data = disjoint.data
         self.class_order = list(range(sizes[0]))
         self.class_names = [f"label {c}" for c in self.class_order]
         self.image_shape, self.transform = disjoint.image_shape, disjoint.transform

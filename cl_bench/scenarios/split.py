@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cl_bench.data.base import ImageSet
+from cl_bench.data.base import ImageSet, fixed_by_settings
 from cl_bench.data.rand_augment import RandAugment
 from cl_bench.data.transform import Transform
 from cl_bench.errors import ConfigError, require
@@ -20,6 +20,7 @@ from cl_bench.types import Data, Task
 ORDERS = ("natural", "random", "superclass")
 
 
+@fixed_by_settings
 class Split(Scenario):
     """The classes of ``source`` in ``class_order``, cut into tasks.
 
@@ -32,7 +33,8 @@ class Split(Scenario):
             1993 gives iCaRL's order), ``superclass`` (classes of a superclass side by side), or a list of class ids.
         class_order_seed: used by ``random`` only.
         data_seed: which images are held out, and which are taken where a number a class is given.
-        val_fraction: part of each class's training images held out for validation, in [0, 1).
+        val_fraction: part of each class's training images held out for validation, in [0, 1); at least one image of
+            each class where it is above 0.
         train_per_class, test_per_class: images taken of each class; None for all.
         crop_padding, flip: augmentation, see :class:`~cl_bench.data.transform.Transform`.
         rand_augment: ``rand-m{M}-mstd{S}-inc1`` adds timm's RandAugment of that name, see
@@ -56,6 +58,7 @@ class Split(Scenario):
         flip: bool,
         rand_augment: str | None,
     ) -> None:
+        self.data = source.digest
         num_classes = len(source.class_names)
         require(
             0 <= val_fraction < 1,
@@ -95,15 +98,16 @@ class Split(Scenario):
             rand_augment=None if rand_augment is None else RandAugment.parse(rand_augment, fill),
         )
 
-        train = _first(source.train_labels, train_per_class, "train_per_class", data_seed)
-        test = _first(source.test_labels, test_per_class, "test_per_class", data_seed)
-        held_out = [round(val_fraction * len(chosen)) for chosen in train]
+        train = _first(source.train_labels, source.class_names, train_per_class, "train_per_class", data_seed)
+        test = _first(source.test_labels, source.class_names, test_per_class, "test_per_class", data_seed)
+        held_out = [max(1, round(val_fraction * len(chosen))) if val_fraction else 0 for chosen in train]
+        bare = [name for name, chosen, n in zip(source.class_names, train, held_out) if len(chosen) <= n]
         require(
-            all(len(chosen) > n for chosen, n in zip(train, held_out)),
+            not bare,
             "val_fraction",
-            expected="at least one training image a class left",
-            got=val_fraction,
-            fix="Lower val_fraction or raise train_per_class.",
+            expected="at least one training image a class left beside those held out for validation",
+            got=f"none left of {', '.join(bare[:5])}{' and others' if len(bare) > 5 else ''} at {val_fraction}",
+            fix="Lower val_fraction, raise train_per_class, or give the class another image.",
         )
         unheld = [chosen[n:] for chosen, n in zip(train, held_out)]
         self.pretrain = _gather(
@@ -181,10 +185,17 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _first(labels: np.ndarray, per_class: int | None, key: str, data_seed: int) -> list[np.ndarray]:
+def _first(labels: np.ndarray, names: list[str], per_class: int | None, key: str, data_seed: int) -> list[np.ndarray]:
     """For each class id the positions of its images, drawn by ``data_seed``; all of them, or ``per_class``."""
-    num_classes = int(labels.max()) + 1
-    smallest = int(np.bincount(labels, minlength=num_classes).min())
+    counts = np.bincount(labels, minlength=len(names))
+    smallest = int(counts.min())
+    require(
+        smallest > 0 and len(counts) == len(names),
+        "source",
+        expected=f"training and test images of each of {len(names)} classes",
+        got=f"{key.split('_')[0]} images of {np.count_nonzero(counts)}, none of {names[int(counts.argmin())]}",
+        fix="Give every class images of both kinds.",
+    )
     require(
         per_class is None or 0 < per_class <= smallest,
         key,
@@ -193,7 +204,7 @@ def _first(labels: np.ndarray, per_class: int | None, key: str, data_seed: int) 
         fix=f"Set {key}=null to take every image.",
     )
     order = np.random.default_rng(data_seed).permutation(len(labels))
-    return [order[labels[order] == c][:per_class] for c in range(num_classes)]
+    return [order[labels[order] == c][:per_class] for c in range(len(names))]
 
 
 def _gather(images: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray], class_order: list[int]) -> Data:
