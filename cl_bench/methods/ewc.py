@@ -5,12 +5,13 @@
 
 F_t is the diagonal of the Fisher information at the weights theta*_t that task t ended with: the mean over its images
 of the squared gradient of log p(y | x), y drawn from the network's own answer (``sampled``, the definition) or the
-image's label (``empirical``); or, with the image's label, each image weighted by p(y | x) (``weighted``, as in Mammoth).
+image's label (``empirical``); ``weighted`` takes that, too, and weights each image by p(y | x), as Mammoth does.
 
 EWC's sum of quadratics is kept as one: precision P = sum F_t, centre C = sum F_t theta*_t / P. What is left out is a
 constant, which no gradient sees, so memory does not grow with the tasks.
 
-Departures: none but the constant. The head is consolidated like every other weight.
+Departures: the constant, and how the Fisher information is measured (docs/methods/ewc.md). The head is consolidated
+like every other weight.
 """
 
 from collections.abc import Iterator
@@ -126,8 +127,8 @@ class EWC(FunctionalMethod):
                 y = torch.multinomial(torch.softmax(self.net(x).float(), dim=1), 1).squeeze(1)
             likelihood = true_class_probability(self.net(x), y) if self.fisher == "weighted" else None
             for name, gradient in gradients(weights, x, y).items():
-                squares = gradient.square()
-                totals[name] += squares.sum(dim=0) if likelihood is None else torch.tensordot(likelihood, squares, dims=1)
+                square = gradient.square()
+                totals[name] += square.sum(dim=0) if likelihood is None else torch.tensordot(likelihood, square, dims=1)
         return [totals[name] / len(data) for name in names]
 
     def _consolidate(self, information: list[Tensor]) -> None:
