@@ -316,6 +316,25 @@ def test_capacity_counts_what_is_not_zero():
     assert small().capacity() is None
 
 
+def test_capacity_as_released_counts_one_head_and_one_set_of_biases():
+    method = with_tasks(3, consolidate_every=3, clusters=2)
+    method.consolidate()
+    assert len(method.net.local)
+    method.net.local[0].data.flatten()[0] = 0.01  # below lambda1
+    count = base = 0
+    for name, p in method.net.named_parameters():
+        value = array(p)
+        if name.startswith("tasks") and not name.startswith("tasks.2") and ("bias" in name or "head" in name):
+            base += value.size if name.endswith("head.weight") else 0
+            continue
+        threshold = 0.02 if ".tau." in name or name.startswith("local") else 0
+        count += sum(1 for number in cut(value, threshold).flat if number != 0)
+        base += value.size if name.startswith("sigma") else 0
+    assert base == 3 * 9 + 6 * 3 * 16 + 5 * 6 + 2 * 5  # heads of all tasks but the newest
+    assert method.capacity_as_released() == method.facts()["capacity_as_released"] == count / base
+    assert small().capacity_as_released() is None
+
+
 def test_state_grows_and_shrinks_with_what_is_loaded():
     method = with_tasks(3, consolidate_every=3, clusters=2)
     empty = small().state_dict()

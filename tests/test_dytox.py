@@ -14,7 +14,7 @@ from cl_bench.build import build
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.errors import ConfigError
 from cl_bench.loggers.group import Loggers
-from cl_bench.methods.dytox import DyToxRule, repeated
+from cl_bench.methods.dytox import DyToxRule, again_and_again, repeated
 from cl_bench.optim import adamw
 from cl_bench.types import Data, Task
 
@@ -25,8 +25,8 @@ NET = {
     "task_tokens": True, "independent_classifiers": True,
 }  # fmt: skip
 RULE = {
-    "divergence": 0.1, "distillation": True, "temperature": 1.0, "finetune_epochs": 2, "finetune_lr": 0.01,
-    "mixup": 0.0, "label_smoothing": 0.1, "repeated_augmentation": 1,
+    "divergence": 0.1, "distillation": True, "temperature": 1.0, "finetune_epochs": 2, "finetune_steps": None,
+    "finetune_lr": 0.01, "mixup": 0.0, "label_smoothing": 0.1, "repeated_augmentation": 1, "batch_size": 3,
 }  # fmt: skip
 SHAPE = {"num_classes": 4, "image_shape": (1, 8, 8)}
 
@@ -380,6 +380,21 @@ def test_repeated_augmentation(size, visits):
 
 
 # -- ablations, settings, refusals -----------------------------------------------------------------------------------
+
+
+def test_fine_tuning_makes_as_many_steps_as_asked():
+    _, _, phases = in_second_task(finetune_steps=4)
+    fine = next(phases)
+    order = fine.order(torch.Generator().manual_seed(0))
+    assert (fine.epochs, len(fine.data), len(order)) == (2, 4, 12)  # four batches of three
+    assert torch.bincount(order).tolist() == [3, 3, 3, 3]
+    assert order.tolist() != order.sort().values.tolist()
+    cut = again_and_again(2000, 15 * 256, torch.Generator().manual_seed(0))
+    assert len(cut) == 3840
+    assert cut[:2000].sort().values.equal(torch.arange(2000))
+    assert len(cut[2000:].unique()) == 1840
+    with pytest.raises(ConfigError, match="finetune_steps: expected 1 or more"):
+        rule(finetune_steps=0)
 
 
 @pytest.mark.parametrize(

@@ -334,14 +334,16 @@ def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
 
-def icarl() -> ICaRL:
-    return ICaRL(net=mlp(), buffer=FixedMemory(capacity=4, context=buffer_context()), scenario=TwoTasks())
+def icarl(mean_over: str = "seen") -> ICaRL:
+    buffer = FixedMemory(capacity=4, context=buffer_context())
+    return ICaRL(net=mlp(), buffer=buffer, scenario=TwoTasks(), mean_over=mean_over)
 
 
-def test_icarl(three_images):
+@pytest.mark.parametrize("mean_over", ["seen", "all"])
+def test_icarl(three_images, mean_over):
     raw, _ = three_images
     y = torch.tensor([2, 3, 0])  # two new images and an exemplar
-    method = icarl()
+    method = icarl(mean_over)  # of the last task: every class is seen
     q = sigmoid(array(method.teacher(raw.float() / 255)))[:, :2]
     changed(method.net)
     losses = method.observe(batch_of(raw, y, task=1))
@@ -361,6 +363,16 @@ def test_icarl_first_task_has_its_own_classes_only(three_images):
     g, targets = sigmoid(array(method.net(raw.float() / 255)))[:, :2], np.eye(4)[y.numpy()][:, :2]
     expected = -(targets * np.log(g) + (1 - targets) * np.log(1 - g)).mean()
     assert set(losses) == {"classification"}
+    assert losses["classification"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_icarl_over_all_outputs_expects_no_class_to_come(three_images):
+    raw, y = three_images
+    method = icarl("all")
+    losses = method.observe(batch_of(raw, y, task=0))
+    g, targets = sigmoid(array(method.net(raw.float() / 255))), np.eye(4)[y.numpy()]
+    assert g.shape == (3, 4)
+    expected = -(targets * np.log(g) + (1 - targets) * np.log(1 - g)).mean()
     assert losses["classification"].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -448,12 +460,14 @@ def ewc(net, **changes) -> EWC:
     return EWC(net=net, scenario=TwoTasks(), **(keys | changes)).eval()
 
 
-def brute_force_fisher(net, raw, y) -> list[np.ndarray]:
+def brute_force_fisher(net, raw, y, weighted: bool = False) -> list[np.ndarray]:
     totals = [np.zeros(p.shape) for p in net.parameters()]
     for image, label in zip(raw, y):
-        loss = torch.nn.functional.cross_entropy(net(image[None].float() / 255), label[None])
+        logits = net(image[None].float() / 255)
+        weight = softmax(array(logits))[0, label] if weighted else 1.0
+        loss = torch.nn.functional.cross_entropy(logits, label[None])
         for total, g in zip(totals, torch.autograd.grad(loss, list(net.parameters()))):
-            total += array(g) ** 2 / len(raw)
+            total += weight * array(g) ** 2 / len(raw)
     return totals
 
 
@@ -462,16 +476,17 @@ def small_resnet() -> ResNet18:
     return ResNet18(width=2, **SHAPE).eval()
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "weighted"])
 @pytest.mark.parametrize("make", [mlp, small_resnet])
-def test_ewc_fisher_equals_a_brute_force_version(make, three_images, monkeypatch):
+def test_ewc_fisher_equals_a_brute_force_version(make, fisher, three_images, monkeypatch):
     raw, y = three_images
-    method = ewc(make())
+    method = ewc(make(), fisher=fisher)
     monkeypatch.setattr("cl_bench.methods.ewc.GRADIENT_BYTES", 1)  # one image at a time, and all at once
     data = Data(raw, y, torch.arange(3))
     task = Task(0, range(2), data, data.take(slice(0)), data)
     single = method.fisher_information(task)
     monkeypatch.undo()
-    expected = brute_force_fisher(method.net, raw, y)
+    expected = brute_force_fisher(method.net, raw, y, weighted=fisher == "weighted")
     for one, together, brute in zip(single, method.fisher_information(task), expected):
         np.testing.assert_allclose(array(together), brute, rtol=2e-3, atol=1e-7)
         np.testing.assert_allclose(array(one), brute, rtol=2e-3, atol=1e-7)

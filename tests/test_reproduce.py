@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, configure
+from omegaconf import OmegaConf
 from test_report import TASKS, make_run
 
 from cl_bench.build import RUNTIME
@@ -95,6 +96,32 @@ def test_a_row_composes_and_agrees_with_its_experiment(group, name):
         assert {mine[key].tolerance for key in values} == {config.published.tolerance}
 
 
+SETTINGS = {
+    "derpp500": {"method.alpha": 0.3, "method.beta": 0.5, "optimizer.lr": 0.03, "schedule.factor": 0.2},
+    "der500": {"method.alpha": 0.3, "method.beta": 0, "optimizer.lr": 0.03, "schedule.factor": 0.2},
+    "derpp2000": {"method.alpha": 0.1, "method.beta": 0.5, "optimizer.lr": 0.03, "buffer.capacity": 2000},
+    "derpp500_constant": {"method.alpha": 0.1, "method.beta": 0.5, "optimizer.lr": 0.1},
+    "icarl2000": {"method.mean_over": "all", "optimizer.lr": 2, "optimizer.weight_decay": 2e-5, "trainer.epochs": 70},
+    "icarl500_constant": {"method.mean_over": "seen", "optimizer.weight_decay": 1e-5},
+    "finetune": {"optimizer.lr": 0.03},
+    "joint": {"optimizer.lr": 0.03},
+    "finetune_constant": {"optimizer.lr": 0.1},
+} | {name: {"method.finetune_steps": 15, "method.finetune_epochs": 20} for name in GROUPS["dytox"].rows}
+"""What the sources of the published numbers ran with, where a default might say something else one day."""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_row_has_the_settings_of_its_source(name):
+    [(group, row)] = [(group, group.rows[name]) for group in GROUPS.values() if name in group.rows]
+    config = configure(*group.variants(row)[0])
+    assert {key: OmegaConf.select(config, key) for key in SETTINGS[name]} == SETTINGS[name]
+
+
+def test_capacities_are_counted_as_the_published_ones():
+    metrics = [[number.metric for number in row.numbers] for row in GROUPS["apd"].rows.values()]
+    assert all("method_facts.capacity_as_released" in row and "cost.capacity" not in row for row in metrics)
+
+
 def test_orders_are_permutations():
     orders = [override for group in GROUPS.values() for order in group.orders.values() for override in order]
     assert len(orders) == 6
@@ -138,8 +165,6 @@ def test_names_of_rows_and_groups(toy):
 
 
 def test_the_search_is_of_keys_that_lvt_has():
-    from omegaconf import OmegaConf
-
     search = OmegaConf.load(ROOT / "configs" / "search" / "lvt.yaml")
     assert search.trainer.evaluate_on == "val"
     assert search.scenario.val_fraction == 0.1

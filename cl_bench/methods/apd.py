@@ -216,11 +216,32 @@ class APD(Method):
         base = [*net.sigma, *(part.head.weight for part in net.parts)]
         return sum(int(torch.count_nonzero(p)) for p in kept) / sum(p.numel() for p in base)
 
+    def capacity_as_released(self) -> float | None:
+        """The same as the authors' code counts it: published capacities are such.
+
+        Of biases and heads it counts the newest task's alone, tau~ is cut at lambda1 as well, and the network that it
+        is relative to has heads for all tasks but the newest.
+        """
+        net = self.net
+        if not len(net.tasks):
+            return None
+        newest = net.parts[-1]
+        kept = [*net.sigma, *newest.bias, *newest.head.parameters()]
+        kept += [F.hardshrink(shared, self.lambda1) for shared in net.local]
+        for part in net.parts:
+            kept += [*part.v, *self._pruned(part)]
+        base = [*net.sigma, *(part.head.weight for part in net.parts[:-1])]
+        return sum(int(torch.count_nonzero(p)) for p in kept) / sum(p.numel() for p in base)
+
     def facts(self) -> dict[str, Any]:
-        """After each task: capacity, drift of the old ones, epoch kept; at the end: share of zeros in each tau."""
+        """After each task: capacity, drift of the old ones, epoch kept; at the end: share of zeros in each tau.
+
+        ``capacity_as_released`` is the capacity at the end as the authors' code counts it.
+        """
         names = self.history[0] if self.history else {}
         facts: dict[str, Any] = {name: [entry[name] for entry in self.history] for name in names}
-        return facts | {"tau_sparsity": [self.sparsity(task) for task in range(len(self.net.tasks))]}
+        sparsity = [self.sparsity(task) for task in range(len(self.net.tasks))]
+        return facts | {"capacity_as_released": self.capacity_as_released(), "tau_sparsity": sparsity}
 
     def sparsity(self, task: int) -> float:
         """Share of a task's tau that is 0 at test."""

@@ -17,7 +17,8 @@ once a batch, in both phases. One epoch of repeated augmentation runs over the f
 shuffled list in which every image stands three times in a row (Hoffer et al. 2020; DeiT's sampler).
 
 Departures from the release, all in docs/methods/dytox.md: one memory of M images in all, chosen by un-augmented images
-(the release chose with augmented ones, on every GPU by itself); fine-tuning visits the memory shuffled.
+(the release chose with augmented ones, on every GPU by itself); fine-tuning visits the memory shuffled, and makes fewer
+steps unless ``finetune_steps`` is given.
 """
 
 import copy
@@ -46,10 +47,13 @@ class DyToxRule(FunctionalMethod):
         distillation: ablation switch of the teacher; without it a = 0.
         temperature: T of the distillation.
         finetune_epochs: passes over the memory after the main phase; 0 is the ablation without fine-tuning.
+        finetune_steps: batches in each of these passes, which then begin the memory again where it ends; None for as
+            many as visit every image once.
         finetune_lr: its constant learning rate.
         mixup: parameter of the Beta distribution; 0 for none. 0.8 is DyTox+.
         label_smoothing: mass that mixed targets spread over all classes; acts with ``mixup`` only.
         repeated_augmentation: times that an image drawn into an epoch is visited in it; 1 visits every image once.
+        batch_size: the trainer's.
     """
 
     self_contained = False
@@ -65,10 +69,12 @@ class DyToxRule(FunctionalMethod):
         distillation: bool,
         temperature: float,
         finetune_epochs: int,
+        finetune_steps: int | None,
         finetune_lr: float,
         mixup: float,
         label_smoothing: float,
         repeated_augmentation: int,
+        batch_size: int,
     ) -> None:
         super().__init__()
         amounts = {"divergence": divergence, "finetune_epochs": finetune_epochs, "mixup": mixup}
@@ -84,10 +90,18 @@ class DyToxRule(FunctionalMethod):
             got=repeated_augmentation,
             fix="1 switches it off, DeiT has 3.",
         )
+        require(
+            finetune_steps is None or finetune_steps > 0,
+            "finetune_steps",
+            expected="1 or more batches an epoch, or null for every image once",
+            got=finetune_steps,
+            fix="The release makes 15; method.finetune_epochs=0 switches fine-tuning off.",
+        )
         net.clear()
         self.net, self.buffer = net, buffer
         self.divergence, self.distillation, self.temperature = divergence, distillation, temperature
         self.finetune_epochs, self.finetune_lr = finetune_epochs, finetune_lr
+        self.finetune_visits = finetune_steps * batch_size if finetune_steps else None
         self.mixup, self.label_smoothing = mixup, label_smoothing
         self.repeated_augmentation = repeated_augmentation
         self.auxiliary: Classifier | None = None
@@ -109,13 +123,15 @@ class DyToxRule(FunctionalMethod):
         self.auxiliary = self.teacher = None
         self.buffer.close_task(task, self.describe)
         if later and self.finetune_epochs:
+            memory = self.buffer.data()
             yield Phase(
-                self.buffer.data(),
+                memory,
                 self.observe,
                 self._freeze(self.net.encoder_parameters()),
                 epochs=self.finetune_epochs,
                 lr=self.finetune_lr,
                 schedule=lambda epoch, epochs: 1.0,
+                order=partial(again_and_again, len(memory), self.finetune_visits) if self.finetune_visits else None,
             )
         self._freeze([])
 
@@ -190,3 +206,9 @@ def repeated(size: int, times: int, generator: Generator) -> Tensor:
     """Positions of an epoch of repeated augmentation over ``size`` images, each drawn one ``times`` times in a row."""
     visits = size // REPEATED_UNIT * REPEATED_UNIT or size
     return torch.randperm(size, generator=generator).repeat_interleave(times)[:visits]
+
+
+def again_and_again(size: int, visits: int, generator: Generator) -> Tensor:
+    """Positions of ``visits`` visits to ``size`` images: one shuffled pass after the other, the last one cut."""
+    passes = [torch.randperm(size, generator=generator) for _ in range(-(-visits // size))]
+    return torch.cat(passes)[:visits]

@@ -5,12 +5,13 @@
 
 F_t is the diagonal of the Fisher information at the weights theta*_t that task t ended with: the mean over its images
 of the squared gradient of log p(y | x), y drawn from the network's own answer (``sampled``, the definition) or the
-image's label (``empirical``, as in Mammoth).
+image's label (``empirical``); ``weighted`` takes that, too, and weights each image by p(y | x), as Mammoth does.
 
 EWC's sum of quadratics is kept as one: precision P = sum F_t, centre C = sum F_t theta*_t / P. What is left out is a
 constant, which no gradient sees, so memory does not grow with the tasks.
 
-Departures: none but the constant. The head is consolidated like every other weight.
+Departures: the constant, and how the Fisher information is measured (docs/methods/ewc.md). The head is consolidated
+like every other weight.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from torch.func import functional_call, grad, vmap
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.errors import require
-from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, true_class_probability
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Phase, Task
 
@@ -38,7 +39,8 @@ class EWC(FunctionalMethod):
         strength: lambda.
         online: one decaying Fisher around the latest weights instead of one for each task.
         decay: gamma of online EWC; not used otherwise.
-        fisher: which label log p(y | x) is of: ``sampled`` from the network's answer, or ``empirical``, the image's.
+        fisher: which label log p(y | x) is of: ``sampled`` from the network's answer, or ``empirical``, the image's;
+            ``weighted``, the image's, its squared gradient times p(y | x).
         fisher_images: images of a task that the Fisher is measured on, evenly spread; None for all.
     """
 
@@ -52,7 +54,7 @@ class EWC(FunctionalMethod):
         strength: float,
         online: bool,
         decay: float,
-        fisher: Literal["sampled", "empirical"],
+        fisher: Literal["sampled", "empirical", "weighted"],
         fisher_images: int | None,
     ) -> None:
         super().__init__()
@@ -123,8 +125,10 @@ class EWC(FunctionalMethod):
             x, y = self.transform.plain(chunk.images), chunk.labels
             if self.fisher == "sampled":
                 y = torch.multinomial(torch.softmax(self.net(x).float(), dim=1), 1).squeeze(1)
+            likelihood = true_class_probability(self.net(x), y) if self.fisher == "weighted" else None
             for name, gradient in gradients(weights, x, y).items():
-                totals[name] += gradient.square().sum(dim=0)
+                square = gradient.square()
+                totals[name] += square.sum(dim=0) if likelihood is None else torch.tensordot(likelihood, square, dims=1)
         return [totals[name] / len(data) for name in names]
 
     def _consolidate(self, information: list[Tensor]) -> None:

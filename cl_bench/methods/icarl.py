@@ -2,18 +2,20 @@
 
 The network is trained on the new task's images and the exemplars together, with a sigmoid g_y for every class:
 
-    L = mean over images and the classes seen of  BCE( g_y(x), q_y )
-    q_y = the old network's g_y(x) for old classes (distillation),  1[y = label] for the task's classes   (Algorithm 3)
+    L = mean over images and classes of  BCE( g_y(x), q_y )
+    q_y = the old network's g_y(x) for old classes (distillation),  1[y = label] for the others           (Algorithm 3)
 
 and answers with the class whose exemplars' mean feature is nearest (Eq. 2): features and means have unit length,
 means are measured anew with the network after every task. Exemplars are chosen by herding (``buffer=herding``).
 
-Departures: the paper sums the loss over classes, this is its mean (as Mammoth does; the published learning rates belong
-to the mean). The old network answers on the augmented image that the new one sees; the paper stores its answers once.
-The network's own argmax is reported as the alternative ``head``.
+Departures: the paper sums the loss over classes, this is its mean, to which the published learning rates belong:
+``mean_over=seen`` as Mammoth in 2022, over the classes seen; ``all`` as Mammoth today and the authors' code, over all
+outputs, those of classes to come with target 0. The old network answers on the augmented image that the new one sees;
+the paper stores its answers once. The network's own argmax is reported as the alternative ``head``.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +29,20 @@ from cl_bench.types import Data, Phase, Task
 
 
 class ICaRL(FunctionalMethod):
-    """Nearest mean of exemplars on features learned with distillation and rehearsal."""
+    """Nearest mean of exemplars on features learned with distillation and rehearsal.
+
+    Args:
+        mean_over: the classes that the loss is the mean over, those ``seen`` or ``all``.
+    """
 
     means: Tensor
     known: Tensor
 
-    def __init__(self, *, net: Backbone, buffer: PerClassBuffer, scenario: Scenario) -> None:
+    def __init__(
+        self, *, net: Backbone, buffer: PerClassBuffer, scenario: Scenario, mean_over: Literal["seen", "all"]
+    ) -> None:
         super().__init__()
+        self.mean_over = mean_over
         self.net, self.buffer, self.teacher = net, buffer, Teacher(net)
         self._classes = [task.classes for task in scenario.tasks]
         with torch.no_grad():
@@ -49,10 +58,12 @@ class ICaRL(FunctionalMethod):
         self._measure_means()
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
-        """Binary cross-entropy on the task's classes, distillation on the old ones."""
+        """Binary cross-entropy on the task's classes, with ``all`` also those to come; distillation on the old ones."""
         x, classes = inputs["x"], self._classes[task]
-        logits = self.net(x)[:, : classes.stop]
-        targets = F.one_hot(inputs["y"], classes.stop).to(logits.dtype)
+        logits = self.net(x)
+        if self.mean_over == "seen":
+            logits = logits[:, : classes.stop]
+        targets = F.one_hot(inputs["y"], logits.shape[1]).to(logits.dtype)
         if classes.start:
             targets[:, : classes.start] = torch.sigmoid(self.teacher(x)[:, : classes.start])
         terms = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") / logits.numel()

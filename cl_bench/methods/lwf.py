@@ -8,7 +8,7 @@ No image is kept.
 
 Departures: one linear head holds the rows of all tasks, which is the paper's head for each of them; the warm-up has a
 fixed number of epochs where the paper trains to convergence, and BatchNorm's running statistics go on in it. The
-paper's weight decay of 0.0005 is ``optimizer.weight_decay``, 0 here as in Mammoth.
+weight decay of 0.0005 that paper and Mammoth have is ``optimizer.weight_decay``, 0 by default. See docs/methods/lwf.md.
 """
 
 from collections.abc import Iterator
