@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Generator as Course
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -96,6 +96,7 @@ class Trainer:
         self.answers: Evaluation | None = None
         self.alternatives: dict[str, dict[str, float | None]] = {}
         self.steps = self.events = self.parameters_after_first_task = self.saved_steps = 0
+        self._excused: set[str] = set()  # buffers that were not finite when the phase began, e.g. "no loss yet"
         self.speed = Speed(settings.speed, scenario.tasks[0].train.labels.device)
         self.task_start: State = {}
         self.phase_ends: list[State] = []
@@ -127,13 +128,15 @@ class Trainer:
                     raise Interrupted
             self.method.eval()
             for number, phase in enumerate(self.method.learn(task)):
+                self._excused = {name for name, buffer in self.method.named_buffers() if not _finite(buffer)}
                 if number < len(ends):  # finished before the interruption: lay its result over the method
                     self._load(ends[number])
                 else:
                     yield from self.phase_course(task, number, phase, now)
                     now = None
-                self.phase_ends.append(self._state())
+                self.phase_ends.append(self._finite_state(task, number))
                 self.method.eval()
+            self._refuse_unfinite(self.method.state_dict(), f"after task {task.id}", infinite_buffers=True)
             self._lap()
             self._measure(task.id)
         self.task_start, self.phase_ends = self._state(), []
@@ -192,7 +195,8 @@ class Trainer:
                         self._lap()
                         self._means(task, number, epoch, sums, count)  # never save a run that has diverged
                         where = {"epoch": epoch, "step": step, "order": order, "sums": sums}
-                        self._save(task.id, {"state": self._state(), "optimizer": optimizer.state_dict()} | where)
+                        state = self._finite_state(task, number)
+                        self._save(task.id, {"state": state, "optimizer": optimizer.state_dict()} | where)
                         if stopping:
                             raise Interrupted
                         saved_at = time.monotonic()
@@ -223,13 +227,40 @@ class Trainer:
         """Means of the loss terms over ``count`` images; an error where one is not finite."""
         means = {name: float(total) / count for name, total in sums.items()}
         if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(
-                f"a loss term is not finite by step {self.steps} (task {task.id}, phase {phase}, epoch {epoch}): "
-                f"{means}. "
-                f"The last good checkpoint is {self.checkpoint.folder / 'last.pt'}, of step {self.saved_steps}. "
-                "Lower optimizer.lr or set trainer.clip_norm=1."
+            self._diverged(
+                f"a loss term is not finite by step {self.steps} (task {task.id}, phase {phase}, epoch {epoch}): {means}"
             )
         return means
+
+    def _diverged(self, found: str) -> NoReturn:
+        raise FloatingPointError(
+            f"{found}. "
+            f"The last good checkpoint is {self.checkpoint.folder / 'last.pt'}, of step {self.saved_steps}. "
+            "Lower optimizer.lr or set trainer.clip_norm=1."
+        )
+
+    def _finite_state(self, task: Task, phase: int) -> State:
+        """:meth:`_state`, which is looked at on the CPU: a loss tells of the weights before its step, not after it."""
+        state = self._state()
+        self._refuse_unfinite(state["method"], f"at step {self.steps} (task {task.id}, phase {phase})")
+        return state
+
+    def _refuse_unfinite(self, state: Mapping[str, Any], where: str, infinite_buffers: bool = False) -> None:
+        """An error where a weight is not finite, or a buffer that was when the phase began.
+
+        ``infinite_buffers`` lets infinity pass in a buffer, which a method may have put there since.
+        """
+        weights = {name for name, _ in self.method.named_parameters()}
+        found = []
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or name in self._excused:
+                continue
+            wrong = tensor.isnan() if infinite_buffers and name not in weights else ~tensor.isfinite()
+            if count := int(wrong.sum()):
+                found.append(f"{name} ({count} of {tensor.numel()} numbers)")
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            self._diverged(f"the method is not finite {where}: {', '.join(found[:3])}{more}")
 
     def _measure(self, after_task: int) -> None:
         """Enter a row of the accuracy matrix, or the untrained network's baseline."""
@@ -259,7 +290,12 @@ class Trainer:
     def _evaluate(self, learned: int, rule: Predict | None = None) -> Evaluation:
         began = time.monotonic()
         split = self.settings.evaluate_on
-        answers = evaluate(self.method, self.scenario, learned=learned, split=split, autocast=self.autocast, rule=rule)
+        try:
+            answers = evaluate(
+                self.method, self.scenario, learned=learned, split=split, autocast=self.autocast, rule=rule
+            )
+        except FloatingPointError as error:
+            self._diverged(f"{error} at step {self.steps}")
         self.record.cost.evaluate_seconds += time.monotonic() - began
         return answers
 
@@ -335,6 +371,10 @@ def follow(course: Course[Step, Losses, T]) -> T:
                 step = course.send(losses)
     except StopIteration as end:
         return end.value
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def count_parameters(module: torch.nn.Module, *, trainable: bool = False) -> int:
