@@ -23,14 +23,11 @@ from cl_bench.loggers.base import Logger, Progress
 from cl_bench.methods.base import Method, Predict
 from cl_bench.record import BASELINE, SETTINGS, Record
 from cl_bench.scenarios.base import Scenario
+from cl_bench.signals import Interrupted, breakable, breakable_items
 from cl_bench.step import Choice, Speed, Step
 from cl_bench.types import Batch, Data, Losses, Phase, Task
 
 T = TypeVar("T")
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +97,7 @@ class Trainer:
         self.speed = Speed(settings.speed, scenario.tasks[0].train.labels.device)
         self.task_start: State = {}
         self.phase_ends: list[State] = []
+        self._unsaved: State | None = None  # what a request to stop has to save first: the end of a phase
         self._lap_began = time.monotonic()
         self._meter = Meter(scenario.tasks[0].train.labels.device)
 
@@ -113,6 +111,14 @@ class Trainer:
 
     def course(self) -> Course[Step, Losses, Record]:
         """:meth:`run`, step by step."""
+        try:
+            return (yield from self._course())
+        except Interrupted:
+            if self._unsaved is not None:
+                self._write(self._unsaved)
+            raise
+
+    def _course(self) -> Course[Step, Losses, Record]:
         saved = self.checkpoint.load()
         first = self._restore(saved) if saved else 0
         if not saved:
@@ -122,19 +128,23 @@ class Trainer:
             ends, now = (saved["phase_ends"], saved["now"]) if saved else ([], None)
             self.task_start, self.phase_ends, saved = self._state(), [], None
             self._lap_began = time.monotonic()
-            if now is None:
+            if now is None and not ends:
                 self._save(task.id, None)
-                if self.stop():
-                    raise Interrupted
+            if self.stop():
+                raise Interrupted
             self.method.eval()
-            for number, phase in enumerate(self.method.learn(task)):
+            for number, phase in enumerate(breakable_items(self.method.learn(task))):
                 self._excused = {name for name, buffer in self.method.named_buffers() if not _finite(buffer)}
-                if number < len(ends):  # finished before the interruption: lay its result over the method
+                replayed = number < len(ends)  # finished before the interruption: lay its result over the method
+                if replayed:
                     self._load(ends[number])
                 else:
                     yield from self.phase_course(task, number, phase, now)
                     now = None
                 self.phase_ends.append(self._finite_state(task, number))
+                if not replayed:  # else the checkpoint has it, and the counters are beyond it
+                    self._lap()
+                    self._unsaved = self._whole(task.id, None)
                 self.method.eval()
             self._refuse_unfinite(self.method.state_dict(), f"after task {task.id}", infinite_buffers=True)
             self._lap()
@@ -291,9 +301,10 @@ class Trainer:
         began = time.monotonic()
         split = self.settings.evaluate_on
         try:
-            answers = evaluate(
-                self.method, self.scenario, learned=learned, split=split, autocast=self.autocast, rule=rule
-            )
+            with breakable():
+                answers = evaluate(
+                    self.method, self.scenario, learned=learned, split=split, autocast=self.autocast, rule=rule
+                )
         except FloatingPointError as error:
             self._diverged(f"{error} at step {self.steps}")
         self.record.cost.evaluate_seconds += time.monotonic() - began
@@ -323,21 +334,27 @@ class Trainer:
         set_rng_state(state["rng"], self.generators)
 
     def _save(self, task: int, now: State | None) -> None:
-        self.record.cost.energy_joules = self._meter.add(self.record.cost.energy_joules)
-        self.checkpoint.save(
-            {
-                "task": task,
-                "task_start": self.task_start,
-                "phase_ends": self.phase_ends,
-                "now": now,
-                "record": self.record.to_json(),
-                "counters": [self.steps, self.events, self.parameters_after_first_task],
-                "speed": self.speed.used,
-                "data": self.scenario.data,
-            },
-            boundary=now is None,
-        )
-        self.saved_steps = self.steps
+        self._write(self._whole(task, now))
+
+    def _whole(self, task: int, now: State | None) -> State:
+        """All that a run goes on from, as of now: what a checkpoint holds."""
+        return {
+            "task": task,
+            "task_start": self.task_start,
+            "phase_ends": list(self.phase_ends),
+            "now": now,
+            "record": self.record.to_json(),
+            "counters": [self.steps, self.events, self.parameters_after_first_task],
+            "speed": self.speed.used,
+            "data": self.scenario.data,
+        }
+
+    def _write(self, whole: State) -> None:
+        cost = self.record.cost
+        whole["record"]["cost"]["energy_joules"] = cost.energy_joules = self._meter.add(cost.energy_joules)
+        self.checkpoint.save(whole, boundary=whole["now"] is None and not whole["phase_ends"])
+        self._unsaved = None
+        self.saved_steps = whole["counters"][0]
 
     def _restore(self, saved: State) -> int:
         """Lay a checkpoint's task beginning over this trainer; returns the task."""

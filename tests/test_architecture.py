@@ -16,13 +16,13 @@ GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
 
 LEVELS = [
     {"images"},
-    {"errors", "types", "record", "memory", "energy", "atomic"},
+    {"errors", "types", "record", "memory", "energy", "atomic", "signals"},
     {"metrics", "data", "optim", "backbones", "loggers"},
     {"buffers", "scenarios"},
     {"methods"},
     {"evaluate", "checkpoint", "config"},
     {"step", "explain"},
-    {"trainer"},
+    {"trainer", "sweep"},
     {"replicas"},
     {"build", "folder", "report"},
     {"dry_run", "audit"},
