@@ -62,7 +62,7 @@ class Sweep:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """On SIGINT or SIGTERM the jobs leave, each after a checkpoint, and then this process; on the second at once."""
+        """On SIGINT or SIGTERM the jobs leave, each after a checkpoint, and then this process; once more, and it dies."""
         before: dict[int, Any] = {}
 
         def stop(number: int, frame: FrameType | None) -> None:

@@ -237,9 +237,8 @@ class Trainer:
         """Means of the loss terms over ``count`` images; an error where one is not finite."""
         means = {name: float(total) / count for name, total in sums.items()}
         if not all(map(math.isfinite, means.values())):
-            self._diverged(
-                f"a loss term is not finite by step {self.steps} (task {task.id}, phase {phase}, epoch {epoch}): {means}"
-            )
+            where = f"(task {task.id}, phase {phase}, epoch {epoch})"
+            self._diverged(f"a loss term is not finite by step {self.steps} {where}: {means}")
         return means
 
     def _diverged(self, found: str) -> NoReturn:
