@@ -41,8 +41,8 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught_before, handler in before.items():
+            signal.signal(caught_before, handler)
         _caught = outer
 
 

@@ -62,7 +62,7 @@ class Sweep:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """On SIGINT or SIGTERM the jobs leave, each after a checkpoint, and then this process; once more, and it dies."""
+        """On SIGINT or SIGTERM the jobs leave, each after a checkpoint, and then this process; the second kills it."""
         before: dict[int, Any] = {}
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -81,8 +81,8 @@ class Sweep:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for caught_before, handler in before.items():
+                signal.signal(caught_before, handler)
 
     def close(self) -> list[JobFailed]:
         """The failures of all jobs, in the order of their coming; the folder is removed."""
