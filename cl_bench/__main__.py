@@ -6,15 +6,17 @@ Nothing heavy is imported before a run is really wanted, so that ``--help`` and 
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from cl_bench.config import CONFIGS
-from cl_bench.errors import ConfigError, RunError
+from cl_bench.errors import ConfigError
+from cl_bench.explain import explain, status_of
+from cl_bench.sweep import JobFailed, Sweep
 
 
 def job(config: DictConfig) -> Any:
@@ -29,33 +31,52 @@ def main() -> None:
     """Run the command line; exit status 0 finished, 2 wrong configuration or data, 130/143 stopped, 1 anything else."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
+    multirun = bool({"-m", "--multirun"} & set(sys.argv))
+    sweep = Sweep(sys.argv[1:], tracebacks=wants_traceback)
     failures: list[Exception] = []
     started: list[bool] = []
 
     def task(config: DictConfig) -> Any:
         started.append(True)
         if _sweeping():
-            return job(config)  # Hydra keeps the failure of a job until the other jobs have run
+            return sweep.perform(job, config)  # Hydra keeps the failure of a job until the other jobs have run
         try:
             return job(config)
         except Exception as error:  # kept from Hydra, which would print a line of its own
             failures.append(error)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(task)()
+        with sweep.stoppable() if multirun else nullcontext():
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(task)()
         if failures:
             raise failures[0]
+    except KeyboardInterrupt:  # the second Ctrl-C
+        sys.exit(130)
     except Exception as error:
+        if isinstance(error, JobFailed):
+            failed = sweep.close() or [error]
+            _tell_again(failed)
+            sys.exit(2 if all(job.status == 2 for job in failed) else 1)
         # What fails before a job starts is the command line; the jobs of a sweep may start in other processes.
-        composing = not started and not {"-m", "--multirun"} & set(sys.argv)
-        known = isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)) or composing
-        if not (known or isinstance(error, (FloatingPointError, RunError))):
+        composing = not started and not multirun
+        status = 2 if composing else status_of(error)
+        if status is None:
             raise
         if wants_traceback:
             traceback.print_exc()
         else:
             print(f"cl_bench: {explain(error)}", file=sys.stderr)
-        sys.exit(2 if known else 1)
+        sys.exit(status)
+    finally:
+        _tell_again(sweep.close())
+
+
+def _tell_again(failed: Sequence[JobFailed]) -> None:
+    """What the jobs of a sweep failed of, at its end: it may be hours ago."""
+    if failed:
+        print(f"cl_bench: {len(failed)} job{'s' if len(failed) > 1 else ''} of this sweep failed:", file=sys.stderr)
+    for failure in failed:
+        print(f"cl_bench: {failure.message}", file=sys.stderr)
 
 
 def _sweeping() -> bool:
@@ -63,15 +84,6 @@ def _sweeping() -> bool:
     from hydra.types import RunMode
 
     return HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def explain(error: Exception) -> str:
-    """One message: key, expected, got, way out."""
-    if isinstance(error, (ConfigError, FloatingPointError, RunError)):
-        return str(error)
-    from cl_bench.explain import explain_hydra
-
-    return explain_hydra(error)
 
 
 def _refuse_search_on_test(config: DictConfig) -> None:

@@ -20,6 +20,7 @@ from cl_bench.build import Parts
 from cl_bench.checkpoint import Checkpoint, cloned
 from cl_bench.evaluate import Arrange, Evaluation, evaluate, mixed
 from cl_bench.loggers.group import Loggers
+from cl_bench.record import SETTINGS
 from cl_bench.types import Data
 
 ONE_BY_ONE = 400
@@ -38,13 +39,23 @@ class Check:
 
     Attributes:
         name: what should hold.
-        passed: whether it does.
-        found: the figures it was judged by.
+        passed: whether it does; None where this run could not fail it, so that passing would say nothing.
+        found: the figures it was judged by, or why it could not fail.
     """
 
     name: str
-    passed: bool
+    passed: bool | None
     found: str
+
+    @classmethod
+    def unless(cls, cannot_fail: str | None, name: str, passed: bool, found: str) -> "Check":
+        """The check, skipped where there is a reason why it could not fail."""
+        return cls(name, passed, found) if cannot_fail is None else cls(name, None, cannot_fail)
+
+    @property
+    def verdict(self) -> str:
+        """``PASS``, ``FAIL`` or ``SKIP``."""
+        return {True: "PASS", False: "FAIL", None: "SKIP"}[self.passed]
 
 
 def audit(
@@ -80,16 +91,18 @@ def answers_hold(parts: Parts, predictions: Mapping[str, np.ndarray]) -> list[Ch
     quiet = all(p.grad is g for p, g in zip(parts.method.parameters(), gradients))
     order = np.argsort(together.index.numpy(), kind="stable")
     original = np.append(np.array(parts.scenario.class_order), -1)
-    again = original[together.class_il.numpy()[order]]
-    unlike = int((again != predictions["class_il"]).sum())
+    again = {of: original[getattr(together, of).numpy()[order]] for of in SETTINGS}
+    unlike = int(np.any([again[of] != predictions[of] for of in SETTINGS], axis=0).sum())
+    normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in parts.method.modules())
 
     by_one = ask(parts, lambda task: few_images(len(task)))
     by_task = ask(parts, one_task_a_batch)
     return [
-        Check("the stored answers come again", unlike <= ROUNDING * len(again), f"{unlike} of {len(again)} differ"),
+        Check("the stored answers come again", unlike <= ROUNDING * len(order), f"{unlike} of {len(order)} differ"),
         agreement("one image a batch gives the same answers", together, by_one),
         agreement("batches of a single task give the same answers", together, by_task),
-        Check(
+        Check.unless(
+            None if normalised else "the method has no BatchNorm",
             "BatchNorm is in evaluation mode",
             not in_training,
             f"{len(in_training)} layers were not" + (f": {', '.join(sorted(in_training)[:3])}" if in_training else ""),
@@ -116,11 +129,16 @@ def labels_are_not_known(parts: Parts) -> Check:
     for task, labels in zip(tasks, kept):
         task.asked(parts.settings.evaluate_on).labels.copy_(labels)
     limit = expected + 5 * math.sqrt(spread)
-    return Check(
+    figures = (
+        f"{100 * right / images:.2f} % right, chance {100 * expected / images:.2f} %, "
+        f"limit {100 * limit / images:.2f} % (five standard deviations)"
+    )
+    few = limit >= images  # which a method that looks every label up does not exceed
+    return Check.unless(
+        f"{images:.0f} test images are too few to tell: {figures}" if few else None,
         "exchanged test labels bring the accuracy down to chance",
         right <= limit,
-        f"{100 * right / images:.2f} % right, chance {100 * expected / images:.2f} %, "
-        f"limit {100 * limit / images:.2f} % (five standard deviations)",
+        figures,
     )
 
 
@@ -189,7 +207,8 @@ def contents_are_training_images(parts: Parts) -> list[Check]:
     twins = {name: len(train & images) for name, images in held_out.items()}
     hidden = hidden_images(parts, train)
     return [
-        Check(
+        Check.unless(
+            None if remembered else "nothing is remembered",
             "every remembered image was in the training set",
             not foreign,
             f"{len(foreign)} of {len(remembered)} were not"
@@ -283,7 +302,7 @@ def rehearsal_is_clean(rebuild: Callable[[], Parts]) -> list[Check]:
                 short = phase.data.take(slice(STEPS * parts.settings.batch_size))
                 trainer.run_phase(task, number, replace(phase, data=short, epochs=1, order=None), None)
                 parts.method.eval()
-            if not (check := within_budget(parts)).passed:
+            if (check := within_budget(parts)).passed is False:
                 over.append(f"task {task.id}: {check.found}")
             answered = ask(parts, lambda task: few_images(len(task), size=100), learned=task.id + 1).class_il
             if unseen := int((answered >= seen[task.id]).sum()):
@@ -297,7 +316,12 @@ def rehearsal_is_clean(rebuild: Callable[[], Parts]) -> list[Check]:
             f"{STEPS} steps a phase with these images and with others, weights compared bit by bit",
         ),
         Check("the buffer stays within its budget while learning", not over, "; ".join(over) or "after every task"),
-        Check("no class is answered before it was seen", not early, "; ".join(early) or "asked after every task"),
+        Check.unless(
+            None if seen[0] < parts.scenario.num_classes else "the first task has every class",
+            "no class is answered before it was seen",
+            not early,
+            "; ".join(early) or "asked after every task",
+        ),
     ]
 
 

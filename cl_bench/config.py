@@ -102,7 +102,9 @@ ConfigStore.instance().store("run", Run)
 
 
 def _by_scale(options: dict[str, Any], *, _root_: DictConfig) -> Any:
-    return options.get(_root_.scale, options["full"])
+    chosen = options.get(_root_.scale, options["full"])
+    # as OmegaConf's own: a plain list could not take the expression's place under --cfg job --resolve
+    return OmegaConf.create(chosen) if isinstance(chosen, (dict, list)) else chosen
 
 
 # In a YAML file ${by_scale:{full:64,mini:20}} is 64, or 20 under +scale=mini: a part states its small size itself.

@@ -89,6 +89,9 @@ def evaluate(
         learned: number of tasks learned so far. The next task is asked in Task-IL only, for forward transfer.
         rule: one of the method's alternatives; None for its ``predict``.
         arrange: how the images come in batches; None as the method has it, anything else is for audits.
+
+    Raises:
+        FloatingPointError: a score is nan, which is neither an answer nor the lack of one.
     """
     tasks = scenario.tasks if learned == 0 else scenario.tasks[: learned + 1]
     data = Data.concatenate(task.asked(split) for task in tasks)
@@ -106,7 +109,7 @@ def evaluate(
     largest = int(classes_of.sum(dim=1).max())
 
     method.eval()
-    answers = []
+    answers, unknowable = [], torch.zeros((), dtype=torch.int64, device=device)
     for which in batches:
         x, label = scenario.transform.plain(data.images.index_select(0, which)), data.labels[which]
         task = tasks_of_images[which]
@@ -114,11 +117,14 @@ def evaluate(
         with autocast:
             unknown = _scores(method, rule, x, None, len(own[0]))
             known = unknown if method.task_id == "ignored" else _scores(method, rule, x, task, len(own[0]))
+        unknowable += (unknown.isnan() | known.isnan()).any(dim=1).sum()  # waited for once, at the end
         class_il, confidence = _answer(unknown, seen.expand_as(own))
         class_il = torch.where(task < learned, class_il, -1)
         confidence = torch.where(class_il >= 0, confidence, torch.nan)
         answers.append((label, task, class_il, _answer(known, own)[0], confidence, _of_task(known, own, largest)))
     columns = [torch.cat(column).cpu() for column in zip(*answers)]
+    if unknowable:
+        raise FloatingPointError(f"the scores of {int(unknowable)} of {len(data)} images are not numbers")
     return Evaluation(data.index[torch.cat(batches)].cpu(), *columns)
 
 

@@ -3,10 +3,25 @@
 import difflib
 import re
 
-from omegaconf.errors import InterpolationResolutionError
+from hydra.errors import HydraException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from cl_bench.config import CONFIGS
-from cl_bench.errors import within
+from cl_bench.errors import ConfigError, RunError, within
+
+
+def status_of(error: Exception) -> int | None:
+    """The exit status of an error that one message tells of: 2 wrong configuration or data, 1 else; None for a bug."""
+    if isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)):
+        return 2
+    return 1 if isinstance(error, (FloatingPointError, RunError)) else None
+
+
+def explain(error: Exception) -> str:
+    """One message: key, expected, got, way out."""
+    if isinstance(error, (ConfigError, FloatingPointError, RunError)):
+        return str(error)
+    return explain_hydra(error)
 
 
 def explain_hydra(error: Exception) -> str:

@@ -115,16 +115,25 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with ``+changes`` where files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(PACKAGE)]
+    """The checkout's commit, with ``+changes`` where files differ from it; None where git does not track this package.
+
+    Installed into another project, e.g. its ``.venv``, the package lies inside that project's repository: the commit of
+    that one says nothing about this code.
+    """
+
+    # without GIT_DIR and the like, which a hook of another repository sets
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(PACKAGE), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
         return None
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 def write_predictions(folder: Path, answers: Evaluation, scenario: Scenario) -> None:

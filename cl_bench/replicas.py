@@ -18,6 +18,7 @@ from torch.func import functional_call, vmap
 
 from cl_bench.checkpoint import set_torch_rng_state, torch_rng_state
 from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
+from cl_bench.signals import Interrupted
 from cl_bench.step import Step, laid_out_as, state_of, total
 from cl_bench.trainer import Course
 from cl_bench.types import Losses, Phase
@@ -43,7 +44,7 @@ class Lane:
         self.course = course
         self.step: Step | None = None
         self.result: Any = None
-        self.error: Exception | SystemExit | None = None
+        self.error: Exception | Interrupted | None = None
         self._rng = torch_rng_state()
 
     def go_on(self, losses: Losses | Exception | None) -> None:
@@ -57,7 +58,7 @@ class Lane:
                 self.step = next(self.course) if losses is None else self.course.send(losses)
         except StopIteration as end:
             self.result = end.value
-        except (Exception, SystemExit) as error:  # the others go on; it is raised when they are through
+        except (Exception, Interrupted) as error:  # the others go on; it is raised when they are through
             self.error = error
         self._rng = torch_rng_state()
 

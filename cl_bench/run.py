@@ -1,14 +1,10 @@
 """One run from its configuration to its report."""
 
-import contextlib
 import copy
 import math
 import shutil
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -26,8 +22,9 @@ from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.memory import largest_tensors, peak_bytes, ran_out, reset_peak
 from cl_bench.record import SCHEMA, SETTINGS, TITLES
 from cl_bench.scenarios.base import Scenario
+from cl_bench.signals import Interrupted, breakable, stop_signals
 from cl_bench.step import Step
-from cl_bench.trainer import Course, Interrupted, follow
+from cl_bench.trainer import Course, follow
 from cl_bench.types import Losses
 
 
@@ -49,10 +46,13 @@ def run(config: DictConfig) -> float | None:
     replicas = component(config.trainer, "trainer", list(config.allow_packages), KINDS["trainer"]).replicas
     seeds = range(values["seed"], values["seed"] + replicas)
     with stop_signals() as caught:
-        if replicas == 1:
-            summaries = [follow(_course(config, caught))]
-        else:
-            summaries = _side_by_side([_seeded(config, seed) for seed in seeds], caught)
+        try:
+            if replicas == 1:
+                summaries = [follow(_course(config, caught))]
+            else:
+                summaries = _side_by_side([_seeded(config, seed) for seed in seeds], caught)
+        except Interrupted:
+            raise SystemExit(128 + caught[0]) from None
     if caught:  # all is written, but a sweep must not start its next job
         raise SystemExit(128 + caught[0])
     objectives = [objective for summary in summaries if (objective := _objective(summary)) is not None]
@@ -69,7 +69,8 @@ def _side_by_side(configs: list[DictConfig], caught: list[int]) -> list[dict[str
     """The summaries of several seeds, their steps computed as one where that can be."""
     from cl_bench.replicas import lead, obstacle
 
-    parts = build(configs[0])
+    with breakable():
+        parts = build(configs[0])
     reason, scenario = obstacle(parts.method, parts.device), parts.scenario
     del parts  # what it holds of the network; each replica builds its own
     if reason is None:
@@ -89,22 +90,33 @@ def _course(
         terminal: whether its progress may be shown there.
     """
     values = plain(config)
-    settings, scenario = identity(config, values, scenario)
-    place = run_folder(values, settings)
-    finished = None if values["overwrite"] else files.read_summary(place)
-    if finished:
-        print(f"Already finished, nothing to do: {place} (overwrite=true starts afresh)", file=sys.stderr)
-        show(place, finished, report=not (place / "report.html").exists())
-        return finished
-    parts = build(config, scenario)
-    chosen = {name: logger for name, logger in loggers(config).items() if terminal or name != "console"}
-    with files.locked(place), files.writing(place):
-        if values["overwrite"]:
-            _empty(place)
-        files.write_config(place, values)
-        files.write_environment(place, parts.device)
-        summary = yield from _train(place, values, parts, chosen, base_summary(values, settings), caught)
-    show(place, summary, report=True)
+    again = "the same command goes on from here"
+    try:
+        with breakable():
+            settings, scenario = identity(config, values, scenario)
+        place = run_folder(values, settings)
+        again = f"the same command goes on from here: {place}"
+        finished = None if values["overwrite"] else files.read_summary(place)
+        if finished:
+            print(f"Already finished, nothing to do: {place} (overwrite=true starts afresh)", file=sys.stderr)
+            show(place, finished, report=not (place / "report.html").exists())
+            return finished
+        with breakable():
+            parts = build(config, scenario)
+        chosen = {name: logger for name, logger in loggers(config).items() if terminal or name != "console"}
+        with files.locked(place), files.writing(place):
+            if values["overwrite"]:
+                _empty(place)
+                again = f"the same command without overwrite=true goes on from here: {place}"
+            files.write_config(place, values)
+            files.write_environment(place, parts.device)
+            summary = yield from _train(place, values, parts, chosen, base_summary(values, settings), caught)
+        again = f"this run is finished, and the same command writes its report: {place}"
+        with breakable():
+            show(place, summary, report=True)
+    except Interrupted:
+        print(f"Stopped; {again}", file=sys.stderr)
+        raise
     return summary
 
 
@@ -214,9 +226,7 @@ def _train(
             record = yield from trainer.course()
         except Interrupted:
             status = "interrupted"
-            command = "the same command without overwrite=true" if values["overwrite"] else "the same command"
-            print(f"Stopped; {command} goes on from here: {place}", file=sys.stderr)
-            raise SystemExit(128 + caught[0]) from None
+            raise
         except Exception as error:
             if ran_out(error):
                 raise RunError(_memory_message(error, parts)) from error
@@ -241,9 +251,6 @@ def _train(
         status, done = "finished", summary
     finally:
         logger.finish(status, done)
-    if caught:  # after the last step: nothing is lost, and a sweep must not start its next job
-        print(f"Stopped; this run is finished: {place}", file=sys.stderr)
-        raise SystemExit(128 + caught[0])
     return summary
 
 
@@ -292,29 +299,6 @@ def _empty(place: Path) -> None:
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; the second one of a kind is not collected any more."""
-    caught: list[int] = []
-    before: dict[int, Any] = {}
-
-    def catch(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-        print("Stopping after this step; once more to stop at once.", file=sys.stderr)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, catch)
-    except ValueError:  # a sweep may run jobs in a thread, where signals cannot be caught
-        pass
-    try:
-        yield caught
-    finally:
-        for caught_before, handler in before.items():
-            signal.signal(caught_before, handler)
 
 
 def print_result(place: Path, summary: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Generator as Course
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -23,14 +23,11 @@ from cl_bench.loggers.base import Logger, Progress
 from cl_bench.methods.base import Method, Predict
 from cl_bench.record import BASELINE, SETTINGS, Record
 from cl_bench.scenarios.base import Scenario
+from cl_bench.signals import Interrupted, breakable, breakable_items
 from cl_bench.step import Choice, Speed, Step
 from cl_bench.types import Batch, Data, Losses, Phase, Task
 
 T = TypeVar("T")
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +93,11 @@ class Trainer:
         self.answers: Evaluation | None = None
         self.alternatives: dict[str, dict[str, float | None]] = {}
         self.steps = self.events = self.parameters_after_first_task = self.saved_steps = 0
+        self._excused: set[str] = set()  # buffers that were not finite when the phase began, e.g. "no loss yet"
         self.speed = Speed(settings.speed, scenario.tasks[0].train.labels.device)
         self.task_start: State = {}
         self.phase_ends: list[State] = []
+        self._unsaved: State | None = None  # what a request to stop has to save first: the end of a phase
         self._lap_began = time.monotonic()
         self._meter = Meter(scenario.tasks[0].train.labels.device)
 
@@ -112,6 +111,14 @@ class Trainer:
 
     def course(self) -> Course[Step, Losses, Record]:
         """:meth:`run`, step by step."""
+        try:
+            return (yield from self._course())
+        except Interrupted:
+            if self._unsaved is not None:
+                self._write(self._unsaved)
+            raise
+
+    def _course(self) -> Course[Step, Losses, Record]:
         saved = self.checkpoint.load()
         first = self._restore(saved) if saved else 0
         if not saved:
@@ -121,19 +128,25 @@ class Trainer:
             ends, now = (saved["phase_ends"], saved["now"]) if saved else ([], None)
             self.task_start, self.phase_ends, saved = self._state(), [], None
             self._lap_began = time.monotonic()
-            if now is None:
+            if now is None and not ends:
                 self._save(task.id, None)
-                if self.stop():
-                    raise Interrupted
+            if self.stop():
+                raise Interrupted
             self.method.eval()
-            for number, phase in enumerate(self.method.learn(task)):
-                if number < len(ends):  # finished before the interruption: lay its result over the method
+            for number, phase in enumerate(breakable_items(self.method.learn(task))):
+                self._excused = {name for name, buffer in self.method.named_buffers() if not _finite(buffer)}
+                replayed = number < len(ends)  # finished before the interruption: lay its result over the method
+                if replayed:
                     self._load(ends[number])
                 else:
                     yield from self.phase_course(task, number, phase, now)
                     now = None
-                self.phase_ends.append(self._state())
+                self.phase_ends.append(self._finite_state(task, number))
+                if not replayed:  # else the checkpoint has it, and the counters are beyond it
+                    self._lap()
+                    self._unsaved = self._whole(task.id, None)
                 self.method.eval()
+            self._refuse_unfinite(self.method.state_dict(), f"after task {task.id}", infinite_buffers=True)
             self._lap()
             self._measure(task.id)
         self.task_start, self.phase_ends = self._state(), []
@@ -192,7 +205,8 @@ class Trainer:
                         self._lap()
                         self._means(task, number, epoch, sums, count)  # never save a run that has diverged
                         where = {"epoch": epoch, "step": step, "order": order, "sums": sums}
-                        self._save(task.id, {"state": self._state(), "optimizer": optimizer.state_dict()} | where)
+                        state = self._finite_state(task, number)
+                        self._save(task.id, {"state": state, "optimizer": optimizer.state_dict()} | where)
                         if stopping:
                             raise Interrupted
                         saved_at = time.monotonic()
@@ -223,13 +237,39 @@ class Trainer:
         """Means of the loss terms over ``count`` images; an error where one is not finite."""
         means = {name: float(total) / count for name, total in sums.items()}
         if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(
-                f"a loss term is not finite by step {self.steps} (task {task.id}, phase {phase}, epoch {epoch}): "
-                f"{means}. "
-                f"The last good checkpoint is {self.checkpoint.folder / 'last.pt'}, of step {self.saved_steps}. "
-                "Lower optimizer.lr or set trainer.clip_norm=1."
-            )
+            where = f"(task {task.id}, phase {phase}, epoch {epoch})"
+            self._diverged(f"a loss term is not finite by step {self.steps} {where}: {means}")
         return means
+
+    def _diverged(self, found: str) -> NoReturn:
+        raise FloatingPointError(
+            f"{found}. "
+            f"The last good checkpoint is {self.checkpoint.folder / 'last.pt'}, of step {self.saved_steps}. "
+            "Lower optimizer.lr or set trainer.clip_norm=1."
+        )
+
+    def _finite_state(self, task: Task, phase: int) -> State:
+        """:meth:`_state`, which is looked at on the CPU: a loss tells of the weights before its step, not after it."""
+        state = self._state()
+        self._refuse_unfinite(state["method"], f"at step {self.steps} (task {task.id}, phase {phase})")
+        return state
+
+    def _refuse_unfinite(self, state: Mapping[str, Any], where: str, infinite_buffers: bool = False) -> None:
+        """An error where a weight is not finite, or a buffer that was when the phase began.
+
+        ``infinite_buffers`` lets infinity pass in a buffer, which a method may have put there since.
+        """
+        weights = {name for name, _ in self.method.named_parameters()}
+        found = []
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or name in self._excused:
+                continue
+            wrong = tensor.isnan() if infinite_buffers and name not in weights else ~tensor.isfinite()
+            if count := int(wrong.sum()):
+                found.append(f"{name} ({count} of {tensor.numel()} numbers)")
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            self._diverged(f"the method is not finite {where}: {', '.join(found[:3])}{more}")
 
     def _measure(self, after_task: int) -> None:
         """Enter a row of the accuracy matrix, or the untrained network's baseline."""
@@ -259,7 +299,13 @@ class Trainer:
     def _evaluate(self, learned: int, rule: Predict | None = None) -> Evaluation:
         began = time.monotonic()
         split = self.settings.evaluate_on
-        answers = evaluate(self.method, self.scenario, learned=learned, split=split, autocast=self.autocast, rule=rule)
+        try:
+            with breakable():
+                answers = evaluate(
+                    self.method, self.scenario, learned=learned, split=split, autocast=self.autocast, rule=rule
+                )
+        except FloatingPointError as error:
+            self._diverged(f"{error} at step {self.steps}")
         self.record.cost.evaluate_seconds += time.monotonic() - began
         return answers
 
@@ -287,21 +333,27 @@ class Trainer:
         set_rng_state(state["rng"], self.generators)
 
     def _save(self, task: int, now: State | None) -> None:
-        self.record.cost.energy_joules = self._meter.add(self.record.cost.energy_joules)
-        self.checkpoint.save(
-            {
-                "task": task,
-                "task_start": self.task_start,
-                "phase_ends": self.phase_ends,
-                "now": now,
-                "record": self.record.to_json(),
-                "counters": [self.steps, self.events, self.parameters_after_first_task],
-                "speed": self.speed.used,
-                "data": self.scenario.data,
-            },
-            boundary=now is None,
-        )
-        self.saved_steps = self.steps
+        self._write(self._whole(task, now))
+
+    def _whole(self, task: int, now: State | None) -> State:
+        """All that a run goes on from, as of now: what a checkpoint holds."""
+        return {
+            "task": task,
+            "task_start": self.task_start,
+            "phase_ends": list(self.phase_ends),
+            "now": now,
+            "record": self.record.to_json(),
+            "counters": [self.steps, self.events, self.parameters_after_first_task],
+            "speed": self.speed.used,
+            "data": self.scenario.data,
+        }
+
+    def _write(self, whole: State) -> None:
+        cost = self.record.cost
+        whole["record"]["cost"]["energy_joules"] = cost.energy_joules = self._meter.add(cost.energy_joules)
+        self.checkpoint.save(whole, boundary=whole["now"] is None and not whole["phase_ends"])
+        self._unsaved = None
+        self.saved_steps = whole["counters"][0]
 
     def _restore(self, saved: State) -> int:
         """Lay a checkpoint's task beginning over this trainer; returns the task."""
@@ -335,6 +387,10 @@ def follow(course: Course[Step, Losses, T]) -> T:
                 step = course.send(losses)
     except StopIteration as end:
         return end.value
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def count_parameters(module: torch.nn.Module, *, trainable: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""Leak audit of a finished run: PASS or FAIL a line, and audit.json in the run folder.
+"""Leak audit of a finished run: PASS, FAIL or SKIP (it could not fail) a line, and audit.json in the run folder.
 
 python scripts/audit.py RUN
 """
@@ -23,7 +23,7 @@ from cl_bench.folder import read_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0 all passed, 1 something failed, 2 there is no finished run."""
+    """Run the command; returns its exit status: 0 nothing failed, 1 something did, 2 there is no finished run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     folder: Path = parser.parse_args(arguments).run
@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cl_bench: {error}", file=sys.stderr)
         return 2
     for check in checks:
-        print(f"{'PASS' if check.passed else 'FAIL'}  {check.name}: {check.found}")
+        print(f"{check.verdict}  {check.name}: {check.found}")
     write_text(folder / "audit.json", json.dumps([asdict(check) for check in checks], indent=2) + "\n")
-    return 0 if all(check.passed for check in checks) else 1
+    return 1 if any(check.passed is False for check in checks) else 0
 
 
 def finished(folder: Path) -> tuple:  # of what audit() asks for

@@ -21,12 +21,13 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_bench.__main__ import explain
 from cl_bench.config import comparable, composed, fingerprint, plain
 from cl_bench.errors import ConfigError, require
+from cl_bench.explain import explain
 from cl_bench.folder import read_summary
 from cl_bench.report.published import Group, chosen, read_groups
-from cl_bench.run import run_folder, stop_signals
+from cl_bench.run import run_folder
+from cl_bench.signals import stop_signals
 
 ROWS = Path(__file__).parent / "reproduction"
 OUT = Path("results/reproduction")

@@ -6,22 +6,23 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, configure
+from omegaconf import OmegaConf
 
 from cl_bench.build import RUNTIME
-from cl_bench.config import arguments, named, target
+from cl_bench.config import arguments, named, plain, target
 
 PACKAGE = ROOT / "cl_bench"
 GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
 
 LEVELS = [
     {"images"},
-    {"errors", "types", "record", "memory", "energy", "atomic"},
+    {"errors", "types", "record", "memory", "energy", "atomic", "signals"},
     {"metrics", "data", "optim", "backbones", "loggers"},
     {"buffers", "scenarios"},
     {"methods"},
     {"evaluate", "checkpoint", "config"},
     {"step", "explain"},
-    {"trainer"},
+    {"trainer", "sweep"},
     {"replicas"},
     {"build", "folder", "report"},
     {"dry_run", "audit"},
@@ -113,6 +114,9 @@ def test_experiments_say_what_they_are(path):
         arguments(config[group], group, built, RUNTIME[group])
     if config.published is not None:
         assert {"tolerance", "source"} < set(config.published)
+    values = plain(config)
+    OmegaConf.resolve(config)  # what --cfg job --resolve prints, lists of ${by_scale:...} among it
+    assert OmegaConf.to_container(config, enum_to_str=True) == values
 
 
 def test_the_backbone_brings_its_method_and_the_command_line_wins():

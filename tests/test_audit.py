@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TINY, command, configure
 
 from cl_bench import folder as files
-from cl_bench.audit import audit
+from cl_bench.audit import audit, contents_are_training_images, rehearsal_is_clean
 from cl_bench.build import Parts, build
 from cl_bench.checkpoint import Checkpoint, cloned
 from cl_bench.loggers.group import Loggers
@@ -194,7 +194,7 @@ CHEATS = {
         "the buffer is within its budget",
         "the buffer stays within its budget while learning",
     },
-    OpensAllClassesAtOnce: {"no class is answered before it was seen"},
+    OpensAllClassesAtOnce: {"no class is answered before it was seen", "the stored answers come again"},
     OverfillsItsBuffer: {"the buffer is within its budget", "the buffer stays within its budget while learning"},
     StoresTestImages: {
         "every remembered image was in the training set",
@@ -213,9 +213,9 @@ SETTINGS = {
 """What a cheat needs to be tempted."""
 
 
-def verdicts(make: Callable[[Parts], ER], tmp_path) -> dict[str, bool]:
+def verdicts(make: Callable[[Parts], ER], tmp_path, *more: str) -> dict[str, bool | None]:
     def rebuild() -> Parts:
-        parts = build(configure(*RUN, *SETTINGS.get(make, [])))
+        parts = build(configure(*RUN, *SETTINGS.get(make, []), *more))
         return replace(parts, method=make(parts))
 
     parts = rebuild()
@@ -226,8 +226,6 @@ def verdicts(make: Callable[[Parts], ER], tmp_path) -> dict[str, bool]:
         predictions = dict(stored)
     learned = cloned(parts.method.state_dict())
     if make is OverfillsItsBuffer:  # a state of another shape does not load into fresh parts: look at these ones
-        from cl_bench.audit import contents_are_training_images, rehearsal_is_clean
-
         checks = [*contents_are_training_images(parts), *rehearsal_is_clean(rebuild)]
     else:
         checks = audit(rebuild, learned, predictions)
@@ -237,13 +235,30 @@ def verdicts(make: Callable[[Parts], ER], tmp_path) -> dict[str, bool]:
 def test_an_honest_run_passes(tmp_path):
     found = verdicts(Honest, tmp_path)
     assert len(found) == 14
+    assert found.pop("BatchNorm is in evaluation mode") is None  # it has none
     assert all(found.values()), found
+
+
+def test_a_check_that_could_not_fail_is_skipped(tmp_path):
+    """On two images a class of tasks of two classes not even a method that looks every label up is above the limit."""
+    few = ["scenario.classes_per_task=[2,2,2,2,2]", "scenario.num_tasks=5", "scenario.test_per_class=2"]
+    found = verdicts(LooksLabelsUp, tmp_path / "few", *few)
+    assert found["exchanged test labels bring the accuracy down to chance"] is None
+    assert found["no class is answered before it was seen"]
+    found = verdicts(Honest, tmp_path / "one", "scenario.classes_per_task=[10]", "scenario.num_tasks=1")
+    assert found["no class is answered before it was seen"] is None
+
+
+def test_a_run_that_remembers_nothing_is_not_praised_for_it(tmp_path):
+    parts = build(configure(*TINY, "backbone.hidden=[16]"))
+    [check, *_] = contents_are_training_images(parts)
+    assert (check.name, check.passed) == ("every remembered image was in the training set", None)
 
 
 @pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.__name__)
 def test_a_cheat_is_caught(cheat, tmp_path):
     found = verdicts(cheat, tmp_path)
-    caught = {name for name, passed in found.items() if not passed}
+    caught = {name for name, passed in found.items() if passed is False}
     assert CHEATS[cheat] <= caught
     if cheat not in (LearnsWhileAnswering, NormalisesByBatch, AnswersByBatch):  # which change answers as well
         assert caught == CHEATS[cheat]
@@ -265,8 +280,10 @@ def test_the_command_audits_a_run_folder(tmp_path, capsys):
     assert module.main([str(run)]) == 0
     printed = capsys.readouterr().out
     written = json.loads((run / "audit.json").read_text())
-    assert printed.count("PASS  ") == len(written) == 14
-    assert all(check["passed"] and check["found"] for check in written)
+    assert printed.count("PASS  ") == 13
+    assert printed.count("SKIP  BatchNorm is in evaluation mode: the method has no BatchNorm") == 1
+    assert len(written) == 14
+    assert all(check["passed"] is not False and check["found"] for check in written)
     assert module.main([str(tmp_path)]) == 2
     assert "RUN: expected the folder of a finished run" in capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())

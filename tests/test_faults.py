@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from cl_bench.checkpoint import Checkpoint, State
 from cl_bench.errors import ConfigError
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.methods.finetune import Finetune
+from cl_bench.step import Step
 
 RUN = [*TINY, "backbone.hidden=[4]", "trainer.checkpoint_steps=3", "logger=none"]
 
@@ -367,6 +369,43 @@ def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(run, tmp_path
     saved = torch.load(last, weights_only=True)
     assert f"The last good checkpoint is {last.relative_to(tmp_path)}, of step {saved['counters'][0]}." in error
     assert all(value.isfinite().all() for value in saved["task_start"]["method"].values())
+
+
+def test_scores_that_are_no_numbers_are_no_result(run, tmp_path):
+    """One step with a huge rate: its loss and even the weights after it are finite, but not what they answer."""
+    status, error = run("results_dir=r", "trainer.batch_size=2000", "trainer.epochs=1", "optimizer.lr=1e38")
+    assert status == 1
+    assert re.match(r"cl_bench: the scores of \d+ of 40 images are not numbers at step 1\. The last good check", error)
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("summary.json"))
+    assert finite(tmp_path)
+
+
+@pytest.mark.parametrize(("step", "saved"), [(8, 6), (6, 3)], ids=["the last of a phase", "before a checkpoint"])
+@pytest.mark.parametrize("spoilt", ["net.head.weight", "precision_0"])
+def test_weights_are_looked_at_before_they_are_saved_or_measured(run, tmp_path, monkeypatch, spoilt, step, saved):
+    update, calls = Step.update, itertools.count(1)
+
+    def spoiling(self):
+        update(self)
+        if next(calls) == step:
+            self.method.state_dict()[spoilt].view(-1)[0] = torch.inf if spoilt == "precision_0" else torch.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "update", spoiling)
+        status, error = run("results_dir=r", "method=ewc", "optimizer.lr=0.001")
+    assert status == 1
+    assert error.startswith(f"cl_bench: the method is not finite at step {step} (task 0, phase 0): {spoilt} (1 of")
+    assert f"last.pt, of step {saved}. Lower" in error
+    assert error.count("\n") == 1
+    assert finite(tmp_path)
+
+
+def finite(folder: Path) -> bool:
+    [last] = folder.glob("r/**/last.pt")
+    saved = torch.load(last, weights_only=True)
+    states = [saved["task_start"], *saved["phase_ends"], *([saved["now"]["state"]] if saved["now"] else [])]
+    return all(tensor.isfinite().all() for state in states for tensor in state["method"].values())
 
 
 @pytest.mark.parametrize(

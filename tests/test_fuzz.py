@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from test_methods import METHODS, MLP_RESERVOIR, SUITS
 
-from cl_bench.__main__ import explain
 from cl_bench.build import build, identity, loggers
 from cl_bench.config import CONFIGS, plain
 from cl_bench.errors import ConfigError
+from cl_bench.explain import explain
 from cl_bench.run import base_summary, run_folder
 
 EXAMPLES = int(os.environ.get("CL_BENCH_FUZZ", "60"))

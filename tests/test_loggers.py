@@ -398,7 +398,7 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
 
     before, after = map(wandb_records, wandb_files(folder))
     [run] = of_kind(before, "run")
-    assert (run.run_id, run.run_group, run.job_type) == ("0a1b2c-seed0-er-some-experiment", "some_Experiment", "er")
+    assert (run.run_id, run.run_group, run.job_type) == (run_id(info(folder)), "some_Experiment", "er")
     assert list(run.tags) == ["t"]
     assert {run.run_id for run in of_kind(after, "run")} == {run.run_id}
     assert [metric.step_metric for metric in of_kind(before, "metric") if metric.glob_name == "*"] == ["step"]
@@ -442,7 +442,7 @@ def test_wandb_jobs_of_one_process_have_their_own_runs(wandb_home, offline):
         job.finish("finished", None)
     for seed in range(2):
         [file] = wandb_files(wandb_home / f"seed{seed}")
-        assert file.name == f"run-0a1b2c-seed{seed}-er-some-experiment.wandb"
+        assert file.name == f"run-{run_id(info(wandb_home, seed))}.wandb"
         assert len(logged(wandb_records(file))) == 2 + seed
 
 
@@ -490,9 +490,20 @@ def test_wandb_resumes_its_run_online(tmp_path, online):
         tell(logger, first, stop)
         logger.finish("interrupted", None)
     assert [run.rows for run in server.runs] == [[1, 2, 3, 4], [5, 6]]
-    assert [(i["id"], i["resume"], i["mode"]) for i in server.inits] == [
-        ("0a1b2c-seed0-er-some-experiment", "allow", "online")
-    ] * 2
+    first = (run_id(info(tmp_path)), "allow", "online")
+    assert [(i["id"], i["resume"], i["mode"]) for i in server.inits] == [first] * 2
+
+
+def test_wandb_goes_on_under_the_id_that_the_folder_began_with(tmp_path, online):
+    """Ids had another form before; a folder of that time gets no second one."""
+    server = online("0a1b2c-seed0-er-some-experiment")
+    Delivered(tmp_path, "wandb/delivered.json").mark(3, id="0a1b2c-seed0-er-some-experiment")
+    logger = Wandb(project="p", entity=None, mode="online", tags=[])
+    logger.start(info(tmp_path))
+    tell(logger, 3)
+    logger.finish("finished", None)
+    assert [i["id"] for i in server.inits] == ["0a1b2c-seed0-er-some-experiment"]
+    assert json.loads((tmp_path / "wandb" / "delivered.json").read_text())["note"]["id"] == server.inits[0]["id"]
 
 
 def test_wandb_gets_again_what_a_kill_may_have_lost(tmp_path, online):
@@ -576,12 +587,22 @@ def test_wandb_refuses_what_cannot_work(tmp_path, monkeypatch):
         Wandb(project="p", entity=None, mode="online", tags=[])
 
 
-def test_run_id_is_plain_and_tells_runs_apart(tmp_path):
+UNLIKE = {
+    "another script": ("größe", "grosse", "数字", "цифры"),
+    "signs and capitals": ("Run_1", "run-1", "run_1", "run 1", "run.1"),
+    "long names": ("x" * 141, "x" * 141 + "y", "x" * 140),
+}
+
+
+def test_run_ids_are_plain_and_no_two_runs_share_one(tmp_path):
     base = RunInfo(tmp_path, experiment="A/b c", name="ER++", seed=0, fingerprint="FF", config={}, num_tasks=2)
-    changed = [{}, {"experiment": "B"}, {"name": "lwf"}, {"seed": 1}, {"fingerprint": "0"}, {"experiment": "x" * 500}]
+    changed = [{}, {"seed": 1}, {"fingerprint": "0"}, {"experiment": "a-b", "name": "c"}]
+    changed += [{"experiment": "a", "name": "b-c"}, {"seed": 11, "name": "1"}, {"seed": 1, "name": "11"}]
+    changed += [{key: name} for key in ("experiment", "name") for names in UNLIKE.values() for name in names]
     ids = [run_id(replace(base, **change)) for change in changed]
     assert len(set(ids)) == len(ids)
-    assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,126}[a-z0-9]", i) for i in ids)
+    assert all(re.fullmatch(r"[a-z0-9]{32}", i) for i in ids)
+    assert run_id(replace(base, folder=tmp_path / "moved")) == ids[0]
 
 
 def test_summary_values_leave_out_the_unknown():

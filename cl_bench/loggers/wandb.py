@@ -1,7 +1,9 @@
 """Weights & Biases; the only place that imports it."""
 
 import csv
+import hashlib
 import io
+import json
 import netrc
 import os
 import re
@@ -22,7 +24,6 @@ MODES = ("auto", "online", "offline", "disabled")
 EXIT_CODES = {"finished": 0, "interrupted": 130, "failed": 1}
 """Status of a run -> exit code that W&B shows."""
 
-_LONGEST_ID = 128  # the server's limit
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_SECRET = 8  # a shorter one cannot be told from ordinary words and numbers
 
@@ -137,9 +138,12 @@ class Wandb(Logger):
 
 
 def run_id(info: RunInfo) -> str:
-    """The W&B id of a run: what its folder is made of, in a-z, 0-9 and hyphens."""
-    text = f"{info.fingerprint}-seed{info.seed}-{info.name}-{info.experiment}"
-    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_LONGEST_ID].strip("-")
+    """The W&B id of a run, 32 hexadecimal digits: a hash of what its folder is made of, so that no two runs share one.
+
+    A folder keeps the id that it began with (``wandb/delivered.json``), whatever this function says later.
+    """
+    identity = json.dumps([info.experiment, info.name, info.fingerprint, info.seed])
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
 def resolve_mode(mode: str) -> str:

@@ -1,0 +1,197 @@
+"""A sweep: what its jobs failed of, and how a signal to stop reaches those that run in other processes.
+
+A launcher may run jobs in processes that a signal to the command does not reach and that outlive it. So the command
+and its jobs share a folder: the command writes ``stop`` into it, a running job is a file there, and a job that fails
+adds a line to ``failures``.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import DictConfig
+
+from cl_bench.explain import explain, status_of
+
+POLL_SECONDS = 0.2
+
+
+class JobFailed(Exception):
+    """A job of a sweep failed. It is told by a text and a number, which any process can hand to any other.
+
+    Args:
+        message: what the user is told.
+        status: the exit status that it stands for.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message, status)
+        self.message, self.status = message, status
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the processes of a sweep know of each other.
+
+    Attributes:
+        arguments: the command line; what is not in it in a job's overrides is the job's own.
+        tracebacks: whether the user wants them.
+        folder: where they write; made when there is something to write.
+        pid: the command's process.
+    """
+
+    arguments: Sequence[str]
+    tracebacks: bool = False
+    folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()) / f"cl_bench-{uuid.uuid4().hex}")
+    pid: int = field(default_factory=os.getpid)
+
+    # -- the command ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """On SIGINT or SIGTERM the jobs leave, each after a checkpoint, and then this process; the second kills it."""
+        before: dict[int, Any] = {}
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            signal.signal(number, before[number])
+            with suppress(RuntimeError, OSError, ValueError):  # stderr is gone, or was being written to
+                print("Stopping the jobs of this sweep; once more to stop at once.", file=sys.stderr)
+            self._make_folder()
+            (self.folder / "stop").touch()
+            while any(_alive(int(file.suffix[1:])) for file in self.folder.glob("job.*")):
+                time.sleep(POLL_SECONDS)
+            raise SystemExit(128 + number)
+
+        with suppress(ValueError):  # not in the main thread, where signals cannot be caught
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for caught_before, handler in before.items():
+                signal.signal(caught_before, handler)
+
+    def close(self) -> list[JobFailed]:
+        """The failures of all jobs, in the order of their coming; the folder is removed."""
+        file = self.folder / "failures"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return [JobFailed(*json.loads(line)) for line in lines]
+
+    # -- a job ---------------------------------------------------------------------------------------------------------
+
+    def perform(self, job: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+        """Run a job of the sweep, in whatever process.
+
+        Raises:
+            JobFailed: it failed; the user has been told why.
+        """
+        if os.getpid() == self.pid:
+            return self._told(job, config)
+        self._make_folder()
+        mine = self.folder / f"job.{os.getpid()}"
+        mine.touch()  # before it looks for `stop`: who writes that waits for those that came before it
+        try:
+            with self._watched():
+                return None if self._stopped() else self._told(job, config)
+        except SystemExit:  # a signal; passed on it would make the launcher kill the other jobs in mid-step
+            time.sleep(0 if self._stopped() else 1)  # Ctrl-C comes to all processes, perhaps to the command last
+            if not self._stopped():
+                raise self._failed("stopped by a signal; the same command goes on from there", 1) from None
+            return None
+        finally:
+            mine.unlink(missing_ok=True)
+            if self._orphaned():  # nobody is there to end this process, or to remove the folder
+                if not list(self.folder.glob("job.*")):
+                    self.close()
+                os._exit(1)
+
+    def _told(self, job: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+        try:
+            return job(config)
+        except Exception as error:
+            status = status_of(error)
+            if status is None or self.tracebacks:
+                traceback.print_exc()
+            message = f"{type(error).__name__}: {error}" if status is None else explain(error)
+            raise self._failed(message, status or 1) from None
+
+    def _failed(self, message: str, status: int) -> JobFailed:
+        """Tell the user of a failure now, and the command for its end."""
+        from hydra.core.hydra_config import HydraConfig
+
+        config = HydraConfig.get()
+        given = list(config.overrides.task)
+        own = [override for override in given if override not in self.arguments] or given
+        failure = JobFailed(f"job {config.job.num} ({' '.join(own)}): {message}", status)
+        print(f"cl_bench: {failure.message}", file=sys.stderr)
+        with suppress(OSError):  # the error itself gets to the command, too, if only the first
+            self._make_folder()
+            with (self.folder / "failures").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(failure.args) + "\n")
+        return failure
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+
+    def _stopped(self) -> bool:
+        return (self.folder / "stop").exists() or self._orphaned()
+
+    def _orphaned(self) -> bool:
+        """Whether the command has died that this process was a child of."""
+        global _child
+        _child = _child or os.getppid() == self.pid
+        return _child and os.getppid() != self.pid
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Within, a stopped sweep makes this process catch SIGTERM, as often as it takes."""
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to the command, which writes `stop`
+            before = signal.signal(
+                signal.SIGTERM, lambda *args: None
+            )  # where the run does not catch it yet, or no more
+        except ValueError:  # a launcher may run jobs in threads, where signals cannot be caught
+            yield
+            return
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(POLL_SECONDS):
+                if self._stopped():
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            signal.signal(signal.SIGTERM, before)
+
+
+_child = False  # of the command: known once, for after its death it cannot be told any more
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,50 @@
+"""What the run folder says of the code that ran."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cl_bench import folder as files
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Another project under git, with this package inside it -> a function that calls git there."""
+    package = tmp_path / ".venv" / "site-packages" / "cl_bench"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (tmp_path / "mine.py").touch()
+    monkeypatch.setattr(files, "PACKAGE", package)
+    who = ["-c", "user.name=n", "-c", "user.email=e"]
+
+    def git(*arguments: str) -> str:
+        done = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(done, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init")
+    git("add", "mine.py")
+    git("commit", "-m", "mine")
+    return git
+
+
+def test_the_commit_of_another_project_is_not_taken_for_that_of_this_code(repository, tmp_path, monkeypatch):
+    assert files.commit() is None
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook
+    assert files.commit() is None
+
+
+def test_the_commit_of_a_checkout_and_whether_it_was_changed(repository, tmp_path):
+    repository("add", ".")
+    repository("commit", "-m", "with this package")
+    head = repository("rev-parse", "HEAD")
+    assert files.commit() == head
+    (Path(files.PACKAGE) / "__init__.py").write_text("changed")
+    assert files.commit() == f"{head}+changes"
+
+
+def test_no_commit_outside_of_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PACKAGE", tmp_path)
+    assert files.commit() is None
+    monkeypatch.setenv("PATH", "")  # nor without git
+    assert files.commit() is None

@@ -1,0 +1,215 @@
+"""A signal to stop is obeyed soon, wherever it comes, loses nothing, and reaches the jobs of a sweep."""
+
+import fcntl
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, command_environment
+from PIL import Image
+from test_command import assert_equal_results, in_process, the_run
+
+import cl_bench.evaluate as evaluation
+from cl_bench import run as run_module
+from cl_bench.data import cifar100
+from cl_bench.methods.ewc import EWC
+
+SECONDS = 10.0
+"""A signal is obeyed within less, on a busy machine; each of these would take minutes."""
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """The command in this process, without pictures -> exit status and what it said on stderr."""
+    monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
+
+    def call(*arguments: str) -> tuple[int, str]:
+        return in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path), capsys.readouterr().err
+
+    return call
+
+
+def terminate_at_call(number: int, owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """SIGTERM at the given call of a function -> the calls, of which there should be none after it."""
+    function, calls = getattr(owner, name), []
+
+    def counted(*arguments, **named):
+        calls.append(len(calls))
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_a_run_stopped_while_it_measures_or_sums_up_ends_the_same(run, tmp_path, monkeypatch):
+    """One run is stopped at each of these moments in turn; what was trained by then is not trained again."""
+    arguments = [*TINY, "backbone.hidden=[4]", "method=ewc", "optimizer.lr=0.01", "logger=none"]
+    assert run(*arguments, "results_dir=straight")[0] == 0
+    steps = []
+    moments = [
+        ("before training", evaluation, "_answer", 1, 0),
+        ("between the phase and what the method makes of it", EWC, "fisher_information", 1, 8),
+        ("after the first task", evaluation, "_answer", 1, 8),
+        ("in the second of two lines of the matrix", evaluation, "_answer", 3, 16),
+        ("in the report", run_module, "write_report", 1, 16),
+    ]
+    for moment, owner, name, number, trained in moments:
+        with monkeypatch.context() as patch:
+            calls = terminate_at_call(number, owner, name, patch)
+            status, error = run(*arguments, "results_dir=stopped")
+        assert status == 143, (moment, error)
+        assert len(calls) == number, moment  # at once, not at the end of what it was doing
+        assert "Stopped; " in error
+        assert ("is finished" in error) == (name == "write_report")
+        steps += [torch.load(path, weights_only=True)["counters"][0] for path in tmp_path.glob("stopped/**/last.pt")]
+        assert steps[-1:] == [trained][: len(steps)], moment
+    assert run(*arguments, "results_dir=stopped")[0] == 0
+    assert_equal_results(the_run(tmp_path / "straight"), the_run(tmp_path / "stopped"))
+
+
+def terminate_soon() -> threading.Timer:
+    timer = threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM])
+    timer.start()
+    return timer
+
+
+def test_decoding_is_stopped_between_two_pictures(run, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    for split, label in itertools.product(("train", "test"), ("cat", "dog")):
+        folder = tmp_path / "data" / split / label
+        folder.mkdir(parents=True)
+        for number in range(500):
+            (folder / f"{number}.png").symlink_to(tmp_path / "picture.png")
+    whole = Image.open
+
+    def slowly(*arguments, **named):
+        time.sleep(0.2)
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(Image, "open", slowly)
+    timer, began = terminate_soon(), time.monotonic()
+    status, error = run("scenario=folder", f"data_dir={tmp_path}/data")
+    assert time.monotonic() - began < SECONDS
+    timer.join()
+    assert status == 143, error
+    assert error.count("Stopped; the same command goes on from here") == 1
+    assert "Traceback" not in error
+
+
+def test_a_download_is_stopped(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar100, "_fetch", lambda root, download: time.sleep(600))
+    timer, began = terminate_soon(), time.monotonic()
+    assert run("scenario=cifar100", f"data_dir={tmp_path}")[0] == 143
+    assert time.monotonic() - began < SECONDS
+    timer.join()
+
+
+# -- sweeps --------------------------------------------------------------------------------------------------------
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
+def test_a_signal_to_a_sweep_stops_its_jobs_in_other_processes(tmp_path):
+    """Each after a checkpoint; a job that had failed by then is told of again, and the same command goes on."""
+    call = [sys.executable, "-m", "cl_bench", "-m", *TINY, "trainer.epochs=2000", "backbone.hidden=[4]", "seed=0,-1,1"]
+    call += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=3", "logger=none", "results_dir=r"]
+    environment = command_environment(TMPDIR=str(tmp_path))
+    with subprocess.Popen(call, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as sweep:
+        wait_until(lambda: len(list(tmp_path.glob("r/*/*/*/checkpoint/last.pt"))) == 2, sweep)
+        wait_until(lambda: list(tmp_path.glob("cl_bench-*/failures")), sweep)
+        children = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children")
+        workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        began = time.monotonic()
+        sweep.send_signal(signal.SIGTERM)
+        _, error = sweep.communicate(timeout=60)
+    assert time.monotonic() - began < SECONDS
+    assert sweep.returncode == 143, error
+    assert error.count("Stopped; the same command goes on from here") == 2
+    assert error.count("cl_bench: job 1 (seed=-1): seed: expected a whole number in [0, 2^32); got -1.") == 2
+    assert "Traceback" not in error
+    for last in tmp_path.glob("r/*/*/*/checkpoint/last.pt"):
+        assert torch.load(last, weights_only=True)["now"] is not None  # in mid-task
+        with (last.parent.parent / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it
+    assert not list(tmp_path.glob("cl_bench-*"))
+    wait_until_gone(workers)
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+COMMAND = """
+import subprocess, sys, time
+from pathlib import Path
+from cl_bench.sweep import Sweep
+
+sweep = Sweep([], folder=Path("sweep"))
+subprocess.Popen([sys.executable, "job.py", str(sweep.pid)])
+time.sleep(600)
+"""
+
+JOB = """
+import sys, time
+from pathlib import Path
+from cl_bench.signals import stop_signals
+from cl_bench.sweep import Sweep
+
+def job(config):
+    with stop_signals() as caught:
+        Path("began").touch()
+        while not caught:
+            time.sleep(0.01)
+    Path("saved").touch()
+    raise SystemExit(143)
+
+Sweep([], folder=Path("sweep"), pid=int(sys.argv[1])).perform(job, None)
+"""
+
+
+def test_the_jobs_of_a_killed_sweep_save_and_leave(tmp_path):
+    for name, code in {"command.py": COMMAND, "job.py": JOB}.items():
+        (tmp_path / name).write_text(textwrap.dedent(code))
+    call = [sys.executable, "command.py"]
+    with subprocess.Popen(call, cwd=tmp_path, env=command_environment(), stderr=subprocess.DEVNULL) as sweep:
+        wait_until((tmp_path / "began").exists, sweep)
+        [job] = [int(file.suffix[1:]) for file in tmp_path.glob("sweep/job.*")]
+        sweep.kill()
+    wait_until_gone([job])
+    assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(("rates", "status"), [("-1,0.1,nan", 2), ("0.1,-1,1e30", 1)])
+def test_every_failed_job_is_told_of_at_once_and_at_the_end(run, rates, status):
+    arguments = ["-m", *TINY, f"optimizer.lr={rates}", "backbone.hidden=[4]", "trainer.epochs=20", "results_dir=r"]
+    got, error = run(*arguments, "logger=none")
+    assert got == status, error
+    lines = [line for line in error.splitlines() if line.startswith("cl_bench: ")]
+    failed = [f"cl_bench: job {i} (optimizer.lr={rate}): " for i, rate in enumerate(rates.split(",")) if rate != "0.1"]
+    failed = [line.replace("1e30", "1e+30") for line in failed]
+    begin = [
+        next(f for f in [*failed, "cl_bench: 2 jobs of this sweep failed:"] if line.startswith(f)) for line in lines
+    ]
+    assert begin == [*failed, "cl_bench: 2 jobs of this sweep failed:", *failed]
+    assert lines[:2] == lines[3:]
+    assert "Traceback" not in error
