@@ -222,9 +222,9 @@ def bare_step(parts: Any, phase: Any, inputs: Any, task: int, captured: bool) ->
     method.train()
 
     def gradients() -> None:
-        optimizer.zero_grad()
         with parts.autocast:
             losses, _ = method.terms(inputs, task)
+        optimizer.zero_grad()
         total(losses.values()).backward()
 
     compute = gradients
