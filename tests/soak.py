@@ -359,7 +359,7 @@ def check_logger(logger: str, straight: Path, killed: Path) -> None:
 
 def two_starts(soak: Soak, own: Path, times: int) -> None:
     """Two real commands on one folder of pictures that was never decoded, the second some time after the first."""
-    size = "scenario.source.size=64"  # of more pixels than in the cases: takes longer
+    size = "scenario.source.size=256"  # takes as long as the second start comes after the first
     arguments = [*TINY, "scenario=folder", f"data_dir={own}", size, "backbone.hidden=[4]", "logger=none"]
     place = soak.folder / "two"
     place.mkdir()
@@ -367,7 +367,7 @@ def two_starts(soak: Soak, own: Path, times: int) -> None:
         soak.failures.append(f"two starts: the one alone failed, see {place}")
         return
     for number in range(times):
-        cache, delay, started = f"scenario.source.cache=fresh{number}", soak.rng.uniform(0.0, 2.0), []
+        cache, delay, started = f"scenario.source.cache=fresh{number}", soak.rng.uniform(0.0, 0.5), []
         with (place / "output.txt").open("ab") as output:
             for name, seconds in (("first", 0.0), ("second", delay)):
                 time.sleep(seconds)

@@ -153,7 +153,7 @@ def _tell(place: Path, taken: dict[str, int], classes: int, left_out: Counter[st
 class _File:
     """A file, and what of it changes with its content: size, and times of content and entry in nanoseconds."""
 
-    path: Path
+    path: str
     state: tuple[int, ...]
 
 
@@ -227,7 +227,7 @@ def _files(place: Path, left_out: Counter[str]) -> list[_File]:
                 left_out[f"named *{_shown(ending)}"] += 1
             else:  # a link that leads nowhere, too: it is named with the damaged pictures
                 times = () if state is None else (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-                yield _File(Path(entry.path), times)
+                yield _File(entry.path, times)
 
     folder = place.resolve()
     states = [os.stat(above) for above in (folder, *folder.parents)]
@@ -275,7 +275,7 @@ class _Reader:
         except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
             raise ConfigError(
                 "cache",
-                expected=f"a folder with room for {len(self.files) * 3 * size * size / 2**20:.0f} MiB of images",
+                expected=f"a folder with room for {len(self.files) * 3 * size * size / 2**20:,.1f} MiB of images",
                 got=f"{cache} ({getattr(error, 'strerror', None) or error})",
                 fix="Point scenario.source.cache=PATH at another place, or make room.",
             ) from error
@@ -283,8 +283,8 @@ class _Reader:
         return images, np.delete(self.labels, self.left_out)
 
     def _place(self, cache: Path) -> Path:
-        root = self.root.resolve()
-        known = [(str(file.path.relative_to(self.root)), *file.state) for file in self.files]
+        root, start = self.root.resolve(), len(str(self.root / self.split))
+        known = [(file.path[start:], *file.state) for file in self.files]
         key = hashlib.sha256(json.dumps([VERSION, astuple(self.decoder), str(root), known]).encode()).hexdigest()
         return cache / f"{_shown(root.name)[:50]}-{self.split}-{self.decoder.size}-{key[:16]}.images"
 
@@ -316,12 +316,12 @@ class _Reader:
     def _try(self, file: _File) -> np.ndarray | str | None:
         """The image, None where there is none, or why it cannot be read."""
         try:
-            return self.decoder.decode(file.path)
+            return self.decoder.decode(Path(file.path))
         except UnidentifiedImageError:
-            return f"{_shown(str(file.path))} (no picture that PIL knows)" if file.path.suffix else None
+            return f"{_shown(file.path)} (no picture that PIL knows)" if os.path.splitext(file.path)[1] else None
         except Exception as error:  # PIL raises many kinds for a damaged file
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            return f"{_shown(str(file.path))} ({' '.join(reason.split())})"
+            return f"{_shown(file.path)} ({' '.join(reason.split())})"
 
     def _facts(self, images: np.ndarray) -> dict[str, Any]:
         mean, std = _moments(images)
