@@ -30,7 +30,7 @@ from cl_bench.methods.base import Predict
 from cl_bench.record import Record
 from cl_bench.step import Graphs
 from cl_bench.trainer import count_parameters
-from cl_bench.types import Data, Losses, Phase, Task
+from cl_bench.types import Batch, Data, Losses, Phase, Task
 
 SECONDS = 20.0
 """Seconds for everything that is timed. Nothing is cut off, so the smallest pieces of work come on top where even they
@@ -180,10 +180,11 @@ class Measured:
 
 
 def measure(
-    work: Callable[[int], object], full: int, budget: Budget, *, gain: float = GAIN, only_full: bool = False
+    work: Callable[[int], int], full: int, budget: Budget, *, gain: float = GAIN, only_full: bool = False
 ) -> Measured:
     """Time ``work(images)``, with ``full`` images where the budget allows, else scaled from what it does allow.
 
+    It returns the images that it drew beside those, which stay as many whatever its size.
     What is scaled lies between two limits: the seconds grow with the counted operations from the largest timed size on
     (as if nothing were spent a call), or on a line through the smallest and the largest one. Their geometric mean is
     expected.
@@ -193,40 +194,46 @@ def measure(
         only_full: no other size, for work that has to be compiled for each; the first calls are thrown away.
     """
 
+    drawn = 0
+
     def seconds(size: int) -> float:
+        nonlocal drawn
         began = budget.clock()
-        work(size)
+        drawn = work(size)
         return budget.clock() - began
 
-    def timed(size: int, part: float) -> list[float]:
+    def timed(size: int, part: float, slowest: float = 0.0) -> list[float]:
         taken: list[float] = []
         until = (1 - part) * budget.left()
-        while not taken or (len(taken) < TIMED and budget.left() - max(taken) > until):
+        while len(taken) < TIMED and budget.left() - max([slowest, *taken]) > until:
             taken.append(seconds(size))
-        return taken
+        return taken or [slowest or seconds(size)]
 
-    def counted(size: int) -> int:
+    def counted(size: int, part: float) -> tuple[int, list[float]]:
         with Operations() as operations:
-            work(size)
-        return operations.count
+            slower = seconds(size)  # than without counting
+        return operations.count, timed(size, part, slower)
 
-    size = full if only_full else min(full, SMALLEST)
+    size = small = full if only_full else min(full, SMALLEST)
     first = max(seconds(size) for _ in range(Graphs.WARM_UP + 1 if only_full else 1))
-    taken = timed(size, 1 if size == full else 1 / 8) if budget.left() > first else [first]
-    small, small_taken = size, taken
-    small_count = count = counted(size) if size < full and budget.left() > max(taken) else 0
+    small_count, taken = 0, [first]
+    if size == full:
+        taken = timed(size, 1)
+    elif budget.left() > first:
+        small_count, taken = counted(size, 1 / 8)
+    count, small_taken = small_count, taken
+    images = (full + drawn) / (small + drawn)
     while small_count and size < full:
-        room = int(budget.left() / (2.5 * statistics.median(taken) / size))  # one call to count and one or more to time
+        room = int(budget.left() / (1.5 * statistics.median(taken) / size))  # an image takes less in a larger batch
         if room < 1.25 * size:
             break
         size = min(room, full)
-        count = counted(size)
-        taken = timed(size, 1)
+        count, taken = counted(size, 1)
     spread = np.array([min(taken), statistics.median(taken), max(taken)])
-    alone = statistics.median(small_taken) * full / small  # as if every image cost what it does in the smallest batch
+    alone = statistics.median(small_taken) * images  # as if every image cost what it does in the smallest batch
     if size == small:
         if size < full:
-            spread = spread * full / small * [min(gain, LEAST_GAIN), gain, 1]
+            spread = spread * images * [min(gain, LEAST_GAIN), gain, 1]
         return Measured(spread, size, full, gain)
     if size < full:
         full_count = small_count + (count - small_count) / (size - small) * (full - small)
@@ -283,8 +290,9 @@ class Steps:
         self._course: Any = None
         self._losses: Losses = {}
 
-    def __call__(self, size: int) -> None:
-        """Draw a batch and perform its step."""
+    def __call__(self, size: int) -> int:
+        """Perform a step; returns the images that it drew from the buffer."""
+        before = self._probe.drawn
         if size != self._size:
             self.close()
             trainer, self._size = self._probe.trainer, size
@@ -297,6 +305,7 @@ class Steps:
             step = self._course.send(self._losses)
         self._losses = step.speed.perform(step)
         self._probe.wait()
+        return self._probe.drawn - before
 
     def close(self) -> None:
         """Leave the phase."""
@@ -314,7 +323,15 @@ class Probe:
         self.probed: list[ProbedTask] = []
         self.alternatives: list[Span] = []
         self._step_gain = self._answer_gain = GAIN
-        self._offered = 0
+        self._offered = self.drawn = 0
+        sample = parts.buffer.sample
+
+        def counting(size: int) -> Batch:
+            batch = sample(size)
+            self.drawn += len(batch)
+            return batch
+
+        parts.buffer.sample = counting  # type: ignore[method-assign]
 
     def run(self) -> None:
         """Time the first two tasks, and the last one, or the one that is reached in time."""
@@ -464,13 +481,14 @@ class Probe:
         sizes = [len(task.asked(split)) for task in self.tasks[: learned + 1]]
         full = min(MAX_BATCH, sum(sizes))
 
-        def ask(size: int) -> None:
+        def ask(size: int) -> int:
             probe = copy.copy(self.parts.scenario)
             probe.tasks = list(self.tasks)
             for t in range(len(sizes)):
                 part = few(self.tasks[t].asked(split), size * (t + 1) // len(sizes) - size * t // len(sizes))
                 probe.tasks[t] = replace(self.tasks[t], test=part, val=part)
             evaluate(self.method, probe, learned=learned, split=split, autocast=self.parts.autocast, rule=rule)
+            return 0
 
         budget = self.budget.share(1 / 2, ANSWERS_UNTIL[min(len(self.probed), 2)])
         found = measure(ask, full, budget, gain=self._answer_gain)

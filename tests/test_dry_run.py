@@ -37,10 +37,11 @@ class Work:
     def seconds(self, size: int) -> float:
         return self.fixed + self.each * (size + self.drawn)
 
-    def __call__(self, size: int) -> None:
+    def __call__(self, size: int) -> int:
         torch.ones(size + self.drawn, 3) @ torch.ones(3, 2)
         self.clock.now += self.seconds(size)
         self.sizes.append(size)
+        return self.drawn
 
 
 def measured(work: Work, full: int, seconds: float, **options) -> Measured:
@@ -70,11 +71,14 @@ def test_a_measurement_stays_in_its_budget_and_its_range_has_the_truth(fixed, ea
 
 
 def test_images_that_a_step_draws_beside_its_own_are_counted_once():
-    """Scaled by images alone, 4 + 32 would make 128 times as much of 512 + 32."""
+    """Scaled by the batch alone, 4 + 32 would make 128 times as much of 512 + 32."""
     work = Work(Clock(), fixed=0.0, each=0.1, drawn=32)
     found = measured(work, full=512, seconds=40)
     assert SMALLEST < found.size < 512
     assert found.seconds == pytest.approx(3 * [work.seconds(512)], rel=1e-6)
+    found = measured(work, full=512, seconds=1, gain=1.0)
+    assert found.size == SMALLEST
+    assert found.seconds[1:] == pytest.approx(2 * [work.seconds(512)])
 
 
 def test_one_slow_call_is_scaled_by_what_was_found_before():
