@@ -176,7 +176,8 @@ def _last_object(printed: str) -> Facts:
 
 def items(stage: str, arguments: Sequence[str], visit: Visit, options: argparse.Namespace) -> Iterator[Item]:
     """The processes of a stage; ``options`` are those of the command."""
-    work, device, limit = visit.work, visit.device, LIMITS.get(stage, 0)
+    work, device = visit.work, visit.device
+    limit = LIMITS.get(stage, 0) * (4 if device == "cpu" else 1)  # a rehearsal has more time
     paths = [Path(argument).resolve() for argument in arguments]
 
     def part(name: str, *its: object) -> list[str]:
