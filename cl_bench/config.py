@@ -40,7 +40,7 @@ VARIABLES = "CL_BENCH_"
 
 INCOMPARABLE = (
     "seed", "experiment", "name", "scale", "device", "images", "results_dir", "data_dir", "overwrite", "dry_run",
-    "published", "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed",
+    "published", "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed", "label", "threads",
     "scenario.source.root", "scenario.source.cache", "scenario.source.download", "trainer.checkpoint_seconds",
     "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
 )  # fmt: skip
@@ -73,11 +73,13 @@ class Run:
 
     experiment: str = MISSING
     name: str = MISSING
+    label: str | None = None
     scale: str | None = None
     seed: int = MISSING
     class_order_seed: int = MISSING
     data_seed: int = MISSING
     device: str = MISSING
+    threads: Any = "auto"
     precision: Precision = MISSING
     images: Images = MISSING
     results_dir: str = MISSING

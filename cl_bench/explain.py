@@ -1,13 +1,26 @@
-"""Hydra's and OmegaConf's errors in the words of :class:`~cl_bench.errors.ConfigError`."""
+"""What is wrong with a command line or a configuration file, in the words of :class:`~cl_bench.errors.ConfigError`.
+
+Hydra says it in its own way and does not know what was meant. Here each kind of its errors is one message: key,
+expected, got, way out; the way out is the nearest key, with the value that was typed.
+"""
 
 import difflib
+import os
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
-from hydra.errors import HydraException
+import yaml
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from cl_bench.config import CONFIGS
+from cl_bench.config import CONFIGS, Run, composed
 from cl_bench.errors import ConfigError, RunError, within
+
+ANYWHERE = "--cfg job prints every key."
 
 
 def status_of(error: Exception) -> int | None:
@@ -17,54 +30,247 @@ def status_of(error: Exception) -> int | None:
     return 1 if isinstance(error, (FloatingPointError, RunError)) else None
 
 
-def explain(error: Exception) -> str:
-    """One message: key, expected, got, way out."""
-    if isinstance(error, (ConfigError, FloatingPointError, RunError)):
+def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
+    """One message: key, expected, got, way out.
+
+    Args:
+        error: what the command failed of.
+        arguments: the command line; what was typed there is told apart from what stands in a file.
+    """
+    if isinstance(error, (FloatingPointError, RunError)):
         return str(error)
-    return explain_hydra(error)
+    line = CommandLine(arguments)
+    if isinstance(error, ConfigError):
+        return f"{error}{line.place_of(error.key)}"
+    return _explain_hydra(error, line)
 
 
-def explain_hydra(error: Exception) -> str:
-    """One message: key, expected, got, way out; Hydra's own words where none of the known kinds fits."""
+def refuse_unknown_keys(config: DictConfig, arguments: Sequence[str]) -> None:
+    """Hydra takes any key with a plus; one at the top that nothing reads is a typing error."""
+    known = [f.name for f in fields(Run)]
+    for key in map(str, config):
+        if key not in known:
+            value = CommandLine(arguments).typed(key)
+            raise ConfigError(
+                key,
+                expected="a key of the configuration",
+                got=f"the unknown key {key}",
+                fix=_did_you_mean(_nearest(key, OmegaConf.masked_copy(config, known)), value),
+            )
+
+
+class CommandLine:
+    """The overrides of a command line, and the configuration files that they choose."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        rest = list(arguments)
+        self.folders = [CONFIGS]
+        self.overrides: list[str] = []
+        while rest:
+            argument = rest.pop(0)
+            if argument in ("--config-dir", "-cd") and rest:
+                self.folders.insert(0, Path(rest.pop(0)))
+            elif argument.startswith("--config-dir="):
+                self.folders.insert(0, Path(argument.partition("=")[2]))
+            elif not argument.startswith("-"):
+                self.overrides.append(argument)
+
+    def typed(self, key: str) -> str | None:
+        """The value that was typed for ``key``, None where it was not."""
+        return next((value for name, value in map(_split, reversed(self.overrides)) if name == key), None)
+
+    def without(self, key: str) -> DictConfig:
+        """The configuration that the rest of the command line describes; of a sweep, that of its first job."""
+        searched = [f"file://{folder.resolve()}" for folder in self.folders[:-1]]
+        others = [_first(text) for text in self.overrides if _split(text)[0] != key]
+        try:
+            return composed([f"hydra.searchpath=[{','.join(searched)}]", *others])
+        except Exception:  # something else is wrong with it, too
+            return composed([])
+
+    def files(self) -> Iterator[tuple[Path, str]]:
+        """The files that were chosen here and those that they choose, with the package that each one fills."""
+        for text in reversed(self.overrides):  # the last one counts
+            group, options = _split(text)
+            for option in options.split(","):
+                yield from self._file_and_below(group.partition("@")[0], option)
+
+    def _file_and_below(self, group: str, option: str) -> Iterator[tuple[Path, str]]:
+        file = next((path for folder in self.folders if (path := folder / group / f"{option}.yaml").is_file()), None)
+        if file is None:
+            return
+        text = file.read_text(encoding="utf-8", errors="replace")
+        header = re.search(r"^#\s*@package\s+(\S+)", text, flags=re.M)
+        yield file, header[1].replace("_global_", "") if header else group.replace("/", ".")
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError:
+            return
+        for entry in content.get("defaults", []) if isinstance(content, dict) else []:
+            for name, value in entry.items() if isinstance(entry, dict) else [(f"/{group}", entry)]:
+                below = name.removeprefix("override").strip().partition("@")[0]
+                below = below[1:] if below.startswith("/") else f"{group}/{below}"
+                if (below, value) != (group, option):
+                    yield from self._file_and_below(below, str(value))
+
+    def place_of(self, key: str) -> str:
+        """Where in a chosen file ``key`` has its value, as a sentence; empty where it was typed or is in none."""
+        if self.typed(key) is not None:
+            return ""
+        for file, package in self.files():
+            below = key.removeprefix(f"{package}.") if package else key
+            if (not package or below != key) and (number := _line_of(file, below)):
+                return f" It stands in {_shown(file)}, line {number}."
+        return ""
+
+    def mention_of(self, pattern: str) -> str:
+        """The same for the first line of a chosen file that has something written in it."""
+        for file, _ in self.files():
+            for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+                if re.search(pattern, line.partition("#")[0]):
+                    return f" It stands in {_shown(file)}, line {number}."
+        return ""
+
+
+def _split(override: str) -> tuple[str, str]:
+    """Key and value of an override as typed, without the signs before the key."""
+    key, _, value = override.partition("=")
+    return key.lstrip("+~"), value
+
+
+def _first(override: str) -> str:
+    """An override of a sweep with its first value only."""
+    return re.sub(r"^([^=]+=)(?:(?:choice|range|interval)\()?([^\[{'\",]+),.*", r"\1\2", override)
+
+
+def _line_of(file: Path, key: str) -> int | None:
+    """The line of a YAML file that holds ``key``, None where it holds no such key or it cannot be read."""
+    try:
+        node = yaml.compose(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return None
+    number = None
+    for part in key.split("."):
+        entries = node.value if isinstance(node, yaml.MappingNode) else []
+        found = next(((name, value) for name, value in entries if name.value == part), None)
+        if found is None:
+            return None
+        number, node = found[0].start_mark.line + 1, found[1]
+    return number
+
+
+def _shown(file: Path) -> str:
+    return os.path.relpath(file) if file.resolve().is_relative_to(Path.cwd()) else str(file)
+
+
+# -- Hydra's errors ------------------------------------------------------------------------------------------------
+
+
+def _explain_hydra(error: Exception, line: CommandLine) -> str:
     if isinstance(error, InterpolationResolutionError) and error.full_key:
         if ours := within(error):  # of a resolver, which does not know where it stands
-            return f"{error.full_key}: expected {ours.expected}; got {ours.got}. {ours.fix}"
+            return (
+                f"{error.full_key}: expected {ours.expected}; got {ours.got}. {ours.fix}{line.place_of(error.full_key)}"
+            )
         got = str(error).splitlines()[0]
-        return f"{error.full_key}: expected what can be resolved; got {got}. Correct the value."
+        place = line.place_of(error.full_key)
+        return f"{error.full_key}: expected what can be resolved; got {got}. Correct the value.{place}"
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        what = " ".join(filter(None, [error.problem, error.context]))
+        return (
+            f"{_shown(Path(mark.name))}, line {mark.line + 1}: expected YAML; got something else ({what}). Correct it."
+        )
     text = str(error)
     chain = f"{text}\n{error.__cause__ or ''}"
-    if found := re.search(r"Could not find '(.+)/([^/']+)'", text):
+    if found := re.search(r"Could not find '(.+)/([^/']*)'", text):
         listed = re.search(r"Available options in '[^']*':\s*(.*?)(?:Config search path|\Z)", text, flags=re.S)
-        return _unknown_choice(found[1], found[2], sorted(listed[1].split()) if listed else [])
+        return _unknown_choice(found[1], found[2], sorted(listed[1].split()) if listed else [], line)
+    if found := re.search(r"Ambiguous value for argument '(.*?)=(.*)'", text):
+        key, values = found[1].lstrip("+"), found[2]
+        hint = "" if key in _groups(line.folders) else f"; {key}=[{values}] is a list"
+        return f"{key}: expected one value; got {values}. Add -m for a run with each of them{hint}."
+    if found := re.search(r"Could not append to config. An item is already at '(.+?)'", text):
+        return f"{found[1]}: expected no plus before a key that is there; got +{found[1]}. Leave it out."
+    if found := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+ (\S+)'", text):
+        return (
+            f"{found[1]}: expected no plus before a group with a default; got +{found[1]}. Write {found[1]}={found[2]}."
+        )
     if found := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(found[1], chain)
-    if found := re.search(r"[Nn]o match in the defaults list|Could not override '([\w/@.]+)'\.\s*No match", text):
-        return f"{text.strip().splitlines()[0]} List the groups with --help."
+        return _unknown_key(found[1], line)
+    if found := re.search(r"Could not delete from config\. '(.+?)'", text):
+        return _unknown_key(found[1], line)
     if found := re.search(r"Error merging override (\S+?)=(\S*)", text):
         return _wrong_type(found[1].lstrip("+"), found[2], chain)
+    if found := re.search(r"In '([^']+)': \w+ raised while composing config:", text):
+        return _wrong_file(found[1], text, line)
+    if found := re.search(r"Cannot find primary config '(.+?)'|irectory '(.+?)' (?:not found|exists)", text):
+        which = "--config-name" if found[1] else "--config-dir"
+        return f"{which}: expected one that is there; got {found[1] or found[2]}. Correct the path."
     words = " ".join(text.split())
     return f"command line: expected group=NAME and key=VALUE; got what Hydra cannot read ({words}). See --help."
 
 
-def _unknown_choice(group: str, name: str, options: list[str]) -> str:
+def _unreadable(override: str) -> str:
+    """An override that Hydra's grammar does not take, and how to quote it."""
+    key, value = _split(override)
+    whole = f"command line: expected group=NAME and key=VALUE; got {override}."
+    if "=" not in override:
+        known = (CONFIGS / "experiment" / f"{key}.yaml").is_file()
+        return f"{whole} {f'Did you mean +experiment={key}?' if known else 'See --help.'}"
+    if not re.fullmatch(r"[\w./@:-]+", key, flags=re.ASCII) or re.match(r"[\[{'\"=]|\$\{|\w+\(", value):
+        return f"{whole} See --help."
+    home = os.path.expanduser(value)
+    way = "Quote it twice, for the shell and for Hydra:" if home == value else "No ~ stands for a folder here; write"
+    quoted = home.replace("\\", "\\\\").replace('"', '\\"')
+    signs = override[: len(override) - len(override.lstrip("+~"))]
+    simple = re.fullmatch(r"[\w./-]+", home, flags=re.ASCII)
+    write = f"{signs}{key}={home}" if simple else f"'{signs}{key}=\"{quoted}\"'"
+    return f"{key}: expected a value that Hydra can read; got {value}. {way} {write}"
+
+
+def _unknown_choice(group: str, name: str, options: list[str], line: CommandLine, sign: str = "") -> str:
     close = difflib.get_close_matches(name, options, n=1)
-    way = f"Did you mean {group}={close[0]}?" if close else "Choose one of them."
+    way = f"Did you mean {sign}{group}={close[0]}?" if close else "Choose one of them."
     if group in ("hydra/launcher", "hydra/sweeper"):
         way = "More come with pip install -e '.[sweep]'."
-    return f"{group}: expected one of {', '.join(options)}; got {name}. {way}"
+    if group == "experiment" and not close:
+        way = f"Choose one of them; label={name} marks a run as yours."
+    place = "" if line.typed(group) else line.mention_of(rf"\b{re.escape(group)}\s*:\s*{re.escape(name)}\b")
+    return f"{group}: expected one of {', '.join(options)}; got {name}. {way}{place}"
 
 
-def _unknown_key(key: str, text: str) -> str:
-    group = key.split(".")[0].split("/")[0]
-    groups = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
-    if group in groups and "." not in key:
-        return f"{key}: expected a group with a default; got one without. Write +{key}=NAME."
+def _unknown_key(key: str, line: CommandLine) -> str:
+    value = line.typed(key)
+    if key in _groups(line.folders) and key not in _defaults():
+        options = sorted(path.stem for folder in line.folders for path in (folder / key).glob("*.yaml"))
+        if value and not set(value.split(",")) <= set(options):
+            return _unknown_choice(key, value, options, line, "+")
+        return f"{key}: expected a plus before a group without a default; got none. Write +{key}={value or 'NAME'}."
+    known = line.without(key)
     parent, _, leaf = key.rpartition(".")
-    known = _top_level_keys() + groups if not parent else []
-    close = difflib.get_close_matches(leaf, known, n=1)
-    expected = "a key of the configuration" if not parent else f"a key that {parent} has"
-    way = f"Did you mean {close[0]}?" if close else "--cfg job prints every key."
-    return f"{key}: expected {expected}; got the unknown key {leaf}. {way}"
+    has_keys = parent and isinstance(_select(known, parent), DictConfig)
+    expected = f"a key that {parent} has" if has_keys else "a key of the configuration"
+    place = line.mention_of(rf"(^|[\s/.]){re.escape(leaf)}\s*:") if value is None else ""
+    return (
+        f"{key}: expected {expected}; got the unknown key {leaf}. {_did_you_mean(_nearest(key, known), value)}{place}"
+    )
+
+
+def _wrong_file(name: str, text: str, line: CommandLine) -> str:
+    """What is wrong with the content of a file that Hydra names as ``group/option``."""
+    key = (re.search(r"full_key: (\S+)", text) or ["", ""])[1]
+    place = line.place_of(key) or f" It stands in {name}.yaml."
+    if "not in 'Run'" in text or "not in struct" in text:
+        if "/" in name and key == name.partition("/")[0]:
+            way = "Begin the file with # @package _global_, and write whole keys in it."
+        else:
+            way = _did_you_mean(_nearest(key, line.without("")), None)
+        return f"{key}: expected a key of the configuration; got the unknown key {key}. {way}{place}"
+    value = (re.search(r"[Vv]alue '(.*?)'", text) or ["", "another one"])[1]
+    return f"{_wrong_type(key, value, text)}{place}"
 
 
 def _wrong_type(key: str, value: str, text: str) -> str:
@@ -75,9 +281,60 @@ def _wrong_type(key: str, value: str, text: str) -> str:
     return f"{key}: expected {expected or 'a value of another type'}; got {value}. Correct the value."
 
 
-def _top_level_keys() -> list[str]:
-    from dataclasses import fields
+# -- the nearest key -----------------------------------------------------------------------------------------------
 
-    from cl_bench.config import Run
 
-    return [f.name for f in fields(Run)]
+def _did_you_mean(keys: Sequence[str], value: str | None) -> str:
+    given = f"={value}" if value else ""
+    return f"Did you mean {' or '.join(f'{key}{given}' for key in keys)}?" if keys else ANYWHERE
+
+
+def _nearest(key: str, config: DictConfig) -> list[str]:
+    """What is there under a name like ``key``, as it is to be typed: beside it, else of the same name elsewhere."""
+    parent, _, leaf = key.rpartition(".")
+    every = list(_keys(config))
+    beside = _select(config, parent)
+    names = [str(name) for name in beside if name != "_target_"] if parent and isinstance(beside, DictConfig) else []
+    if close := difflib.get_close_matches(leaf, names, n=1):
+        return [f"{parent}.{close[0]}"]
+    if same := [name for name in every if name.rpartition(".")[2] == leaf and "." in name]:
+        return same[:3]
+    if parent:
+        return [] if names else difflib.get_close_matches(key, every, n=1, cutoff=0.75)
+    groups = _groups([CONFIGS])
+    names = [*(f.name for f in fields(Run)), *groups, *(["hydra/launcher", "hydra/sweeper"] if "/" in key else [])]
+    if close := difflib.get_close_matches(leaf, names, n=1):
+        return [f"+{close[0]}" if close[0] in groups and close[0] not in _defaults() else close[0]]
+    leaves = {name.rpartition(".")[2]: name for name in reversed(every)}
+    return [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+
+
+def _select(config: DictConfig, key: str) -> Any:
+    try:
+        return OmegaConf.select(config, key) if key else config
+    except OmegaConfBaseException:
+        return None
+
+
+def _keys(config: DictConfig) -> Iterator[str]:
+    """Every key that holds a value of its own, none that refers to another."""
+
+    def below(prefix: str, node: Any) -> Iterator[str]:
+        for name, value in node.items():
+            if isinstance(value, dict):
+                yield from below(f"{prefix}{name}.", value)
+            elif name != "_target_" and not re.fullmatch(r"\$\{[\w.]+\}", str(value)):
+                yield f"{prefix}{name}"
+
+    plain = OmegaConf.to_container(config, resolve=False)
+    yield from below("", {name: value for name, value in plain.items() if name != "choices"})  # type: ignore[union-attr]
+
+
+def _groups(folders: Sequence[Path]) -> list[str]:
+    return sorted({path.name for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()})
+
+
+def _defaults() -> set[str]:
+    """The groups that always have a choice."""
+    entries = yaml.safe_load((CONFIGS / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    return {str(name) for entry in entries if isinstance(entry, dict) for name in entry}

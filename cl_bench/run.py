@@ -4,9 +4,12 @@ import copy
 import math
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
@@ -15,7 +18,8 @@ from cl_bench import folder as files
 from cl_bench.build import KINDS, Parts, build, component, identity, loggers
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import INCOMPARABLE, fingerprint, plain
-from cl_bench.errors import ConfigError, RunError
+from cl_bench.errors import ConfigError, RunError, require
+from cl_bench.explain import refuse_unknown_keys
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
@@ -27,6 +31,8 @@ from cl_bench.step import Step
 from cl_bench.trainer import Course, follow
 from cl_bench.types import Losses
 
+MOST_THREADS = 1024
+
 
 def run(config: DictConfig) -> float | None:
     """Run, resume or find finished what ``config`` describes; ``trainer.replicas`` seeds of it, from ``seed`` on.
@@ -35,8 +41,35 @@ def run(config: DictConfig) -> float | None:
         Class-IL average accuracy in percent on held-out validation images, for a search, the mean over the replicas;
         None where the run was measured on test images, which a search must not see.
     """
+    refuse_unknown_keys(config, HydraConfig.get().overrides.task)
     values = plain(config)
     _refuse_false_names(values)
+    with threads(config.threads):
+        return _run(config, values)
+
+
+@contextmanager
+def threads(number: Any) -> Iterator[None]:
+    """Within, torch computes with so many threads of the CPU; ``auto`` leaves their number to it."""
+    require(
+        number == "auto" or (type(number) is int and 0 < number <= MOST_THREADS),
+        "threads",
+        expected=f"auto, or 1 to {MOST_THREADS}",
+        got=number,
+        fix="threads=1 is the least.",
+    )
+    if number == "auto":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(config: DictConfig, values: dict[str, Any]) -> float | None:
     if values["dry_run"]:
         from cl_bench.dry_run import dry_run
 
@@ -182,6 +215,7 @@ def base_summary(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
     """The part of ``summary.json`` that is known before training."""
     scenario = values["scenario"]
     summary = {"schema": SCHEMA, "status": "running", "experiment": values["experiment"], "name": values["name"]}
+    summary["label"] = values["label"] or " ".join(_telling_overrides()) or None
     summary |= values["choices"]
     summary |= {"scale": values["scale"], "seed": values["seed"]}
     summary |= {key: scenario.get(key) for key in ("class_order_seed", "data_seed")}
@@ -193,9 +227,15 @@ def _as_published(values: dict[str, Any]) -> bool:
     """Whether nothing that matters differs from the experiment's file: else it is held to no published number."""
     if values["scale"] is not None or values["trainer"].get("evaluate_on") != "test":
         return False
+    return not _telling_overrides()
+
+
+def _telling_overrides() -> list[str]:
+    """What was typed that makes this run another one than the experiment's file says."""
     neutral = {*INCOMPARABLE, "scale"} - {"class_order_seed", "data_seed"}
-    keys = [override.split("=", 1)[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
-    return all(key in neutral or key.split(".")[0] in ("logger", "metrics", "hydra") for key in keys)
+    typed = [(text, text.split("=", 1)[0].lstrip("+~")) for text in HydraConfig.get().overrides.task]
+    free = ("logger", "metrics", "hydra")
+    return [text for text, key in typed if key not in neutral and key.split(".")[0] not in free]
 
 
 def _train(

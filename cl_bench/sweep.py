@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cl_bench.explain import explain, status_of
@@ -126,17 +127,18 @@ class Sweep:
             status = status_of(error)
             if status is None or self.tracebacks:
                 traceback.print_exc()
-            message = f"{type(error).__name__}: {error}" if status is None else explain(error)
+            message = (
+                f"{type(error).__name__}: {error}"
+                if status is None
+                else explain(error, [*self.arguments, *_overrides()])
+            )
             raise self._failed(message, status or 1) from None
 
     def _failed(self, message: str, status: int) -> JobFailed:
         """Tell the user of a failure now, and the command for its end."""
-        from hydra.core.hydra_config import HydraConfig
-
-        config = HydraConfig.get()
-        given = list(config.overrides.task)
+        given = _overrides()
         own = [override for override in given if override not in self.arguments] or given
-        failure = JobFailed(f"job {config.job.num} ({' '.join(own)}): {message}", status)
+        failure = JobFailed(f"job {HydraConfig.get().job.num} ({' '.join(own)}): {message}", status)
         print(f"cl_bench: {failure.message}", file=sys.stderr)
         with suppress(OSError):  # the error itself gets to the command, too, if only the first
             self._make_folder()
@@ -185,6 +187,10 @@ class Sweep:
 
 
 _child = False  # of the command: known once, for after its death it cannot be told any more
+
+
+def _overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task)
 
 
 def _alive(pid: int) -> bool:

@@ -1,6 +1,7 @@
 """The command as a user types it: results, resuming, signals, wrong input."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import DATA, ROOT, TINY, command, command_environment, needs_cifar100
+from conftest import DATA, ROOT, TINY, command, command_environment, configure, needs_cifar100
 
 from cl_bench import __main__ as main_module
 
@@ -259,9 +260,15 @@ def test_help_loads_nothing_heavy():
 WRONG = {
     "unknown experiment": (["+experiment=lvt"], "experiment: expected one of .*quickstart.*; got lvt."),
     "unknown method": (["method=erx"], "method: expected one of .*derpp.*; got erx. Did you mean method=er?"),
-    "experiment without a plus": (["experiment=quickstart"], r"experiment: expected .*\+experiment=NAME"),
-    "unknown group": (["methods=er"], "methods: expected a key .*; got the unknown key methods. Did you mean method?"),
-    "unknown key": (["optimizer.lrr=1"], "optimizer.lrr: expected .*; got the unknown key lrr"),
+    "experiment without a plus": (
+        ["experiment=quickstart"],
+        r"experiment: expected a plus .*Write \+experiment=quickstart\.",
+    ),
+    "unknown group": (
+        ["methods=er"],
+        "methods: expected a key .*; got the unknown key methods. Did you mean method=er?",
+    ),
+    "unknown key": (["optimizer.lrr=1"], "optimizer.lrr: expected .*; got the unknown key lrr. .* optimizer.lr=1?"),
     "surplus key": (["+optimizer.lrr=1"], "optimizer.lrr: expected one of the keys .*Did you mean optimizer.lr?"),
     "missing key": (["~optimizer.momentum"], "optimizer.momentum: expected a value; got nothing"),
     "wrong type": (["seed=abc"], "seed: expected a whole number; got abc"),
@@ -387,14 +394,48 @@ WRONG = {
     ),
     "strength": (["method=ewc", "method.strength=-1"], "method.strength: expected 0 or more; got -1"),
     "interpolation": (["data_dir=${nothing}", "scenario=cifar100"], "nothing"),
+    "an unknown key with a plus": (["+sclae=mini"], "sclae: expected a key .* Did you mean \\+scale=mini?"),
+    "a logger with a plus": (["+loger=wandb"], "loger: expected a key .* Did you mean logger=wandb?"),
+    "a seed with a plus": (["+seeds=1"], "seeds: expected a key .* Did you mean seed=1?"),
+    "two pluses": (
+        ["++nothing=1"],
+        "nothing: expected a key of the configuration; got the unknown key nothing. --cfg job",
+    ),
+    "a plus too many": (["+seed=1"], "seed: expected no plus .* Leave it out"),
+    "a group with a plus": (["+method=er"], "method: expected no plus .* Write method=er"),
+    "a key of another method": (
+        ["method.strenght=1", "method=ewc"],
+        "method.strenght: .* Did you mean method.strength=1?",
+    ),
+    "a key of the buffer": (["buffer.capacty=3"], "buffer.capacty: expected .* Did you mean buffer.capacity=3?"),
+    "a key of the trainer": (["trainer.replica=5"], "trainer.replica: expected .* Did you mean trainer.replicas=5?"),
+    "epochs alone": (["epochs=3"], "epochs: expected a key .* Did you mean trainer.epochs=3?"),
+    "lr alone": (["lr=3"], "lr: expected a key .* Did you mean optimizer.lr=3?"),
+    "batch_size alone": (["batch_size=8"], "batch_size: expected a key .* Did you mean trainer.batch_size=8?"),
+    "a key of another group": (["trainer.lr=1"], "trainer.lr: expected .* Did you mean optimizer.lr=1?"),
+    "a group misspelt": (["optimzer.lr=1"], "optimzer.lr: expected .* Did you mean optimizer.lr=1?"),
+    "to take away what is not there": (["~epochs"], "epochs: expected a key .* Did you mean trainer.epochs?"),
+    "a name alone": (["quickstart"], "command line: .* got quickstart. Did you mean \\+experiment=quickstart?"),
+    "a label for an experiment": (["experiment=mine"], "experiment: .* got mine. .* label=mine marks a run as yours"),
+    "a scale without a plus": (["scale=mini"], "scale: expected a plus .* Write \\+scale=mini"),
+    "the home folder": (["data_dir=~/x"], "data_dir: .* got ~/x. No ~ .* write data_dir=[^~]*/x"),
+    "an equals sign": (["name=a=b"], "name: expected a value that Hydra can read; got a=b. .* 'name=\"a=b\"'"),
+    "an umlaut": (["name=größe"], "name: expected a value .* Quote it twice, .* 'name=\"größe\"'"),
+    "a bracket": (["data_dir=/x (y)"], "data_dir: expected .* 'data_dir=\"/x .y.\"'"),
+    "a sweep without -m": (["optimizer.lr=0.1,0.2"], "optimizer.lr: expected one value; got 0.1,0.2. Add -m "),
+    "a sweep over nothing": (["-m", "lr=0.1,0.2"], "lr: expected a key .* Did you mean optimizer.lr=0.1,0.2?"),
+    "no threads": (["threads=0"], "threads: expected auto, or 1 to 1024; got 0"),
+    "no number of threads": (["threads=few"], "threads: expected auto, or 1 to 1024; got few"),
+    "a folder that is not there": (
+        ["--config-dir", "/nowhere"],
+        "--config-dir: expected one that is there; got /nowhere",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_gives_one_message(case, monkeypatch, tmp_path, capsys):
     arguments, message = WRONG[case]
-    import re
-
     assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
     captured = capsys.readouterr()
     assert re.search(message.replace("?", r"\?"), captured.err), captured.err
@@ -402,6 +443,74 @@ def test_wrong_input_gives_one_message(case, monkeypatch, tmp_path, capsys):
     assert captured.err.count("\n") == 1, captured.err
     assert captured.out == ""
     assert not list(tmp_path.rglob("summary.json"))
+
+
+FILES_OF_ONES_OWN = {
+    "an unknown key": ("trainer:\n  epochs: 3\n  epoch: 3\n", "trainer.epoch: .* Did you mean trainer.epochs?", 5),
+    "an unknown key at the top": ("optimiser:\n  lr: 1\n", "optimiser: .* Did you mean optimizer?", 3),
+    "a wrong type": ("trainer:\n  epochs: many\n", "trainer.epochs: expected a value of type int; got many", 4),
+    "a wrong type at the top": ("seed: abc\n", "seed: expected a whole number; got abc", 3),
+    "an unknown name": ("defaults:\n  - override /scenario: digit\n", "scenario: .* Did you mean scenario=digits?", 4),
+    "an unknown group": ("defaults:\n  - override /scenaro: digits\n", "scenaro: .* Did you mean scenario?", 4),
+    "no YAML": ("trainer:\n  epochs: 3\n epochs: 4\n", "mine.yaml, line 5: expected YAML", 5),
+}
+
+
+@pytest.mark.parametrize("case", FILES_OF_ONES_OWN)
+def test_what_is_wrong_in_a_file_of_ones_own_is_said_with_file_and_line(case, monkeypatch, tmp_path, capsys):
+    text, message, line = FILES_OF_ONES_OWN[case]
+    file = tmp_path / "mine" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"# @package _global_\n# A file of my own.\n{text}")
+    outer = file.with_name("outer.yaml")
+    outer.write_text("# @package _global_\ndefaults:\n  - mine\n  - _self_\n")
+    for name in ("mine", "outer"):  # as it is, and below another one
+        arguments = ["--config-dir", "mine", f"+experiment={name}"]
+        assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
+        error = capsys.readouterr().err
+        assert re.search(message.replace("?", r"\?"), error), error
+        assert f"{Path('mine/experiment/mine.yaml')}, line {line}" in error
+        assert error.count("\n") == 1
+    assert in_process(*arguments, "trainer.epochs=none", monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    if case == "a wrong type":  # typed, so it is not the file's
+        assert "mine.yaml" not in capsys.readouterr().err
+
+
+def test_a_quoted_value_is_taken_as_it_was_meant(monkeypatch, tmp_path):
+    """What the messages tell to type, without the shell's quotes."""
+    for value in ("a=b", "größe", "mein ~ Lauf (1), zweite {Fassung}", 'with "quotes" and \\'):
+        shown = explain_value(f"label={value}")
+        arguments = [*TINY, shown, "dry_run=true"]
+        assert configure(shown).label == value, shown
+    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+
+
+def explain_value(override: str) -> str:
+    from hydra.errors import OverrideParseException
+
+    from cl_bench.explain import explain
+
+    return explain(OverrideParseException(override, "")).rpartition(": ")[2].strip("'")
+
+
+def test_a_run_has_a_label(monkeypatch, tmp_path, capsys):
+    """One's own, or what was typed that makes it another run; neither is part of what it is."""
+    labels, folders = [], set()
+    for more in ([], ["label=a text of mine"], ["buffer.capacity=20", "seed=3", "label=null"]):
+        base = ["method=er", "buffer=reservoir", "dry_run=true"]
+        assert in_process(*TINY, *base, *more, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        labels.append(summary["label"])
+        folders.add(summary["fingerprint"])
+    typed = " ".join(argument for argument in TINY if not argument.startswith("device"))
+    assert labels == [
+        f"{typed} method=er buffer=reservoir",
+        "a text of mine",
+        f"{typed} method=er buffer=reservoir buffer.capacity=20",
+    ]
+    assert len(folders) == 2
+    assert in_process("dry_run=true", monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["label"] is None
 
 
 def test_damaged_data_is_named(monkeypatch, tmp_path, capsys):
