@@ -319,7 +319,9 @@ class Probe:
     def __init__(self, parts: Parts, budget: Budget) -> None:
         self.parts, self.budget, self.method, self.tasks = parts, budget, parts.method, parts.scenario.tasks
         unsaved = replace(parts.settings, checkpoint_seconds=math.inf, checkpoint_steps=None)
-        self.trainer = replace(parts, settings=unsaved).trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
+        self.eager = parts.device.type == "cpu"  # a compiler would take minutes, for steps that are no faster there
+        settings = replace(unsaved, speed="eager") if self.eager else unsaved
+        self.trainer = replace(parts, settings=settings).trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
         self.probed: list[ProbedTask] = []
         self.alternatives: list[Span] = []
         self._step_gain = self._answer_gain = GAIN
@@ -378,6 +380,8 @@ class Probe:
             sizes = ", ".join(f"{step.size} of {step.full}" for step in scaled)
             found.append(f"Steps were timed with fewer images ({sizes}) and scaled by counted operations.")
             found.append("A whole batch needs more memory than the peak of the probe.")
+        if self.eager and self.parts.settings.speed == "compile":
+            found.append("Steps were timed eagerly; compiled ones take as long on a CPU, and compiling was not timed.")
         timed, last = ", ".join(str(task.id) for task in self.probed), len(self.tasks) - 1
         if self.probed[-1].id < last:
             found.append(
@@ -465,8 +469,7 @@ class Probe:
         )
         steps = Steps(self, task, phase)
         whole = min(settings.batch_size, self._images(found, task.id))
-        # on a CUDA device a batch is quick, and every size might be compiled
-        only_full = self.parts.device.type == "cuda" or self.trainer.speed.used != "eager"
+        only_full = not self.eager  # a batch is quick, every size might be compiled
         share = 1 / 2 if len(self.probed) < 2 else 1 / max(1, len(self.probed[1].phases) - number)
         budget = self.budget.share(share, STEPS_UNTIL[len(self.probed)])
         step = measure(steps, whole, budget, gain=self._step_gain, only_full=only_full)

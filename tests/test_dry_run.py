@@ -180,6 +180,13 @@ def test_a_dry_run_of_a_slow_network_ends_in_time(seconds_an_image, error, monke
     assert found["expected_hours"] == pytest.approx(truth, rel=error)
 
 
+def test_nothing_is_compiled_on_a_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiles"))
+    parts = build(configure("method=finetune", "trainer.speed=compile", "device=cpu"))
+    dry_run(parts, {"experiment": "e", "name": "n"}, Budget(0.1))
+    assert "eagerly" in capsys.readouterr().out
+
+
 def test_a_dry_run_of_fifty_large_tasks_ends(capsys):
     """dytox_cifar100_50step, whose steps of 256 images take most of a minute on a CPU, on pictures of noise."""
     config = configure("+experiment=dytox_cifar100_50step", "device=cpu")
