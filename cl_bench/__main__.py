@@ -78,7 +78,7 @@ def wait_passively() -> None:
     Read by OpenMP when torch is loaded. It changes no result, and where cores are shared it is five times as fast
     (docs/speed.md); whoever sets these variables has the last word.
     """
-    for name, value in {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}.items():  # GNU's OpenMP, and Intel's
+    for name, value in {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}.items():  # GNU's OpenMP, and Intel's
         os.environ.setdefault(name, value)
 
 

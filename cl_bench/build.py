@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from cl_bench.backbones.base import Backbone, SingleHead, check_single_images
 from cl_bench.buffers.base import Buffer, Context, PerClassBuffer
 from cl_bench.checkpoint import Checkpoint
-from cl_bench.config import Precision, arguments, comparable, named, target
+from cl_bench.config import Precision, arguments, comparable, named, refuse_void, target
 from cl_bench.data.base import is_fixed_by_settings
 from cl_bench.errors import ConfigError
 from cl_bench.loggers.base import Logger
@@ -199,6 +199,7 @@ def partial_component(node: DictConfig, key: str, allow: list[str], kind: type) 
         )
     parameters = inspect.signature(built).parameters
     values = arguments(node, key, built, RUNTIME.get(key, ()))
+    refuse_void(node, key, built, values)
     for name, value in values.items():
         if isinstance(node[name], DictConfig) and "_target_" in node[name]:
             values[name] = value = component(node[name], f"{key}.{name}", allow, parameters[name].annotation)

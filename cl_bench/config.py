@@ -230,6 +230,25 @@ def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: ty
     return values
 
 
+def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: dict[str, Any]) -> None:
+    """Refuse what was typed on the command line and does nothing beside the other ``values`` of ``built``.
+
+    Not what stands in a file, where a default or an experiment's value may well do nothing; nor what another key
+    refers to.
+    """
+    raw = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(raw, dict)
+    given = set()
+    if HydraConfig.initialized():
+        given = {text.partition("=")[0].lstrip("+") for text in HydraConfig.get().overrides.task}
+    for argument, when, why in vars(built).get("void", ()):
+        whole = f"{key}.{argument}"
+        names = {whole, str(raw.get(argument)).strip("${}")} & given
+        if names and when(values) and f"${{{whole}}}" not in OmegaConf.to_yaml(node._get_root()):
+            name = min(names)
+            raise ConfigError(name, expected=f"no value, since {why}", got=values[argument], fix="Leave it out.")
+
+
 def typed(value: Any, hint: Any, key: str) -> Any:
     """``value`` as OmegaConf converts it to the annotation ``hint``, without its leniency towards odd numbers."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,5 +1,11 @@
 """The errors that are told in one message: what the user has to mend, and what stopped a run."""
 
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+Built = TypeVar("Built", bound=Callable[..., Any])
+
 
 class ConfigError(ValueError):
     """A configuration or data error; the command prints it as one message and exits with status 2.
@@ -46,3 +52,32 @@ def require(condition: bool, key: str, *, expected: str, got: object, fix: str) 
     """Raise :class:`ConfigError` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(key, expected=expected, got=got, fix=fix)
+
+
+class Void(NamedTuple):
+    """When an argument does nothing, and why."""
+
+    argument: str
+    when: Callable[[Mapping[str, Any]], bool]
+    why: str
+
+
+def void(*names: str, when: Callable[[Mapping[str, Any]], bool], why: str) -> Callable[[Built], Built]:
+    """Declare of a class or function that arguments do nothing where others have certain values.
+
+    Whoever types one of them there is told so: the run would not be what its command line says.
+
+    Args:
+        names: the arguments.
+        when: all configured arguments by name -> whether these do nothing.
+        why: the end of the sentence "expected no value, since ...".
+    """
+
+    def declare(built: Built) -> Built:
+        unknown = set(names) - set(inspect.signature(built).parameters)
+        assert not unknown, f"{built} has no argument {unknown}"
+        own = [*vars(built).get("void", ()), *(Void(name, when, why) for name in names)]  # not those of a base class
+        built.void = own  # type: ignore[attr-defined]
+        return built
+
+    return declare

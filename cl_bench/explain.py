@@ -45,17 +45,24 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     return _explain_hydra(error, line)
 
 
-def refuse_unknown_keys(config: DictConfig, arguments: Sequence[str]) -> None:
-    """Hydra takes any key with a plus; one at the top that nothing reads is a typing error."""
-    known = [f.name for f in fields(Run)]
+def refuse_unread_keys(config: DictConfig, arguments: Sequence[str]) -> None:
+    """Refuse what was typed at the top and nothing reads: Hydra takes any key with a plus."""
+    line, known = CommandLine(arguments), [f.name for f in fields(Run)]
     for key in map(str, config):
         if key not in known:
-            value = CommandLine(arguments).typed(key)
             raise ConfigError(
                 key,
                 expected="a key of the configuration",
                 got=f"the unknown key {key}",
-                fix=_did_you_mean(_nearest(key, OmegaConf.masked_copy(config, known)), value),
+                fix=_did_you_mean(_nearest(key, OmegaConf.masked_copy(config, known)), line.typed(key)),
+            )
+    for key in ("class_order_seed", "data_seed"):
+        if line.typed(key) is not None and f"${{{key}}}" not in OmegaConf.to_yaml(config.scenario):
+            raise ConfigError(
+                key,
+                expected=f"no value, since the scenario has a {key} of its own",
+                got=config[key],
+                fix="Leave it out.",
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from cl_bench.errors import require
+from cl_bench.errors import require, void
 
 
 def sgd(
@@ -29,6 +29,7 @@ def adam(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_d
     return torch.optim.Adam(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
 
 
+@void("decay_vectors", when=lambda v: not v["weight_decay"], why="optimizer.weight_decay is 0")
 def adamw(
     params: Iterable[Parameter], *, lr: float, betas: list[float], weight_decay: float, decay_vectors: bool
 ) -> torch.optim.Optimizer:
@@ -124,6 +125,7 @@ class Exponential:
         return self.factor**epoch
 
 
+@void("warmup_factor", when=lambda v: not v["warmup_epochs"], why="schedule.warmup_epochs is 0")
 class Cosine:
     """Linear warm-up from ``warmup_factor`` over ``warmup_epochs``, then half a cosine down to ``min_factor``."""
 

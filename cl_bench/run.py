@@ -19,7 +19,7 @@ from cl_bench.build import KINDS, Parts, build, component, identity, loggers
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import INCOMPARABLE, fingerprint, plain
 from cl_bench.errors import ConfigError, RunError, require
-from cl_bench.explain import refuse_unknown_keys
+from cl_bench.explain import refuse_unread_keys
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
@@ -42,7 +42,7 @@ def run(config: DictConfig) -> float | None:
         Class-IL average accuracy in percent on held-out validation images, for a search, the mean over the replicas;
         None where the run was measured on test images, which a search must not see.
     """
-    refuse_unknown_keys(config, HydraConfig.get().overrides.task)
+    refuse_unread_keys(config, HydraConfig.get().overrides.task)
     values = plain(config)
     _refuse_false_names(values)
     with threads(config.threads):

@@ -40,7 +40,6 @@ needs_cifar100 = pytest.mark.skipif(
 )
 
 TINY = [
-    "scenario.num_tasks=2",
     "scenario.classes_per_task=[5,5]",
     "scenario.train_per_class=10",
     "scenario.test_per_class=4",

@@ -15,6 +15,7 @@ import torch
 from conftest import DATA, ROOT, TINY, command, command_environment, configure, needs_cifar100
 
 from cl_bench import __main__ as main_module
+from cl_bench import run as run_module
 
 FILES = [
     "accuracy_matrix.csv", "config.yaml", "env.json", "metrics.jsonl", "predictions.npz", "report.html", "summary.json",
@@ -511,6 +512,27 @@ def test_a_run_has_a_label(monkeypatch, tmp_path, capsys):
     assert len(folders) == 2
     assert in_process("dry_run=true", monkeypatch=monkeypatch, cwd=tmp_path) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["label"] is None
+
+
+def test_threads_are_set_for_a_run_and_noted(monkeypatch, tmp_path):
+    """For this run only; a run with another number is the same run."""
+    monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
+    before = torch.get_num_threads()
+    for number in ("2", "auto"):
+        arguments = [*TINY, "logger=none", f"threads={number}", f"results_dir=r{number}"]
+        assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+        assert torch.get_num_threads() == before
+    runs = [the_run(tmp_path / name) for name in ("r2", "rauto")]
+    assert [json.loads((run / "env.json").read_text())["threads"] for run in runs] == [2, before]
+    assert runs[0].relative_to(tmp_path / "r2") == runs[1].relative_to(tmp_path / "rauto")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_sleep_unless_told_otherwise(given, policy, tmp_path):
+    """As OpenMP says itself when torch loads it."""
+    done = command("threads=0", cwd=tmp_path, OMP_DISPLAY_ENV="TRUE", **given)
+    assert re.search(rf"OMP_WAIT_POLICY *= *'{policy}'", done.stderr), done.stderr
 
 
 def test_damaged_data_is_named(monkeypatch, tmp_path, capsys):

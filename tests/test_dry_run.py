@@ -115,7 +115,7 @@ def test_operations_are_counted_within_gradients_of_single_images():
 STEPS = {
     "finetune": "method=finetune",
     "joint": "method=joint",
-    "unequal tasks": "scenario.classes_per_task=[4,1,3,2]",
+    "unequal tasks": "scenario.num_tasks=4 scenario.classes_per_task=[4,1,3,2]",
     "icarl": "method=icarl buffer=herding buffer.capacity=120",
     "dytox": "backbone=dytox_digits buffer.capacity=120 method.repeated_augmentation=1 method.finetune_epochs=1",
     "memory_vit": "backbone=memory_vit_digits method.warm_up_epochs=1 trainer.epochs=1",

@@ -23,6 +23,7 @@ Departures: y and c are computed apart from each other, since no y reads a c; th
 (``tests/test_memory_vit.py``) and no gradient passes through y. The rest is in docs/methods/memory_vit.md.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.backbones.layers.vit import small_vit
-from cl_bench.errors import ConfigError, require
+from cl_bench.errors import ConfigError, require, void
 
 Mode = Literal["extension", "concatenation"]
 
@@ -51,6 +52,20 @@ def attention_rules(inputs: int, tasks: int, memory: int, mode: Mode) -> Tensor:
     return torch.cat([trunk, own_tokens]).bool()
 
 
+def _has_weights(arguments: Mapping[str, Any]) -> bool:
+    return bool(arguments["pretrained"] or arguments["checkpoint"])
+
+
+@void("model", when=lambda v: not _has_weights(v), why="backbone.pretrained and backbone.checkpoint choose no weights")
+@void(
+    "patch_size",
+    "dim",
+    "depth",
+    "heads",
+    "mlp_ratio",
+    when=_has_weights,
+    why="backbone.model has sizes of its own",
+)
 class MemoryViT(Backbone):
     """A ViT that is frozen as soon as the first task is added, and the tokens and heads of the tasks.
 

@@ -3,9 +3,11 @@
 from torch import Tensor
 
 from cl_bench.buffers.base import Buffer, Context, Describe
+from cl_bench.errors import void
 from cl_bench.types import Batch, Task
 
 
+@void("capacity", when=lambda v: v["capacity"] != 0, why="buffer=none keeps nothing")
 class NoBuffer(Buffer):
     """Keeps nothing: for methods without rehearsal.
 

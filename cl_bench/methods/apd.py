@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_bench.backbones.apd import NO_GROUP, APDNet, TaskPart
-from cl_bench.errors import require
+from cl_bench.errors import require, void
 from cl_bench.methods.base import Method
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Batch, Data, Losses, Phase, Task
@@ -47,6 +47,13 @@ CHUNK = 500
 """Validation images in one forward pass; changes no result."""
 
 
+@void(
+    "consolidate_every",
+    "clusters",
+    "beta",
+    when=lambda v: v["variant"] != "apd2",
+    why="only method.variant=apd2 consolidates",
+)
 class APD(Method):
     """Shared weights, task masks and sparse task weights that make up for the drift of the shared ones.
 

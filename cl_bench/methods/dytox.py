@@ -31,7 +31,7 @@ from torch import Generator, Tensor, nn
 
 from cl_bench.backbones.dytox import Classifier, DyTox
 from cl_bench.buffers.base import Columns, PerClassBuffer
-from cl_bench.errors import require
+from cl_bench.errors import require, void
 from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
 from cl_bench.types import Batch, Data, Losses, Phase, Task
 
@@ -39,6 +39,9 @@ REPEATED_UNIT = 256
 """An epoch of repeated augmentation ends with a multiple of this many images (DeiT)."""
 
 
+@void("temperature", when=lambda v: not v["distillation"], why="method.distillation is false")
+@void("finetune_steps", "finetune_lr", when=lambda v: not v["finetune_epochs"], why="method.finetune_epochs is 0")
+@void("label_smoothing", when=lambda v: not v["mixup"], why="only mixed targets are smoothed, and method.mixup is 0")
 class DyToxRule(FunctionalMethod):
     """Token expansion, independent classifiers, distillation, divergence head, balanced fine-tuning.
 

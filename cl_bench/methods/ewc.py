@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.errors import require
+from cl_bench.errors import require, void
 from cl_bench.memory import pass_bytes
 from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, true_class_probability
 from cl_bench.scenarios.base import Scenario
@@ -33,6 +33,7 @@ GRADIENT_BYTES = 2**28
 """Memory of a CPU for the gradients of single images in one pass; changes no result."""
 
 
+@void("decay", when=lambda v: not v["online"], why="only online EWC decays (method.online=true)")
 class EWC(FunctionalMethod):
     """A quadratic pull towards old weights, as strong as each of them mattered.
 

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.backbones.layers.masked import MaskedNet
-from cl_bench.errors import ConfigError, require
+from cl_bench.errors import ConfigError, require, void
 from cl_bench.memory import pass_bytes
 from cl_bench.methods.base import Method, Predict
 from cl_bench.scenarios.base import Scenario
@@ -224,6 +224,7 @@ class Superposition(Method):
         }
 
 
+@void("budget", when=lambda v: v["mask"] == "threshold", why="method.mask=threshold has none")
 class SupSup(Superposition):
     """A mask a task: scenarios GG, GNu and, where tasks share their labels, GNs.
 
@@ -273,6 +274,7 @@ class SupSup(Superposition):
         return {"ce": F.cross_entropy(self.net(batch.x), batch.y - self.classes[batch.task].start)}
 
 
+@void("budget", when=lambda v: v["mask"] == "threshold", why="method.mask=threshold has none")
 class SupSupNNs(Superposition):
     """Masks made as the stream asks for them: scenario NNs, no task id in training or test, one set of labels.
 

@@ -12,7 +12,7 @@ import torch
 from cl_bench.data.base import ImageSet, fixed_by_settings
 from cl_bench.data.rand_augment import RandAugment
 from cl_bench.data.transform import Transform
-from cl_bench.errors import ConfigError, require
+from cl_bench.errors import ConfigError, require, void
 from cl_bench.images import HostImages
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Data, Task
@@ -21,6 +21,17 @@ ORDERS = ("natural", "random", "superclass")
 
 
 @fixed_by_settings
+@void(
+    "num_tasks",
+    when=lambda v: v["classes_per_task"] is not None and len(v["classes_per_task"]) != v["num_tasks"],
+    why="classes_per_task says how many tasks there are",
+)
+@void("class_order_seed", when=lambda v: v["class_order"] != "random", why="only class_order=random is drawn")
+@void(
+    "data_seed",
+    when=lambda v: not v["val_fraction"] and v["train_per_class"] is None and v["test_per_class"] is None,
+    why="no images are drawn without val_fraction, train_per_class or test_per_class",
+)
 class Split(Scenario):
     """The classes of ``source`` in ``class_order``, cut into tasks.
 

@@ -1,0 +1,87 @@
+"""What was typed and does nothing is refused, in one message that says why."""
+
+import pytest
+import yaml
+from conftest import ROOT, configure
+
+from cl_bench.build import build
+from cl_bench.config import named
+from cl_bench.errors import ConfigError, void
+from cl_bench.explain import refuse_unread_keys
+
+VOID = {
+    "scenario.num_tasks": ["scenario.num_tasks=5", "scenario.classes_per_task=[5,5]"],
+    "class_order_seed": ["class_order_seed=3"],
+    "scenario.class_order_seed": ["scenario.class_order=[9,8,7,6,5,4,3,2,1,0]", "scenario.class_order_seed=3"],
+    "data_seed": ["data_seed=3"],
+    "buffer.capacity": ["buffer.capacity=20"],
+    "method.decay": ["method=ewc", "method.decay=0.5"],
+    "method.temperature": ["backbone=lvt_digits", "method.distillation=mse", "method.temperature=1"],
+    "method.gamma": ["backbone=lvt_digits", "method.inter_task=false", "method.gamma=1"],
+    "method.label_smoothing": ["backbone=dytox_digits", "method.label_smoothing=0.2"],
+    "method.finetune_lr": ["backbone=dytox_digits", "method.finetune_epochs=0", "method.finetune_lr=0.1"],
+    "method.finetune_steps": ["backbone=dytox_digits", "method.finetune_epochs=0", "method.finetune_steps=3"],
+    "method.budget": ["method=supsup", "method.mask=threshold", "method.budget=3"],
+    "method.beta": ["backbone=apd_digits", "method.variant=fixed", "method.beta=0.1"],
+    "method.clusters": ["backbone=apd_digits", "method.variant=apd1", "method.clusters=1"],
+    "method.consolidate_every": ["backbone=apd_digits", "method.variant=apd1", "method.consolidate_every=1"],
+    "optimizer.decay_vectors": ["optimizer=adamw", "optimizer.weight_decay=0", "optimizer.decay_vectors=false"],
+    "schedule.warmup_factor": ["schedule=cosine", "schedule.warmup_epochs=0", "schedule.warmup_factor=0.1"],
+    "backbone.model": ["backbone=memory_vit_digits", "backbone.model=vit_base"],
+    "backbone.patch_size": ["backbone=memory_vit", "backbone.checkpoint=w.pt", "backbone.patch_size=2"],
+    "backbone.dim": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.dim=64"],
+    "backbone.depth": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.depth=3"],
+    "backbone.heads": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.heads=3"],
+    "backbone.mlp_ratio": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.mlp_ratio=3"],
+}
+
+
+@pytest.mark.parametrize("key", VOID)
+def test_a_key_that_another_one_makes_void_is_refused(key):
+    with pytest.raises(ConfigError) as caught:
+        build(configure(*VOID[key]))
+    assert caught.value.key == key
+    assert caught.value.expected.startswith("no value, since ")
+    assert caught.value.fix == "Leave it out."
+
+
+def test_every_declaration_is_tried():
+    declared = set()
+    for group in ("backbone", "buffer", "method", "optimizer", "schedule", "scenario", "trainer"):
+        for path in (ROOT / "configs" / group).glob("*.yaml"):
+            if target := yaml.safe_load(path.read_text()).get("_target_"):
+                declared |= {f"{group}.{argument}" for argument, *_ in vars(named(target, group, [])).get("void", ())}
+    assert declared == {key if "." in key else f"scenario.{key}" for key in VOID}
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        ["scenario.num_tasks=2", "scenario.classes_per_task=[5,5]"],  # they say the same
+        ["scenario.classes_per_task=[5,5]"],  # the other one stands in a file
+        [
+            "scenario=permuted_digits",
+            "scenario.num_tasks=2",
+            "scenario.classes_per_task=[5,10,5]",
+        ],  # its source reads it
+        ["scenario.class_order=random", "class_order_seed=3"],
+        ["scenario.test_per_class=3", "data_seed=3"],
+        ["method=ewc", "method.online=true", "method.decay=0.5"],
+        ["buffer.capacity=0"],
+    ],
+)
+def test_what_acts_is_taken(fine):
+    config = configure(*fine)
+    refuse_unread_keys(config, fine)
+    build(config)
+
+
+def test_a_seed_that_nothing_refers_to_is_refused():
+    typed = ["scenario.class_order=random", "class_order_seed=3", "scenario.class_order_seed=5"]
+    with pytest.raises(ConfigError, match=r"^class_order_seed: expected no value, since the scenario has"):
+        refuse_unread_keys(configure(*typed), typed)
+
+
+def test_only_arguments_that_there_are_can_be_declared():
+    with pytest.raises(AssertionError, match="has no argument"):
+        void("y", when=lambda v: True, why="")(lambda x: x)
