@@ -22,6 +22,7 @@ from cl_bench.memory import ran_out
 from cl_bench.methods.base import Method
 from cl_bench.record import Matrix
 from cl_bench.scenarios.base import Scenario
+from cl_bench.step import obstacle_to_graphs
 from cl_bench.trainer import Settings, Trainer
 
 
@@ -49,6 +50,7 @@ class Parts:
             optimizer=self.optimizer,
             schedule=self.schedule,
             generators=self.generators,
+            device=self.device,
             autocast=self.autocast,
             logger=logger,
             checkpoint=checkpoint,
@@ -80,6 +82,7 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
         torch.cuda.set_device(device)  # the generator that a checkpoint saves is the current device's
     generators = seeded(config.seed)
     settings, schedule, optimizer, metrics, (make_net, make_buffer, make_method) = _cheap_parts(config, allow)
+    torch.backends.cudnn.benchmark = settings.cudnn_benchmark
 
     scenario = scenario or build_scenario(config)
     if scenario.place is None:
@@ -102,6 +105,7 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     method = make_method(net=net, buffer=buffer, scenario=scenario).to(device)
     if scenario.shared_labels:
         _refuse_disjoint(config, method, buffer)
+    _refuse_graphs(settings, method, device)
     optimizer([torch.nn.Parameter(torch.zeros(1, device=device))])  # its ranges are checked when it is made
     precision = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision is torch.bfloat16)
@@ -307,6 +311,18 @@ def _refuse_disjoint(config: DictConfig, method: Method, buffer: Buffer) -> None
         )
 
 
+def _refuse_graphs(settings: Settings, method: Method, device: torch.device) -> None:
+    """Refuse graphs that are asked for by name where there can be none; ``auto`` does without."""
+    why = obstacle_to_graphs(method, device)
+    if settings.speed == "graph" and why is not None:
+        raise ConfigError(
+            "trainer.speed",
+            expected=f"auto, eager or compile, since {why}",
+            got="graph",
+            fix="trainer.speed=auto takes a graph where there can be one.",
+        )
+
+
 def loggers(config: DictConfig) -> dict[str, Logger]:
     """The chosen loggers by name."""
     allow = list(config.allow_packages)
@@ -314,22 +330,25 @@ def loggers(config: DictConfig) -> dict[str, Logger]:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is cuda, else mps, else cpu; anything else must exist here."""
+    """``auto`` is cuda, else mps, else cpu; anything else must exist here.
+
+    An accelerator comes with its index, ``cuda`` is ``cuda:0``: torch compares devices with it, and some of its calls
+    take no other.
+    """
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if torch.cuda.is_available():
         available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "auto":
-        return torch.device(available[0])
-    if name not in available:
+    if name != "auto" and name not in available:
         raise ConfigError(
             "device",
             expected=f"auto, or one that this machine has: {', '.join(available)}",
             got=name,
             fix="device=auto takes the fastest there is.",
         )
-    return torch.device(name)
+    device = torch.device(available[0] if name == "auto" else name)
+    return device if device.type == "cpu" or device.index is not None else torch.device(device.type, 0)
 
 
 def seeded(seed: int) -> dict[str, torch.Generator]:

@@ -118,7 +118,8 @@ def torch_rng_state() -> State:
     """The states of torch's own generators: all that a step of training draws from beside the run's."""
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the run's own device
+        # of the run's own device; a run on the CPU does not wake the GPU for it
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 

@@ -43,6 +43,7 @@ INCOMPARABLE = (
     "published", "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed", "label", "threads",
     "scenario.source.root", "scenario.source.cache", "scenario.source.download", "trainer.checkpoint_seconds",
     "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
+    "trainer.cudnn_benchmark",
 )  # fmt: skip
 """Keys in which two runs of one row may differ: they change no result, or (``seed``) are what a row averages over.
 The two scenario seeds count where they are used, as ``scenario.class_order_seed`` and ``scenario.data_seed``."""

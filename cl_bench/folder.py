@@ -91,7 +91,10 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def write_environment(folder: Path, device: torch.device) -> None:
-    """``env.json``: versions, commit, device and host facts; nothing of the environment's variables."""
+    """``env.json``: versions, commit, device and host facts.
+
+    Of the environment's variables only CL_BENCH_COMMIT: the commit where there is no checkout, e.g. on a lent machine.
+    """
     packages = ("cl-bench", "torch", "torchvision", "numpy", "hydra-core", "omegaconf", "timm", "scikit-learn")
     facts = {
         "python": platform.python_version(),
@@ -100,10 +103,26 @@ def write_environment(folder: Path, device: torch.device) -> None:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cuda": cuda_facts() if device.type == "cuda" else None,
         "versions": {name: version(name) for name in packages},
-        "commit": commit(),
+        "commit": commit() or os.environ.get("CL_BENCH_COMMIT"),
     }
     write_json(folder / "env.json", facts)
+
+
+def cuda_facts() -> dict[str, Any]:
+    """Versions of CUDA's libraries, and the switches that say how they round: torch's own unless a program sets them.
+
+    With ``convolutions`` tf32, which is torch's way, ``precision=fp32`` keeps ten bits of a factor in a convolution.
+    """
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "convolutions": "tf32" if torch.backends.cudnn.allow_tf32 else "fp32",
+        "matrix_products": torch.get_float32_matmul_precision(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+    }
 
 
 def version(package: str) -> str | None:

@@ -11,6 +11,21 @@ import torch
 from torch import Tensor
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; to CUDA out of pinned memory, so that the host does not wait for the bus."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def send_together(vectors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Vectors of one length and type, (n,) each, of the host on the device, by one copy: a small one costs as much as
+    a kernel."""
+    if device.type == "cpu" or not vectors:
+        return vectors
+    return send(torch.stack(list(vectors)), device).unbind()
+
+
 class HostImages:
     """(N, C, H, W) uint8 images in one or several tensors of the host; indexing brings the images asked for.
 
@@ -74,7 +89,7 @@ class HostImages:
         for number, tensor in enumerate(self.sources):
             (places,) = torch.nonzero(source == number, as_tuple=True)
             if len(places):
-                images[places.to(self.device)] = self._sent(tensor, row[places])
+                images[send(places, self.device)] = self._sent(tensor, row[places])
         return images
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
@@ -83,6 +98,4 @@ class HostImages:
 
     def _sent(self, source: Tensor, rows: Tensor) -> Tensor:
         images = source.index_select(0, rows.to(source.device))  # whole images; source[rows] goes pixel by pixel
-        if self.device.type == "cuda" and images.device.type == "cpu":
-            return images.pin_memory().to(self.device, non_blocking=True)  # the host does not wait
-        return images.to(self.device)
+        return send(images, self.device)

@@ -31,6 +31,16 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def pass_bytes(device: torch.device, host: int) -> int:
+    """Bytes that the tensors of one pass may take which come once for each image: ``host``, or more on a large GPU.
+
+    A part of all its memory, not of what is free: the same card cuts the same pieces in every run.
+    """
+    if device.type != "cuda":
+        return host
+    return max(host, torch.cuda.get_device_properties(device).total_memory // 32)
+
+
 def peak_bytes(device: torch.device) -> int:
     """Bytes at the peak: of the device's allocator, or of the whole process where the device is the CPU."""
     if device.type == "cuda":

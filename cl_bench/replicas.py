@@ -19,7 +19,7 @@ from torch.func import functional_call, vmap
 from cl_bench.checkpoint import set_torch_rng_state, torch_rng_state
 from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
 from cl_bench.signals import Interrupted
-from cl_bench.step import Step, laid_out_as, state_of, total
+from cl_bench.step import NOT_FUNCTIONAL, Graphs, Results, Step, detached, laid_out_as, state_of, total
 from cl_bench.trainer import Course
 from cl_bench.types import Losses, Phase
 
@@ -27,7 +27,7 @@ from cl_bench.types import Losses, Phase
 def obstacle(method: Method, device: torch.device) -> str | None:
     """Why replicas of a method are not computed as one, None where they are."""
     if not isinstance(method, FunctionalMethod):
-        return "the step of this method is not a function of tensors alone"
+        return NOT_FUNCTIONAL
     if not method.self_contained:
         return "this method keeps a network aside, which cannot be stacked"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in method.modules()):
@@ -104,12 +104,12 @@ def _perform(joint: "Joint", waiting: list[tuple[Lane, Step]]) -> list[Losses | 
         results = joint.differentiate(steps, [m for m, _ in known], [i for _, i in known])
     except Exception as error:
         return [error for _ in steps]
-    return [_finish(step, m, terms) for step, (m, _), terms in zip(steps, known, results)]
+    return [_finish(step, m, terms, joint.how) for step, (m, _), terms in zip(steps, known, results)]
 
 
-def _finish(step: Step, method: FunctionalMethod, terms: Terms) -> Losses | Exception:
+def _finish(step: Step, method: FunctionalMethod, terms: Terms, how: str) -> Losses | Exception:
     losses, columns = terms
-    step.speed.joint = True
+    step.speed.joint = how
     try:
         with step.autocast:
             method.remember(step.batch, columns)
@@ -128,43 +128,62 @@ class Joint:
     """Loss terms and gradients of several methods as one computation over stacked parameters.
 
     Shapes: N replicas; a tensor of shape S of each of them is stacked to (N, S). The modules' own tensors become views
-    of the stacks, so that an optimizer's step on one of them, or a loaded checkpoint, is seen here.
+    of the stacks, so that an optimizer's step on one of them, or a loaded checkpoint, is seen here. Where the replicas'
+    steps are graphs, so is this computation.
     """
 
     def __init__(self) -> None:
         self._phases: list[Phase] = []
         self._parameters: dict[str, Tensor] = {}
         self._state: dict[str, Tensor] = {}
+        self._graphs: Graphs | None = None
+
+    @property
+    def how(self) -> str:
+        """How the replicas' steps are performed, for their summaries."""
+        graph = self._graphs is not None and not self._graphs.failed
+        return "computed with other replicas" + (", as a CUDA graph" if graph else "")
 
     def differentiate(self, steps: list[Step], methods: list[FunctionalMethod], inputs: list[Inputs]) -> list[Terms]:
         """Each replica's loss terms and columns, and its gradients on its parameters."""
         phases = [step.phase for step in steps]
         if list(map(id, phases)) != list(map(id, self._phases)):  # within a phase no tensor takes another's place
             self._phases = phases
-            self._parameters = _stacked([dict(m.named_parameters()) for m in methods], self._parameters)
-            self._state = _stacked([state_of(m) for m in methods], self._state)
-        module, task = _Terms(methods[0]), steps[0].batch.task
+            self._open(steps, methods)
+        task, module, trained = steps[0].batch.task, self._module, self._trained
 
         def terms(parameters: dict[str, Tensor], state: dict[str, Tensor], inputs: Inputs) -> Terms:
             named = {f"method.{name}": tensor for name, tensor in {**parameters, **state}.items()}
             return functional_call(module, named, (inputs, task))
 
-        trained = {name: p.requires_grad for name, p in methods[0].named_parameters()}
-        leaves = {name: stack.detach().requires_grad_(trained[name]) for name, stack in self._parameters.items()}
+        def compute(together: Inputs) -> Results:
+            leaves = {name: stack.detach().requires_grad_(trained[name]) for name, stack in self._parameters.items()}
+            with steps[0].autocast:
+                losses, columns = vmap(terms, randomness="error")(leaves, self._state, together)
+            wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+            gradients = torch.autograd.grad(total(losses.values()).sum(), wanted, allow_unused=True)
+            return detached(losses), detached(columns), [*gradients]
+
         together = {name: torch.stack([i[name] for i in inputs]) for name in inputs[0]}
-        with steps[0].autocast:
-            losses, columns = vmap(terms, randomness="error")(leaves, self._state, together)
-        wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
-        gradients = torch.autograd.grad(total(losses.values()).sum(), wanted, allow_unused=True)
-        for n, method in enumerate(methods):
-            method.zero_grad()
-            parameters = [p for p in method.parameters() if p.requires_grad]
-            for parameter, gradient in zip(parameters, gradients):
+        losses, columns, gradients = self._graphs.run(compute, together) if self._graphs else compute(together)
+        for n, step in enumerate(steps):
+            step.zero_grad()
+            for parameter, gradient in zip((p for p in step.all_params if p.requires_grad), gradients):
                 parameter.grad = None if gradient is None else laid_out_as(parameter, gradient[n])
         return [
-            ({k: v[n].detach() for k, v in losses.items()}, {k: v[n].detach() for k, v in columns.items()})
-            for n in range(len(methods))
+            ({k: v[n] for k, v in losses.items()}, {k: v[n] for k, v in columns.items()}) for n in range(len(steps))
         ]
+
+    def _open(self, steps: list[Step], methods: list[FunctionalMethod]) -> None:
+        """Stack what the methods are made of by now."""
+        self._parameters = _stacked([dict(m.named_parameters()) for m in methods], self._parameters)
+        self._state = _stacked([state_of(m) for m in methods], self._state)
+        self._module = _Terms(methods[0])
+        self._trained = {name: p.requires_grad for name, p in methods[0].named_parameters()}
+        if steps[0].speed.used == "graph":
+            self._graphs = self._graphs or steps[0].speed.new_graphs()
+            for graphs in (self._graphs, *(step.speed.graphs for step in steps)):
+                graphs.clear()  # they look for the parameters where these were before
 
 
 class _Terms(nn.Module):

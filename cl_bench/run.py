@@ -23,6 +23,7 @@ from cl_bench.explain import refuse_unknown_keys
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
+from cl_bench.loggers.pace import Pace
 from cl_bench.memory import largest_tensors, peak_bytes, ran_out, reset_peak
 from cl_bench.record import SCHEMA, SETTINGS, TITLES
 from cl_bench.scenarios.base import Scenario
@@ -246,7 +247,7 @@ def _train(
     summary: dict[str, Any],
     caught: list[int],
 ) -> Course[Step, Losses, dict[str, Any]]:
-    logger = Loggers([JsonLines(), *chosen.values()])
+    logger = Loggers([JsonLines(), Pace(), *chosen.values()])
     scenario = parts.scenario
     status, done = "failed", None
     info = RunInfo(

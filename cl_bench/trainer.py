@@ -43,6 +43,8 @@ class Settings:
         checkpoint_steps: and every so many optimizer steps; None for by time only.
         speed: how steps are performed, see :class:`~cl_bench.step.Speed`.
         replicas: seeds trained side by side in one process: ``seed``, ``seed + 1``, ... (:mod:`cl_bench.replicas`).
+        cudnn_benchmark: whether cuDNN tries its algorithms on the first batch of each shape and takes the fastest,
+            which need not round alike from run to run. It has a default, so that runs made before it can be read.
     """
 
     epochs: int
@@ -53,6 +55,7 @@ class Settings:
     checkpoint_steps: int | None
     speed: Choice
     replicas: int
+    cudnn_benchmark: bool = False
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "clip_norm", "checkpoint_seconds", "checkpoint_steps", "replicas"):
@@ -69,6 +72,7 @@ class Trainer:
         optimizer: parameters -> optimizer, the configured one.
         schedule: (epoch, epochs) -> factor on the learning rate, the configured one.
         generators: CPU generators by name; ``batches`` orders the stream, ``augment`` draws its crops and flips.
+        device: where the steps are computed, with its index.
         stop: asked after every step whether to save and leave.
     """
 
@@ -81,6 +85,7 @@ class Trainer:
         optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
         schedule: Callable[[int, int], float],
         generators: Mapping[str, Generator],
+        device: torch.device,
         autocast: torch.autocast,
         logger: Logger,
         checkpoint: Checkpoint,
@@ -94,12 +99,12 @@ class Trainer:
         self.alternatives: dict[str, dict[str, float | None]] = {}
         self.steps = self.events = self.parameters_after_first_task = self.saved_steps = 0
         self._excused: set[str] = set()  # buffers that were not finite when the phase began, e.g. "no loss yet"
-        self.speed = Speed(settings.speed, scenario.tasks[0].train.labels.device)
+        self.speed = Speed(settings.speed, device)
         self.task_start: State = {}
         self.phase_ends: list[State] = []
         self._unsaved: State | None = None  # what a request to stop has to save first: the end of a phase
         self._lap_began = time.monotonic()
-        self._meter = Meter(scenario.tasks[0].train.labels.device)
+        self._meter = Meter(device)
 
     def run(self) -> Record:
         """Learn every task that is not learned yet."""
@@ -174,6 +179,7 @@ class Trainer:
             count, steps = _images_and_steps(len(order), size)
 
         self.method.train()
+        all_params = list(self.method.parameters())
         saved_at = time.monotonic()
         while epoch < epochs:
             # every epoch visits each image once, in an order of its own, unless the phase says otherwise
@@ -186,14 +192,21 @@ class Trainer:
             with feed(phase.data, order, size) as images:
                 while step < steps:
                     batch = self.batch(*images.batch(step), task)
-                    clip_norm = self.settings.clip_norm
                     losses = yield Step(
-                        self.method, phase, batch, params, optimizer, clip_norm, self.autocast, self.speed
+                        method=self.method,
+                        phase=phase,
+                        batch=batch,
+                        params=params,
+                        all_params=all_params,
+                        optimizer=optimizer,
+                        clip_norm=self.settings.clip_norm,
+                        autocast=self.autocast,
+                        speed=self.speed,
                     )
 
                     # accumulate on the device: the epoch waits for it once, at its end
                     for name, loss in losses.items():
-                        sums[name] = sums.get(name, 0.0) + loss.detach() * len(batch)
+                        sums[name] = sums.get(name, 0.0) + loss * len(batch)
                     progress = Progress(task.id, len(self.scenario.tasks), number, epoch, epochs, step, steps)
                     step += 1
                     self.steps += 1
@@ -344,7 +357,6 @@ class Trainer:
             "now": now,
             "record": self.record.to_json(),
             "counters": [self.steps, self.events, self.parameters_after_first_task],
-            "speed": self.speed.used,
             "data": self.scenario.data,
         }
 
@@ -369,8 +381,6 @@ class Trainer:
         self.record = Record.from_json(saved["record"])
         self.steps, self.events, self.parameters_after_first_task = saved["counters"]
         self.saved_steps = self.steps
-        if self.speed.used == "auto":  # do not measure again: another choice would round otherwise
-            self.speed.used, self.speed.why = saved["speed"], "chosen before the run was interrupted"
         return saved["task"]
 
 

@@ -31,6 +31,9 @@ INSTRUCTION_SETS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INS
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("CL_BENCH_DATA", ROOT / "data"))
+DEVICE = os.environ.get("CL_BENCH_TEST_DEVICE", "cpu")
+"""Where the small runs of the tests are computed. Much is held bit for bit on the CPU only; what holds on a GPU is in
+``test_cuda.py``."""
 
 needs_cifar100 = pytest.mark.skipif(
     not (DATA / "cifar-100-python" / "train").is_file(), reason=f"CIFAR-100 is not in {DATA}"
@@ -43,7 +46,7 @@ TINY = [
     "scenario.test_per_class=4",
     "trainer.epochs=2",
     "trainer.batch_size=16",
-    "device=cpu",
+    f"device={DEVICE}",
 ]
 """Digits in two tasks of 50 training images: a run of some seconds."""
 

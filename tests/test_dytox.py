@@ -353,7 +353,7 @@ def test_memory_is_chosen_by_all_embeddings_of_plain_images():
     seen = []
     describe = method.describe
     method.describe = lambda x, y: seen.append((x, describe(x, y)["features"])) or describe(x, y)
-    method.buffer.transform.train = None  # must not be asked
+    method.buffer.transform.apply = None  # must not be asked
     next(phases)
     x, features = seen[0]
     assert torch.equal(x, method.buffer.transform.plain(task_of(1).train.images))

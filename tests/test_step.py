@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from stand_ins import CUDA, LowestCalls, Played
 from test_methods import METHODS, parts_of, trainer_of
 
+from cl_bench.errors import ConfigError, RunError
 from cl_bench.methods.base import FunctionalMethod
 from cl_bench.methods.er import ER
-from cl_bench.step import Graphs, Speed, state_of
+from cl_bench.replicas import lead
+from cl_bench.step import Graphs, Speed, obstacle_to_graphs, state_of
+from cl_bench.trainer import Interrupted, follow
 
 pytestmark = pytest.mark.arithmetic
 
@@ -29,55 +33,173 @@ def largest_difference(first, second):
     return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in tensors)
 
 
-def replayed(trainer, counts):
-    """A capture as CUDA makes it, played by hand: nothing is computed at once, and results keep their places."""
-
-    def capture(compute):
-        counts["captured"] += 1
-        state = {name: tensor.clone() for name, tensor in state_of(trainer.method).items()}
-        rng = torch.get_rng_state()
-        results = compute()
-        for name, tensor in state_of(trainer.method).items():
-            tensor.copy_(state[name])
-        torch.set_rng_state(rng)
-
-        def replay():
-            counts["replayed"] += 1
-            losses, columns, gradients = results
-            new_losses, new_columns, new_gradients = compute()
-            for places, values in ((losses, new_losses), (columns, new_columns)):
-                for name, value in values.items():
-                    places[name].data.copy_(value)
-            for place, value in zip(gradients, new_gradients):
-                assert (place is None) == (value is None)
-                if place is not None:
-                    place.copy_(value)
-
-        return results, replay
-
-    return capture
-
-
 def test_the_methods_that_can_be_cut_are_known():
     assert set(FUNCTIONAL) == {"finetune", "joint", "er", "derpp", "lvt", "lwf", "ewc", "icarl", "dytox", "memory_vit"}
 
 
+def watched(course):
+    """The course, whose steps must give loss terms without an autograd graph."""
+    step = next(course)
+    while True:
+        losses = yield step
+        assert losses
+        assert not any(loss.requires_grad for loss in losses.values())
+        try:
+            step = course.send(losses)
+        except StopIteration:
+            return
+
+
+@pytest.mark.parametrize("way", ["eager", "compile", "graph", "joint", "a step of its own"])
+def test_losses_and_columns_leave_a_step_without_their_autograd_graph(way, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    courses, columns = [], []
+    for seed in range(2 if way == "joint" else 1):
+        parts = parts_of("den" if way == "a step of its own" else "derpp", f"seed={seed}", "trainer.epochs=1")
+        trainer = trainer_of(parts, tmp_path / str(seed))
+        if way in ("compile", "graph"):
+            trainer.speed = Speed(way, torch.device("cpu"), Played(trainer.method) if way == "graph" else None)
+        if way != "a step of its own":
+            remember = trainer.method.remember
+            trainer.method.remember = lambda batch, c, remember=remember: (columns.append(c), remember(batch, c))
+            trainer.method.terms = attached(trainer.method)
+        courses.append(watched(trainer.course()))
+    lead(courses) if way == "joint" else follow(courses[0])
+    if way in ("compile", "graph", "joint"):  # an eager step hands them on from within the method; a buffer detaches
+        assert columns
+        assert not any(column.requires_grad for of_step in columns for column in of_step.values())
+
+
+def attached(method):
+    """Its terms with columns that have not been detached."""
+    terms = method.terms
+
+    def changed(inputs, task):
+        losses, columns = terms(inputs, task)
+        return losses, columns | {"logits": method.net(inputs["x"])}
+
+    return changed
+
+
 @pytest.mark.parametrize("method", FUNCTIONAL)
-def test_a_graph_that_is_captured_and_replayed_trains_as_eager_does(method, tmp_path):
-    counts = {"captured": 0, "replayed": 0}
+def test_at_a_capture_no_parameter_belongs_to_an_earlier_step(method, tmp_path):
+    """A parameter's node in an autograd graph is made anew in each step, and with it the stream that it waits for."""
+    stale, steps = [], []
+    trainer = trainer_of(parts_of(method, "trainer.epochs=4"), tmp_path)
+    capture = Played(trainer.method)
+    capture.before = lambda: stale.extend(node.metadata["step"] for node in nodes() if "step" in node.metadata)
+    trainer.speed = Speed("graph", torch.device("cpu"), capture)
+    terms = trainer.method.terms
 
-    def speed(trainer):
-        return Speed("graph", torch.device("cpu"), capture=replayed(trainer, counts))
+    def nodes():
+        trained = [p for p in trainer.method.parameters() if p.requires_grad]
+        return [p.view_as(p).grad_fn.next_functions[0][0] for p in trained]
 
-    graph = trained(method, tmp_path / "graph", speed, "trainer.epochs=5")
-    eager = trained(method, tmp_path / "eager", None, "trainer.epochs=5")
-    assert eager.speed.used == "eager"
-    assert graph.speed.used == "graph", graph.speed.why
-    assert counts["captured"] > 0
-    assert counts["replayed"] > 4 * counts["captured"]
-    assert graph.record.to_json()["class_il"] == eager.record.to_json()["class_il"]
-    # a CPU adds up the loss terms' gradients in the same order either way
-    assert largest_difference(graph, eager) == 0.0
+    def marked(inputs, task):
+        results = terms(inputs, task)  # which holds the nodes, as long as it lives
+        steps.append(len(steps))
+        for node in nodes():
+            node.metadata["step"] = steps[-1]
+        return results
+
+    trainer.method.terms = marked
+    trainer.run()
+    assert capture.captured > 0
+    assert not stale
+
+
+def test_warm_up_and_capture_run_on_a_stream_of_their_own_and_replays_on_the_asking_one(tmp_path, monkeypatch):
+    cuda, streams = LowestCalls(monkeypatch), []
+    trainer = trainer_of(parts_of("er"), tmp_path)
+    terms = trainer.method.terms
+    trainer.method.terms = lambda inputs, task: (streams.append(cuda.stream.name), terms(inputs, task))[1]
+    trainer.speed = Speed("graph", CUDA)
+    task = trainer.scenario.tasks[0]
+    course = trainer.phase_course(task, 0, next(trainer.method.learn(task)), None)
+    step = next(course)
+    inputs = trainer.method.inputs(step.batch)
+    for _ in range(Graphs.WARM_UP + 2):
+        cuda.log.append("step")
+        trainer.speed.perform(step, inputs)
+        assert cuda.stream is cuda.default
+    assert streams == ["side 1"] * (Graphs.WARM_UP + 1)
+    aside = ["side 1 waits for default", "default waits for side 1"]
+    capture = [aside[0], "begin thread_local on side 1", "end", aside[1]]
+    replay = ["replay on default"]
+    assert cuda.log == [*(["step", *aside] * Graphs.WARM_UP), "step", *capture, *replay, "step", *replay]
+
+
+class Uncapturable:
+    """A run whose steps draw, and cannot be captured: its terms ask for a value, and the capture's end fails of it."""
+
+    def __init__(self, folder, monkeypatch, choice):
+        self.cuda = LowestCalls(monkeypatch)
+        self.cuda.capture_fails = True
+        self.trainer = trainer_of(parts_of("er"), folder)
+        self.trainer.speed = Speed(choice, CUDA)
+        terms = self.trainer.method.terms
+
+        def asking(inputs, task):
+            if self.cuda.log and self.cuda.log[-1].startswith("begin"):
+                raise RuntimeError("operation not permitted when stream is capturing")
+            torch.rand(1, device=CUDA)  # as dropout
+            return terms(inputs, task)
+
+        self.trainer.method.terms = asking
+
+
+def test_a_graph_that_was_asked_for_by_name_and_cannot_be_is_an_error(tmp_path, monkeypatch):
+    run = Uncapturable(tmp_path, monkeypatch, "graph")
+    with pytest.raises(RunError, match=r"trainer.speed=graph.*not permitted when stream is capturing.*speed=eager"):
+        run.trainer.run()
+    assert run.cuda.stream is run.cuda.default
+
+
+def test_auto_goes_on_eagerly_from_a_clean_stream_and_generator_and_says_so(tmp_path, monkeypatch, capsys):
+    run = Uncapturable(tmp_path / "auto", monkeypatch, "auto")
+    run.trainer.run()
+    assert run.cuda.stream is run.cuda.default
+    assert run.cuda.drawing
+    assert run.cuda.log.count("_cuda_endAllocateToPool") == 1  # not tried again
+    assert run.trainer.speed.used == "eager"
+    assert "not permitted when stream is capturing" in run.trainer.speed.facts()["why"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "could not be captured" in line
+    assert "eager from here on" in line
+    assert largest_difference(run.trainer, trained("er", tmp_path / "eager")) == 0.0
+
+
+def test_where_a_failed_capture_spoils_cuda_nothing_goes_on(tmp_path, monkeypatch):
+    run = Uncapturable(tmp_path, monkeypatch, "auto")
+    monkeypatch.setattr(type(torch.cuda.default_generators[0]), "graphsafe_set_state", lambda self, state: None)
+    with pytest.raises(RunError, match=r"cannot be used in this process.*trainer.speed=eager"):
+        run.trainer.run()
+
+
+def test_a_fallback_is_not_kept_when_a_run_goes_on(tmp_path, monkeypatch):
+    run = Uncapturable(tmp_path, monkeypatch, "auto")
+    run.trainer.stop = lambda: run.trainer.steps == 7
+    with pytest.raises(Interrupted):
+        run.trainer.run()
+    assert run.trainer.speed.used == "eager"
+    again = trainer_of(parts_of("er"), tmp_path)
+    again.speed = Speed("auto", CUDA)
+    again._restore(again.checkpoint.load())
+    assert again.speed.used == "graph"
+
+
+def test_a_step_looks_for_parameters_in_no_module(tmp_path, monkeypatch):
+    """Which of them there are is listed once a phase."""
+    trainer = trainer_of(parts_of("er"), tmp_path)
+    task = trainer.scenario.tasks[0]
+    course = trainer.phase_course(task, 0, next(trainer.method.learn(task)), None)
+    step = next(course)
+    monkeypatch.setattr(torch.nn.Module, "named_modules", None)
+    for choice in ("eager", "graph"):
+        speed = Speed(choice, torch.device("cpu"), Played())
+        for _ in range(Graphs.WARM_UP + 1):
+            speed.perform(step)
+    assert len(step.all_params) == 4
 
 
 def test_a_method_with_an_observe_of_its_own_is_performed_by_it(tmp_path):
@@ -93,16 +215,15 @@ def test_a_method_with_an_observe_of_its_own_is_performed_by_it(tmp_path):
 
 
 def test_results_of_a_graph_lie_in_the_same_places(tmp_path):
-    graphs = Graphs(lambda compute: (compute(), lambda: None))
     trainer = trainer_of(parts_of("er"), tmp_path)
     course = trainer.phase_course(
         trainer.scenario.tasks[0], 0, next(trainer.method.learn(trainer.scenario.tasks[0])), None
     )
     step = next(course)
     inputs = trainer.method.inputs(step.batch)
-    places = [graphs.terms(step, trainer.method, inputs)[0]["ce"] for _ in range(Graphs.WARM_UP + 3)]
-    assert places[-1] is places[-2]
-    assert places[0] is not places[1]
+    speed = Speed("graph", torch.device("cpu"), Played(trainer.method))
+    places = [speed.perform(step, inputs)["ce"].data_ptr() for _ in range(Graphs.WARM_UP + 3)]
+    assert places[-1] == places[-2]
 
 
 def test_a_compiled_step_trains_as_eager_does_within_rounding(tmp_path):
@@ -117,7 +238,7 @@ def test_a_compiled_step_trains_as_eager_does_within_rounding(tmp_path):
     assert float(stored.abs().max()) < 1e-4
 
 
-def test_a_compiler_that_fails_is_left_and_recorded_and_changes_nothing(tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_left_and_recorded_and_changes_nothing(tmp_path, monkeypatch, capsys):
     def compile(terms, dynamic):
         raise RuntimeError("no compiler\nhere")
 
@@ -128,6 +249,8 @@ def test_a_compiler_that_fails_is_left_and_recorded_and_changes_nothing(tmp_path
         "asked": "compile", "used": "eager", "why": "compile failed: RuntimeError: no compiler here",
     }  # fmt: skip
     assert largest_difference(fallen, eager) == 0.0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no compiler here" in line
 
 
 def test_an_error_of_the_method_itself_is_not_hidden(tmp_path, monkeypatch):
@@ -143,12 +266,24 @@ def test_an_error_of_the_method_itself_is_not_hidden(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "choice", "why"),
-    [("er", "auto", "on a CPU"), ("er", "graph", "CUDA device"), ("supsup", "compile", "not a function of tensors")],
+    ("method", "choice", "why"), [("er", "auto", "on a CPU"), ("supsup", "compile", "not a function of tensors")]
 )
 def test_what_cannot_be_sped_up_is_eager_and_says_why(method, choice, why, tmp_path):
     trainer = trained(method, tmp_path, None, f"trainer.speed={choice}", "trainer.epochs=1")
     assert why in trainer.speed.facts()["why"]
+
+
+def test_auto_is_a_graph_on_cuda_and_eager_elsewhere():
+    assert Speed("auto", CUDA).facts() == {"asked": "auto", "used": "graph", "why": None}
+    for device in ("cpu", "mps"):
+        assert Speed("auto", torch.device(device)).used == "eager"
+
+
+def test_a_graph_by_name_is_refused_where_there_can_be_none(monkeypatch):
+    with pytest.raises(ConfigError, match=r"trainer.speed: expected .* since a graph wants a CUDA device.*speed=auto"):
+        parts_of("er", "trainer.speed=graph")
+    assert "function of tensors" in obstacle_to_graphs(parts_of("supsup").method, CUDA)
+    assert obstacle_to_graphs(parts_of("er").method, CUDA) is None
 
 
 def test_a_step_does_not_read_the_contents_of_the_rehearsal_buffer():

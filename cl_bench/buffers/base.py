@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from cl_bench.data.transform import Transform
 from cl_bench.errors import require
+from cl_bench.images import send_together
 from cl_bench.types import Batch, Data, Task
 
 Columns = dict[str, Tensor]
@@ -81,10 +82,12 @@ class Buffer(nn.Module, ABC):
 
     def sample(self, size: int) -> Batch:
         """At most ``size`` different images, freshly augmented."""
-        which = torch.randperm(self.filled, generator=self.generator)[:size].to(self.labels.device, non_blocking=True)
+        drawn = torch.randperm(self.filled, generator=self.generator)[:size]
+        moves = self.transform.draw_moves((len(drawn), *self.images.shape[1:]), self.generator)
+        which, *moves = send_together([drawn, *moves], self.labels.device)
         raw = self.images.index_select(0, which)  # copies whole images; images[which] goes pixel by pixel
         return Batch(
-            x=self.transform.train(raw, self.generator),
+            x=self.transform.apply(raw, moves, self.generator),
             y=self.labels.index_select(0, which),
             raw=raw,
             task=-1,

@@ -36,8 +36,8 @@ def herding_order(features: Tensor) -> Tensor:
     order = torch.empty(len(features), dtype=torch.int64, device=features.device)
     for k in range(len(features)):
         distance = (mean - (features + chosen) / (k + 1)).norm(dim=1)
-        best = distance.masked_fill(~left, torch.inf).argmin()
-        order[k] = best
-        left[best] = False
-        chosen = chosen + features[best]
+        best = distance.masked_fill(~left, torch.inf).argmin().view(1)  # (1): to index by it waits for no GPU
+        order[k : k + 1] = best
+        left.index_fill_(0, best, False)
+        chosen = chosen + features.index_select(0, best).squeeze(0)
     return order

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from cl_bench.buffers.base import Buffer, Context, Describe
 from cl_bench.errors import require
+from cl_bench.images import send_together
 from cl_bench.types import Batch, Task
 
 
@@ -30,10 +31,7 @@ class Reservoir(Buffer):
         self.offered += len(batch)
         self.filled = min(self.offered, self.capacity)
         if taken:
-            places, images = (
-                torch.tensor(list(ints)).to(batch.y.device, non_blocking=True)
-                for ints in (taken.keys(), taken.values())
-            )
+            places, images = send_together([torch.tensor([*taken]), torch.tensor([*taken.values()])], batch.y.device)
             kept = {name: values.index_select(0, images) for name, values in columns.items()}
             self.write(places, batch.raw.index_select(0, images), batch.y.index_select(0, images), kept)
 

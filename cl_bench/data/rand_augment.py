@@ -27,6 +27,7 @@ import torch
 from torch import Generator, Tensor
 
 from cl_bench.errors import ConfigError
+from cl_bench.images import send
 
 OPERATIONS_PER_IMAGE = 2
 PROBABILITY = 0.5
@@ -81,13 +82,16 @@ class RandAugment:
         images = images.clone()
         for _ in range(OPERATIONS_PER_IMAGE):
             chosen, magnitude, sign = self.draw(len(images), generator)
-            for number, operation in enumerate(OPERATIONS):
-                (which,) = torch.nonzero(chosen == number, as_tuple=True)
+            places = [torch.nonzero(chosen == number).flatten() for number in range(len(OPERATIONS))]
+            arguments = [
+                operation.argument(magnitude[which], sign[which], images.shape[-1]).float()
+                for operation, which in zip(OPERATIONS, places)
+            ]
+            sizes = [len(which) for which in places]
+            on_device = (send(torch.cat(parts), images.device).split(sizes) for parts in (places, arguments))
+            for operation, which, argument in zip(OPERATIONS, *on_device):
                 if len(which):
-                    argument = operation.argument(magnitude[which], sign[which], images.shape[-1])
-                    argument = argument.float().view(-1, 1, 1, 1).to(images.device, non_blocking=True)
-                    which = which.to(images.device, non_blocking=True)
-                    images[which] = operation.apply(images[which], argument, self.fill)
+                    images[which] = operation.apply(images[which], argument.view(-1, 1, 1, 1), self.fill)
         return images
 
     def draw(self, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +204,7 @@ def _grey(images: Tensor) -> Tensor:
     """(b, C, H, W) -> (b, 1, H, W), PIL's luma of three channels, the channel itself where there is one."""
     if images.shape[1] == 1:
         return images
-    weights = torch.tensor([19595, 38470, 7471]).view(3, 1, 1).to(images.device, non_blocking=True)
+    weights = send(torch.tensor([19595, 38470, 7471]).view(3, 1, 1), images.device)
     return (((images.long() * weights).sum(dim=1, keepdim=True) + 0x8000) >> 16).to(torch.uint8)
 
 
@@ -281,7 +285,7 @@ def _bicubic(images: Tensor, x: Tensor, y: Tensor, fill: list[int]) -> Tensor:
         return pixels.gather(2, (row * width + column).flatten(2).expand(-1, channels, -1)).view(images.shape)
 
     value = _cubic([_cubic([pixel(row, column) for column in columns], across) for row in rows], down)
-    colour = torch.tensor(fill, dtype=torch.uint8).view(-1, 1, 1).to(images.device, non_blocking=True)
+    colour = send(torch.tensor(fill, dtype=torch.uint8).view(-1, 1, 1), images.device)
     return torch.where(inside, value.clamp(0, 255).to(torch.uint8), colour)
 
 

@@ -3,13 +3,14 @@
 Shapes: B images, C channels, H x W pixels, p = ``crop_padding``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from cl_bench.errors import require
+from cl_bench.images import send_together
 
 
 class Transform:
@@ -57,32 +58,55 @@ class Transform:
 
     def train(self, images: Tensor, generator: Generator) -> Tensor:
         """(B, C, H, W) uint8 -> (B, C, H, W) float32, augmented and normalised."""
-        if self.crop_padding:
-            images = self._crop(images, generator)
+        moves = self.draw_moves(images.shape, generator)
+        return self.apply(images, send_together(moves, images.device), generator)
+
+    def draw_moves(self, shape: Sequence[int], generator: Generator) -> list[Tensor]:
+        """Which window, and which of image and mirror image, is taken of each of (B, C, H, W) images.
+
+        Returns:
+            For each that there is, (B,) int64 on the CPU: where :meth:`apply` finds it.
+        """
+        batch, channels, height, width = shape
+        moves = []
+        if p := self.crop_padding:
+            row, column = torch.randint(2 * p + 1, (2, batch), generator=generator)
+            across = width + 2 * p
+            images = torch.arange(batch) * (channels * (height + 2 * p) * across)
+            moves.append(images + row * across + column)
         if self.flip:
-            mirrored = torch.randint(2, (len(images),), generator=generator)
-            which = torch.arange(len(images)) + len(images) * mirrored  # of the images and their mirror images
-            which = which.to(images.device, non_blocking=True)
-            images = torch.cat([images, images.flip(3)]).index_select(0, which)
+            mirrored = torch.randint(2, (batch,), generator=generator)
+            moves.append(torch.arange(batch) + batch * mirrored)  # of the images and their mirror images
+        return moves
+
+    def apply(self, images: Tensor, moves: Sequence[Tensor], generator: Generator) -> Tensor:
+        """(B, C, H, W) uint8 -> (B, C, H, W) float32, moved as drawn, further augmented, normalised.
+
+        Args:
+            moves: of :meth:`draw_moves`, on the device of the images.
+            generator: for the draws of ``rand_augment``.
+        """
+        left = iter(moves)
+        if self.crop_padding:
+            images = self._windows(images).index_select(0, next(left))
+        if self.flip:
+            images = torch.cat([images, images.flip(3)]).index_select(0, next(left))
         if self.rand_augment is not None:
             images = self.rand_augment(images, generator)
         return self.plain(images)
 
-    def _crop(self, images: Tensor, generator: Generator) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W): an H x W window of each padded image.
+    def _windows(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> a view of the padded images that has an H x W window starting at every pixel.
 
-        One gather of whole windows out of a view that starts one at every pixel: several times as fast on the CPU as
-        indexing by row and column, which goes pixel by pixel.
+        One gather of whole windows out of it is several times as fast on the CPU as indexing by row and column, which
+        goes pixel by pixel.
         """
-        batch, channels, height, width = images.shape
+        channels, height, width = images.shape[1:]
         p = self.crop_padding
-        row, column = torch.randint(2 * p + 1, (2, batch), generator=generator)
-        padded = F.pad(images, (p, p, p, p))
+        padded = F.pad(images, (p, p, p, p)).contiguous()
         step = padded.stride()
-        corners = torch.arange(batch) * step[0] + row * step[2] + column * step[3]
         last = (channels - 1) * step[1] + (height - 1) * step[2] + (width - 1) * step[3]  # pixel of a window
-        windows = padded.as_strided((padded.numel() - last, channels, height, width), (1, *step[1:]))
-        return windows.index_select(0, corners.to(images.device, non_blocking=True))
+        return padded.as_strided((padded.numel() - last, channels, height, width), (1, *step[1:]))
 
     def plain(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 -> (B, C, H, W) float32, normalised only."""

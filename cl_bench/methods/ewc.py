@@ -24,12 +24,13 @@ from torch.func import functional_call, grad, vmap
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.errors import require
+from cl_bench.memory import pass_bytes
 from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, true_class_probability
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Phase, Task
 
 GRADIENT_BYTES = 2**28
-"""Memory for the gradients of single images in one pass; changes no result."""
+"""Memory of a CPU for the gradients of single images in one pass; changes no result."""
 
 
 class EWC(FunctionalMethod):
@@ -120,7 +121,7 @@ class EWC(FunctionalMethod):
             spread = torch.linspace(0, len(data) - 1, self.fisher_images).long()
             data = data.take(spread.to(data.labels.device))
         totals = {name: torch.zeros_like(p) for name, p in weights.items()}
-        at_once = max(1, GRADIENT_BYTES // sum(p.nbytes for p in weights.values()))
+        at_once = max(1, pass_bytes(data.labels.device, GRADIENT_BYTES) // sum(p.nbytes for p in weights.values()))
         for chunk in data.chunks(at_once):
             x, y = self.transform.plain(chunk.images), chunk.labels
             if self.fisher == "sampled":

@@ -40,14 +40,15 @@ from torch import Tensor
 from cl_bench.backbones.base import Backbone
 from cl_bench.backbones.layers.masked import MaskedNet
 from cl_bench.errors import ConfigError, require
+from cl_bench.memory import pass_bytes
 from cl_bench.methods.base import Method, Predict
 from cl_bench.scenarios.base import Scenario
 from cl_bench.types import Batch, Losses, Phase, Task
 
 INFERENCE = ("oneshot", "binary")
-CHUNK_WEIGHTS = 2**25
-"""Images whose gradients are taken at once, times the weights of the network: each image has a gradient of that size.
-Bounds the memory, 128 MiB a copy; changes no result."""
+GRADIENT_BYTES = 2**27
+"""Memory of a CPU for one copy of the gradients of the images that are looked at in one pass, each of the size of the
+network; changes no result."""
 
 
 class Superposition(Method):
@@ -176,7 +177,7 @@ class Superposition(Method):
         def of_one(alpha: Tensor, image: Tensor) -> Tensor:
             return measure(self.net(image[None], alpha)).squeeze(0)
 
-        chunk = max(1, CHUNK_WEIGHTS // sum(self.net.weights().values()))
+        chunk = max(1, pass_bytes(x.device, GRADIENT_BYTES) // (4 * sum(self.net.weights().values())))
         each: Callable[[Tensor, Tensor], Tensor] = torch.func.vmap(
             torch.func.grad(of_one), in_dims=(0 if alpha.dim() == 2 else None, 0), chunk_size=chunk
         )
