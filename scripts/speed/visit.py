@@ -75,7 +75,7 @@ def versions(device: str) -> Facts:
 
     import cl_bench.run  # noqa: F401 - everything that a run imports
     from cl_bench.build import choose_device
-    from cl_bench.folder import commit
+    from cl_bench.folder import commit, cuda_facts
     from cl_bench.folder import version as version_of
 
     chosen = choose_device(device)
@@ -88,13 +88,7 @@ def versions(device: str) -> Facts:
         "webp": features.check("webp"),
         "device": torch.cuda.get_device_name(chosen) if on_gpu else chosen.type,
         "device_gib": round(torch.cuda.get_device_properties(chosen).total_memory / 2**30, 1) if on_gpu else None,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "flags": {
-            "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
-            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-            "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        },
+        "flags": cuda_facts() if on_gpu else None,
     }
 
 
