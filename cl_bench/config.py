@@ -125,6 +125,13 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
+def typed_overrides() -> list[str]:
+    """The overrides of this job as they were typed; to go through Hydra's own list would resolve what they refer to."""
+    typed = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(typed, list)
+    return [str(text) for text in typed]
+
+
 def _environment(name: str, *default: str | None) -> str | None:
     if not name.startswith(VARIABLES):  # the value would stand in config.yaml, reports and logs (decision 15)
         raise ConfigError(
@@ -240,7 +247,7 @@ def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: d
     assert isinstance(raw, dict)
     given = set()
     if HydraConfig.initialized():
-        given = {text.partition("=")[0].lstrip("+") for text in HydraConfig.get().overrides.task}
+        given = {text.partition("=")[0].lstrip("+") for text in typed_overrides()}
     for argument, when, why in vars(built).get("void", ()):
         whole = f"{key}.{argument}"
         names = {whole, str(raw.get(argument)).strip("${}")} & given

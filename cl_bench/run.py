@@ -17,7 +17,7 @@ from torch import Tensor
 from cl_bench import folder as files
 from cl_bench.build import KINDS, Parts, build, component, identity, loggers
 from cl_bench.checkpoint import Checkpoint
-from cl_bench.config import INCOMPARABLE, fingerprint, plain
+from cl_bench.config import INCOMPARABLE, fingerprint, plain, typed_overrides
 from cl_bench.errors import ConfigError, RunError, require
 from cl_bench.explain import refuse_unread_keys
 from cl_bench.loggers.base import Logger, RunInfo
@@ -42,7 +42,7 @@ def run(config: DictConfig) -> float | None:
         Class-IL average accuracy in percent on held-out validation images, for a search, the mean over the replicas;
         None where the run was measured on test images, which a search must not see.
     """
-    refuse_unread_keys(config, HydraConfig.get().overrides.task)
+    refuse_unread_keys(config, typed_overrides())
     values = plain(config)
     _refuse_false_names(values)
     with threads(config.threads):
@@ -234,7 +234,7 @@ def _as_published(values: dict[str, Any]) -> bool:
 def _telling_overrides() -> list[str]:
     """What was typed that makes this run another one than the experiment's file says."""
     neutral = {*INCOMPARABLE, "scale"} - {"class_order_seed", "data_seed"}
-    typed = [(text, text.split("=", 1)[0].lstrip("+~")) for text in HydraConfig.get().overrides.task]
+    typed = [(text, text.split("=", 1)[0].lstrip("+~")) for text in typed_overrides()]
     free = ("logger", "metrics", "hydra")
     return [text for text, key in typed if key not in neutral and key.split(".")[0] not in free]
 

@@ -25,6 +25,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from cl_bench.config import typed_overrides
 from cl_bench.explain import explain, status_of
 
 POLL_SECONDS = 0.2
@@ -130,13 +131,13 @@ class Sweep:
             message = (
                 f"{type(error).__name__}: {error}"
                 if status is None
-                else explain(error, [*self.arguments, *_overrides()])
+                else explain(error, [*self.arguments, *typed_overrides()])
             )
             raise self._failed(message, status or 1) from None
 
     def _failed(self, message: str, status: int) -> JobFailed:
         """Tell the user of a failure now, and the command for its end."""
-        given = _overrides()
+        given = typed_overrides()
         own = [override for override in given if override not in self.arguments] or given
         failure = JobFailed(f"job {HydraConfig.get().job.num} ({' '.join(own)}): {message}", status)
         print(f"cl_bench: {failure.message}", file=sys.stderr)
@@ -187,10 +188,6 @@ class Sweep:
 
 
 _child = False  # of the command: known once, for after its death it cannot be told any more
-
-
-def _overrides() -> list[str]:
-    return list(HydraConfig.get().overrides.task)
 
 
 def _alive(pid: int) -> bool:
