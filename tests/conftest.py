@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,19 @@ from cl_bench.data.base import ImageSet
 from cl_bench.data.transform import Transform
 from cl_bench.types import Batch
 
+INSTRUCTION_SETS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
+"""Environment variables that make torch compute as on another processor; read when it is loaded."""
+
+# Compiled steps are kept from run to run. Those of another instruction set, used here, write past their memory.
+_settings = "-".join(os.environ.get(key, "") for key in INSTRUCTION_SETS)
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"cl_bench_inductor_{_settings}")))
+
 # Tiny nets gain nothing from a second thread, and two busy processes with two threads each on two cores crawl.
 THREADS = int(os.environ.get("CL_BENCH_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
 
 SEED = int(os.environ.get("CL_BENCH_TEST_SEED", "0"))
 """Seed of the tests that learn something, so that their margins can be measured over several."""
-
-INSTRUCTION_SETS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
-"""Environment variables that make torch compute as on another processor; read when it is loaded."""
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("CL_BENCH_DATA", ROOT / "data"))
