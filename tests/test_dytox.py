@@ -487,7 +487,7 @@ def test_new_classes_lead_before_fine_tuning_and_old_ones_gain_by_it(tmp_path):
         "method.finetune_lr=0.002",
         f"seed={SEED}",
     )
-    parts = build(configure("backbone=dytox_digits", *overrides, *rates, "trainer.epochs=25", "device=cpu"))
+    parts = build(configure("backbone=dytox_digits", *overrides, *rates, "trainer.epochs=15", "device=cpu"))
     trainer = parts.trainer(Loggers([]), Checkpoint(tmp_path), lambda: False)
     tasks, accuracy = parts.scenario.tasks, []
     for task in tasks[:2]:
