@@ -7,6 +7,7 @@ import json
 import netrc
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -118,9 +119,8 @@ class Wandb(Logger):
     def _init(self, info: RunInfo, name: str) -> "wandb.Run":
         # W&B reports its own errors over the network, offline too. Whoever wants that sets the variable to true.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        if home_folder() is None:  # it would make a folder named ~ where the command was typed
-            for kind in ("CONFIG", "CACHE", "DATA"):
-                os.environ.setdefault(f"WANDB_{kind}_DIR", str((info.folder / "wandb").resolve()))
+        if home_folder() is None:  # W&B fails without one, or makes a folder named ~ where the command was typed
+            os.environ["HOME"] = tempfile.gettempdir()
         import wandb
 
         return wandb.init(
