@@ -79,7 +79,7 @@ ablation_dytox: $(VENV)/.made ## the same of DyTox
 	$(SWEEP) results_dir=results/mini/$@/records +experiment=dytox_cifar100_10step +ablation=$(call listed,$(addprefix dytox_without_,$(DYTOX_PARTS)))
 	$(RUN) scripts/compare.py results/mini/records/dytox_cifar100_10step results/mini/$@/records --out results/mini/$@
 
-soak: $(VENV)/.made ## 220 kills over every method, loggers, a full disk, 200 tasks, a long fuzz: an hour or so
+soak: $(VENV)/.made ## 220 kills over every method, loggers, sweeps, a full disk, 200 tasks, a long fuzz: an hour or so
 	OMP_NUM_THREADS=1 $(RUN) -u tests/soak.py --kills 220 --more --json soak.json
 	CL_BENCH_FUZZ=1000 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_fuzz.py --timeout=0
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from cl_bench.config import CONFIGS
 from cl_bench.errors import ConfigError
 from cl_bench.explain import explain, status_of
+from cl_bench.streams import outlive_readers
 from cl_bench.sweep import JobFailed, Sweep
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
     wait_passively()
+    outlive_readers()
     multirun = bool({"-m", "--multirun"} & set(sys.argv))
     sweep = Sweep(sys.argv[1:], tracebacks=wants_traceback)
     failures: list[Exception] = []

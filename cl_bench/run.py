@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -173,6 +174,11 @@ def show(place: Path, summary: dict[str, Any], report: bool) -> None:
         if report:
             _write_whole_report(place)
         print_result(place, summary)
+    except OSError as error:
+        raise RunError(
+            f"{place}: the run is finished, but its table could not be written: {error.strerror or error}. "
+            "Make room; the same command writes it."
+        ) from error
     except ModuleNotFoundError as error:
         print(f"No report: {error.name} is not installed. The same command writes it where it is.", file=sys.stderr)
 
@@ -208,8 +214,22 @@ def run_folder(values: dict[str, Any], settings: dict[str, Any]) -> Path:
             )
     if not values["results_dir"]:
         raise ConfigError("results_dir", expected="a folder", got="nothing", fix="results_dir=results is the default.")
+    _refuse_unwritable_names(values)
     name = f"{values['name']}-{fingerprint(settings)}"
     return Path(values["results_dir"]) / values["experiment"] / name / f"seed{values['seed']}"
+
+
+def _refuse_unwritable_names(values: dict[str, Any]) -> None:
+    for key in ("results_dir", "experiment", "name"):
+        try:
+            os.fsencode(values[key])
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                key,
+                expected=f"a name that this locale can write ({error.encoding})",
+                got=ascii(values[key]),
+                fix="export PYTHONUTF8=1 first.",
+            ) from error
 
 
 def base_summary(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

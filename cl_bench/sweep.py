@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 
 from cl_bench.config import typed_overrides
 from cl_bench.explain import explain, status_of
+from cl_bench.streams import outlive_readers
 
 POLL_SECONDS = 0.2
 
@@ -103,6 +104,7 @@ class Sweep:
         """
         if os.getpid() == self.pid:
             return self._told(job, config)
+        outlive_readers()
         self._make_folder()
         mine = self.folder / f"job.{os.getpid()}"
         mine.touch()  # before it looks for `stop`: who writes that waits for those that came before it

@@ -20,6 +20,7 @@ from cl_bench.config import Images, Run
 from cl_bench.errors import ConfigError, require
 from cl_bench.evaluate import read_predictions
 from cl_bench.folder import read_summary
+from cl_bench.streams import outlive_readers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,4 +69,5 @@ def finished(folder: Path) -> tuple:  # of what audit() asks for
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cl_bench.errors import ConfigError
 from cl_bench.report.compare import compare, show, write
+from cl_bench.streams import outlive_readers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,4 +35,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

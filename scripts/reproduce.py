@@ -28,6 +28,7 @@ from cl_bench.folder import read_summary
 from cl_bench.report.published import Group, chosen, read_groups
 from cl_bench.run import run_folder
 from cl_bench.signals import stop_signals
+from cl_bench.streams import outlive_readers
 
 ROWS = Path(__file__).parent / "reproduction"
 OUT = Path("results/reproduction")
@@ -178,4 +179,5 @@ def tables(groups: dict[str, Group], wanted: Sequence[Group], out: Path) -> None
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -385,6 +385,67 @@ def two_starts(soak: Soak, own: Path, times: int) -> None:
             soak.failures.append(f"two starts, {delay:.2f} s apart: {error!r:.2000}, see {place}")
 
 
+# -- a sweep in several processes ------------------------------------------------------------------------------------
+
+
+def sweeps(soak: Soak, times: int) -> None:
+    """Sweeps of two jobs at a time, stopped by SIGTERM and SIGKILL to the command alone, whenever; then let through.
+
+    After each no job may be left, and in the end each run is that of a sweep that was left alone.
+    """
+    place = soak.folder / "sweeps"
+    place.mkdir()
+    call = [sys.executable, "-m", "cl_bench", "-m", *TINY, "method=er", "buffer=reservoir", "backbone.hidden=[8]"]
+    call += ["trainer.epochs=200", "trainer.checkpoint_steps=20", "logger=none", "seed=0,1,2"]
+    call += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    environment = command_environment(TMPDIR=str(place))
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        with (place / "output.txt").open("ab") as output:
+            return subprocess.Popen(
+                [*call, f"results_dir={name}"], cwd=place, env=environment, stdout=output, stderr=output
+            )
+
+    def jobs() -> list[Path]:
+        return list(place.glob("cl_bench-*/job.*"))
+
+    began = time.monotonic()
+    if start("straight").wait() != 0:
+        soak.failures.append(f"sweep: the straight one failed, see {place}")
+        return
+    took = time.monotonic() - began
+    for sequence in range(times):
+        name, plan = f"killed{sequence}", []
+        for number in soak.rng.choices([signal.SIGTERM, signal.SIGKILL], k=3):
+            process, seconds = start(name), soak.rng.uniform(0, took)
+            try:
+                status = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(number)
+                status = process.wait(LONGEST)
+            plan.append(f"{number.name} after {seconds:.1f} s: {status}")
+            soak.runs += 1
+            # before the command has asked for the signal it dies of it, and has no jobs yet
+            if status not in (0, 128 + number, -number):
+                soak.failures.append(f"sweep: {plan}, see {place}")
+            if status in (128 + number, -number):
+                soak.kills[f"at any time, a sweep by {number.name}"] += 1
+            deadline = time.monotonic() + 60
+            while jobs() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if jobs():
+                soak.failures.append(f"sweep: {plan}: jobs are left, see {place}")
+        try:
+            assert start(name).wait(LONGEST) == 0
+            straight = {run.parent.name: run.parent for run in (place / "straight").glob("*/*/*/summary.json")}
+            killed = {run.parent.name: run.parent for run in (place / name).glob("*/*/*/summary.json")}
+            assert straight.keys() == killed.keys() == {"seed0", "seed1", "seed2"}
+            for seed in straight:
+                assert_equal_results(straight[seed], killed[seed])
+        except Exception as error:
+            soak.failures.append(f"sweep after {plan}: {error!r:.2000}, see {place / name}")
+
+
 # -- a full disk ---------------------------------------------------------------------------------------------------
 
 
@@ -498,6 +559,7 @@ def main() -> int:
         for method in ("lvt", "apd"):
             soak.case(Case.draw(method, soak.rng, own), sequences=2, through_command=True)
         two_starts(soak, own, times=3)
+        sweeps(soak, times=3)
         extra["full disk, runs by exit status"] = full_disk(soak, fills=12)
         extra["200 tasks: MB, open files, CPU ms a step"] = many_tasks(soak, 200)
         print(json.dumps(extra), soak.failures, flush=True)

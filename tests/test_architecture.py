@@ -16,7 +16,7 @@ GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
 
 LEVELS = [
     {"images"},
-    {"errors", "types", "record", "memory", "energy", "atomic", "signals"},
+    {"errors", "types", "record", "memory", "energy", "atomic", "signals", "streams"},
     {"metrics", "data", "optim", "backbones", "loggers"},
     {"buffers", "scenarios"},
     {"methods"},

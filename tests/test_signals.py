@@ -125,6 +125,7 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> No
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_signal_to_a_sweep_stops_its_jobs_in_other_processes(tmp_path):
     """Each after a checkpoint; a job that had failed by then is told of again, and the same command goes on."""
     call = [sys.executable, "-m", "cl_bench", "-m", *TINY, "trainer.epochs=2000", "backbone.hidden=[4]", "seed=0,-1,1"]

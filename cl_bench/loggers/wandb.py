@@ -7,6 +7,7 @@ import json
 import netrc
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -118,6 +119,8 @@ class Wandb(Logger):
     def _init(self, info: RunInfo, name: str) -> "wandb.Run":
         # W&B reports its own errors over the network, offline too. Whoever wants that sets the variable to true.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        if home_folder() is None:  # W&B fails without one, or makes a folder named ~ where the command was typed
+            os.environ["HOME"] = tempfile.gettempdir()
         import wandb
 
         return wandb.init(
@@ -161,14 +164,23 @@ def has_api_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    files = [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    for file in files:
+    home = home_folder()
+    files = [] if home is None else [home / ".netrc", home / "_netrc"]
+    for file in [Path(os.environ["NETRC"])] if "NETRC" in os.environ else files:
         try:
             if netrc.netrc(file).authenticators(host):
                 return True
         except (OSError, netrc.NetrcParseError):
             continue
     return False
+
+
+def home_folder() -> Path | None:
+    """Of this user; None where there is none, as in a container under an unknown number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def without_secrets(value: Any) -> Any:
