@@ -18,7 +18,8 @@ from cl_bench import __main__ as main_module
 from cl_bench import run as run_module
 
 FILES = [
-    "accuracy_matrix.csv", "config.yaml", "env.json", "metrics.jsonl", "predictions.npz", "report.html", "summary.json",
+    "accuracy_matrix.csv", "config.yaml", "env.json", "metrics.jsonl", "pace.jsonl", "predictions.npz",
+    "report.html", "summary.json",
 ]  # fmt: skip
 
 

@@ -9,11 +9,13 @@ tensors only say that they are on the GPU (``stand_ins.py``).
 import contextlib
 import json
 import os
+import runpy
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from stand_ins import CPU, CUDA, LowestCalls, Played, Pretence
 from test_command import in_process, the_run
 from test_methods import METHODS, parts_of, trainer_of
@@ -143,6 +145,11 @@ def test_the_command_reaches_its_steps_on_a_cuda_device(tmp_path, monkeypatch, p
     assert all(line["steps_per_second"] > 0 for line in pace)
 
 
+def test_the_device_of_the_tests_small_runs_can_be_chosen(monkeypatch):
+    monkeypatch.setenv("CL_BENCH_TEST_DEVICE", "cuda:0")
+    assert "device=cuda:0" in runpy.run_path(str(ROOT / "tests" / "conftest.py"))["TINY"]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_on_the_device(method, device, tmp_path, request):
@@ -205,6 +212,7 @@ def test_a_large_card_takes_larger_pieces(monkeypatch):
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", FUNCTIONAL)
 def test_a_graph_that_is_captured_and_replayed_trains_as_eager_does(method, device, tmp_path):
@@ -248,6 +256,7 @@ def test_a_run_with_graphs_stops_and_goes_on(device, tmp_path):
     assert_same(resumed, straight, device)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("device", DEVICES)
 def test_replicas_are_a_graph_together(device, tmp_path):
     seeds = range(3)

@@ -28,6 +28,7 @@ from cl_bench.loggers.console import Console
 from cl_bench.loggers.delivered import Delivered
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
+from cl_bench.loggers.pace import Pace
 from cl_bench.loggers.tensorboard import TensorBoard
 from cl_bench.loggers.wandb import Wandb, has_api_key, resolve_mode, run_id, summary_values
 from cl_bench.record import Record
@@ -142,6 +143,27 @@ def test_jsonl_refuses_to_leave_a_gap(tmp_path):
     with pytest.raises(ConfigError, match=r"metrics\.jsonl: expected the 5 lines .* got 2 lines.*overwrite=true"):
         logger.event(5, EVENTS[5])
     logger.finish("failed", None)
+
+
+def test_pace_is_that_of_the_steps_after_the_first_of_each_epoch_that_ended(tmp_path, monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 14.0, 15.0])
+    monkeypatch.setattr("cl_bench.loggers.pace.time.perf_counter", lambda: next(clock))
+    logger, step = Pace(), Progress(0, 2, 0, 0, 2, 0, 3)
+    logger.start(info(tmp_path))
+    for _ in range(3):
+        logger.step(step)
+    logger.event(0, EVENTS[1])  # two steps in two seconds
+    logger.event(1, EVENTS[3])
+    logger.step(step)
+    logger.finish("interrupted", None)
+    again = Pace()
+    again.start(info(tmp_path))
+    again.step(step)
+    again.event(1, EVENTS[2])
+    again.finish("finished", None)
+    first, second = ([*json.loads(line).values()] for line in (tmp_path / "pace.jsonl").read_text().splitlines())
+    assert first == [0, 0, 0, 10, 1.0]
+    assert second == [0, 0, 1, 20, None]
 
 
 def test_jsonl_writes_null_for_what_json_does_not_know(tmp_path):

@@ -129,6 +129,17 @@ def test_warm_up_and_capture_run_on_a_stream_of_their_own_and_replays_on_the_ask
     assert cuda.log == [*(["step", *aside] * Graphs.WARM_UP), "step", *capture, *replay, "step", *replay]
 
 
+def test_a_capture_lets_other_threads_pin_memory(tmp_path, monkeypatch):
+    """The thread that looks images up ahead does; the mode of torch's own choice forbids it to all of them."""
+    cuda = LowestCalls(monkeypatch)
+    trainer = trainer_of(parts_of("er"), tmp_path)
+    trainer.speed = Speed("graph", CUDA)
+    trainer.run()
+    begun = [line.split()[1] for line in cuda.log if line.startswith("begin")]
+    assert begun
+    assert set(begun) == {"thread_local"}
+
+
 class Uncapturable:
     """A run whose steps draw, and cannot be captured: its terms ask for a value, and the capture's end fails of it."""
 
