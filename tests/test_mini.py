@@ -64,6 +64,14 @@ def test_rehearsal_is_above_finetuning_with_every_seed(method, rows):
     assert (rows[method].values(MAIN) > bound.values(MAIN)).all()
 
 
+def test_derpp_is_below_er_without_the_task_and_above_it_with_it(rows):
+    derpp, er, lvt = rows["derpp-resnet18-reservoir"], rows["er-resnet18-reservoir"], rows["lvt-lvt-confidence_aware"]
+    assert 2 / 3 < derpp.stat(MAIN).mean / er.stat(MAIN).mean < 1
+    assert abs(derpp.stat(MAIN).mean - lvt.stat(MAIN).mean) < 1
+    known = [row.stat("task_il.average_accuracy").mean for row in (derpp, er, lvt)]
+    assert known == sorted(known, reverse=True)
+
+
 def test_joint_training_is_the_upper_bound(rows):
     for row in rows.values():
         mean = row.stat(MAIN).mean
