@@ -23,7 +23,8 @@ from cl_bench.types import Batch
 INSTRUCTION_SETS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 """Environment variables that make torch compute as on another processor; read when it is loaded."""
 
-# Compiled steps are kept from run to run. Those of another instruction set, used here, write past their memory.
+# Compiled steps are kept from run to run. With a cache that runs under several instruction sets had filled, a compiled
+# step aborted, and with an empty one it did not; so each setting has a cache of its own.
 _settings = "-".join(os.environ.get(key, "") for key in INSTRUCTION_SETS)
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"cl_bench_inductor_{_settings}")))
 

@@ -46,5 +46,5 @@ def resnet_layers(channels_in: int, width: int, num_layers: int) -> nn.Sequentia
         channels = out
     net = nn.Sequential(*layers)
     # Convolutions run about 1.5 times as fast on two CPU cores with their channels innermost. Not below eight channels:
-    # there oneDNN's gradient of a 1 x 1 convolution with stride 2 writes past its memory on processors without AVX-512.
+    # there oneDNN's gradient of a 1 x 1 convolution with stride 2, told to use AVX2, was seen to write past its memory.
     return net.to(memory_format=torch.channels_last) if width >= AVX2_CHANNELS else net
