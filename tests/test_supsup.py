@@ -690,8 +690,8 @@ def test_three_permutations_get_masks_of_their_own_without_any_task_id(tmp_path)
     )  # fmt: skip
     record = parts.trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False).run()
     # A task has masks of its own and shares none. It may take more than one, where its first checks find it unfamiliar:
-    # that is a threshold's decision, which rounding or another seed moves (seed 3 with AVX-512 and with SSE, seed 0 with
-    # AVX2, of 23 runs).
+    # that is a threshold's decision, which rounding or another seed moves (of 23 runs seed 3 with AVX-512 and with SSE,
+    # seed 0 with AVX2).
     masks = parts.method.facts()["masks_of_tasks"]
     assert len(masks) == 3
     assert all(masks)
