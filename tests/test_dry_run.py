@@ -196,9 +196,8 @@ def test_a_dry_run_of_fifty_large_tasks_ends(capsys):
     scenario = Split(source=toy_images(100, 30, 32, 3), **values, **rest).to(torch.device("cpu"))
     parts = build(config, scenario)
     began = time.process_time()  # of this process: other work on the machine does not count
-    dry_run(
-        parts, {"experiment": "e", "name": "n"}, Budget(0.0, time.process_time)
-    )  # whatever the machine can do in a second
+    # No seconds: how much fits into one depends on the machine, and on what ran in this process before.
+    dry_run(parts, {"experiment": "e", "name": "n"}, Budget(0.0, time.process_time))
     assert time.process_time() - began < 30
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert max(found["probe_batches"]) < 256
