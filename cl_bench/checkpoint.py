@@ -66,9 +66,8 @@ class Checkpoint:
         self._last_is_damaged = False
         if boundary:
             twin = self.folder / "twin.pt"
-            twin.unlink(
-                missing_ok=True
-            )  # of a save that was killed; a copy would be written into that older checkpoint
+            # Of a save that was killed; a copy would be written into that older checkpoint.
+            twin.unlink(missing_ok=True)
             try:
                 os.link(last, twin)
             except OSError:  # a file system without hard links

@@ -132,6 +132,12 @@ def typed_overrides() -> list[str]:
     return [str(text) for text in typed]
 
 
+def split_override(text: str) -> tuple[str, str]:
+    """Key and value of an override as typed, without the signs before the key."""
+    key, _, value = text.partition("=")
+    return key.lstrip("+~"), value
+
+
 def _environment(name: str, *default: str | None) -> str | None:
     if not name.startswith(VARIABLES):  # the value would stand in config.yaml, reports and logs (decision 15)
         raise ConfigError(
@@ -247,7 +253,7 @@ def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: d
     assert isinstance(raw, dict)
     given = set()
     if HydraConfig.initialized():
-        given = {text.partition("=")[0].lstrip("+") for text in typed_overrides()}
+        given = {split_override(text)[0] for text in typed_overrides()}
     for argument, when, why in vars(built).get("void", ()):
         whole = f"{key}.{argument}"
         names = {whole, str(raw.get(argument)).strip("${}")} & given

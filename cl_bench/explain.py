@@ -17,7 +17,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from cl_bench.config import CONFIGS, Run, composed
+from cl_bench.config import CONFIGS, Run, composed, split_override
 from cl_bench.errors import ConfigError, RunError, within
 
 ANYWHERE = "--cfg job prints every key."
@@ -84,12 +84,12 @@ class CommandLine:
 
     def typed(self, key: str) -> str | None:
         """The value that was typed for ``key``, None where it was not."""
-        return next((value for name, value in map(_split, reversed(self.overrides)) if name == key), None)
+        return next((value for name, value in map(split_override, reversed(self.overrides)) if name == key), None)
 
     def without(self, key: str) -> DictConfig:
         """The configuration that the rest of the command line describes; of a sweep, that of its first job."""
         searched = [f"file://{folder.resolve()}" for folder in self.folders[:-1]]
-        others = [_first(text) for text in self.overrides if _split(text)[0] != key]
+        others = [_first(text) for text in self.overrides if split_override(text)[0] != key]
         try:
             return composed([f"hydra.searchpath=[{','.join(searched)}]", *others])
         except Exception:  # something else is wrong with it, too
@@ -98,7 +98,7 @@ class CommandLine:
     def files(self) -> Iterator[tuple[Path, str]]:
         """The files that were chosen here and those that they choose, with the package that each one fills."""
         for text in reversed(self.overrides):  # the last one counts
-            group, options = _split(text)
+            group, options = split_override(text)
             for option in options.split(","):
                 yield from self._file_and_below(group.partition("@")[0], option)
 
@@ -137,12 +137,6 @@ class CommandLine:
                 if re.search(pattern, line.partition("#")[0]):
                     return f" It stands in {_shown(file)}, line {number}."
         return ""
-
-
-def _split(override: str) -> tuple[str, str]:
-    """Key and value of an override as typed, without the signs before the key."""
-    key, _, value = override.partition("=")
-    return key.lstrip("+~"), value
 
 
 def _first(override: str) -> str:
@@ -222,7 +216,7 @@ def _explain_hydra(error: Exception, line: CommandLine) -> str:
 
 def _unreadable(override: str) -> str:
     """An override that Hydra's grammar does not take, and how to quote it."""
-    key, value = _split(override)
+    key, value = split_override(override)
     whole = f"command line: expected group=NAME and key=VALUE; got {override}."
     if "=" not in override:
         known = (CONFIGS / "experiment" / f"{key}.yaml").is_file()

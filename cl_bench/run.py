@@ -18,7 +18,7 @@ from torch import Tensor
 from cl_bench import folder as files
 from cl_bench.build import KINDS, Parts, build, component, identity, loggers
 from cl_bench.checkpoint import Checkpoint
-from cl_bench.config import INCOMPARABLE, fingerprint, plain, typed_overrides
+from cl_bench.config import INCOMPARABLE, fingerprint, plain, split_override, typed_overrides
 from cl_bench.errors import ConfigError, RunError, require
 from cl_bench.explain import refuse_unread_keys
 from cl_bench.loggers.base import Logger, RunInfo
@@ -254,8 +254,8 @@ def _as_published(values: dict[str, Any]) -> bool:
 def _telling_overrides() -> list[str]:
     """What was typed that makes this run another one than the experiment's file says."""
     neutral = {*INCOMPARABLE, "scale"} - {"class_order_seed", "data_seed"}
-    typed = [(text, text.split("=", 1)[0].lstrip("+~")) for text in typed_overrides()]
     free = ("logger", "metrics", "hydra")
+    typed = [(text, split_override(text)[0]) for text in typed_overrides()]
     return [text for text, key in typed if key not in neutral and key.split(".")[0] not in free]
 
 

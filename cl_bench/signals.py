@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
@@ -19,30 +19,47 @@ _depth = 0  # of breakable() blocks
 
 
 @contextmanager
+def handle_once(act: Callable[[int], None], words: str) -> Iterator[None]:
+    """Within, the first SIGINT and the first SIGTERM say ``words`` and call ``act`` with their number.
+
+    The second one of a kind does what it did before. Outside the main thread, where a sweep may run its jobs, signals
+    cannot be caught, and nothing changes.
+    """
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before[number])
+        with suppress(RuntimeError, OSError, ValueError):  # stderr is gone, or was being written to at this moment
+            print(words, file=sys.stderr)
+        act(number)
+
+    with suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
+
+
+@contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them; the second one of a kind is not collected any more."""
     global _caught
     caught: list[int] = []
-    before: dict[int, Any] = {}
     outer = _caught
 
-    def catch(number: int, frame: FrameType | None) -> None:
+    def catch(number: int) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
-        with suppress(RuntimeError, OSError, ValueError):  # stderr is gone, or was being written to at this moment
-            print("Stopping; once more to stop at once.", file=sys.stderr)
         if _depth:
             raise Interrupted
 
     _caught = caught
-    with suppress(ValueError):  # a sweep may run jobs in a thread, where signals cannot be caught
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, catch)
     try:
-        yield caught
+        with handle_once(catch, "Stopping; once more to stop at once."):
+            yield caught
     finally:
-        for caught_before, handler in before.items():
-            signal.signal(caught_before, handler)
         _caught = outer
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -27,6 +26,7 @@ from omegaconf import DictConfig
 
 from cl_bench.config import typed_overrides
 from cl_bench.explain import explain, status_of
+from cl_bench.signals import handle_once
 from cl_bench.streams import outlive_readers
 
 POLL_SECONDS = 0.2
@@ -66,26 +66,16 @@ class Sweep:
     @contextmanager
     def stoppable(self) -> Iterator[None]:
         """On SIGINT or SIGTERM the jobs leave, each after a checkpoint, and then this process; the second kills it."""
-        before: dict[int, Any] = {}
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            signal.signal(number, before[number])
-            with suppress(RuntimeError, OSError, ValueError):  # stderr is gone, or was being written to
-                print("Stopping the jobs of this sweep; once more to stop at once.", file=sys.stderr)
+        def stop(number: int) -> None:
             self._make_folder()
             (self.folder / "stop").touch()
             while any(_alive(int(file.suffix[1:])) for file in self.folder.glob("job.*")):
                 time.sleep(POLL_SECONDS)
             raise SystemExit(128 + number)
 
-        with suppress(ValueError):  # not in the main thread, where signals cannot be caught
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, stop)
-        try:
+        with handle_once(stop, "Stopping the jobs of this sweep; once more to stop at once."):
             yield
-        finally:
-            for caught_before, handler in before.items():
-                signal.signal(caught_before, handler)
 
     def close(self) -> list[JobFailed]:
         """The failures of all jobs, in the order of their coming; the folder is removed."""
@@ -166,9 +156,8 @@ class Sweep:
         """Within, a stopped sweep makes this process catch SIGTERM, as often as it takes."""
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to the command, which writes `stop`
-            before = signal.signal(
-                signal.SIGTERM, lambda *args: None
-            )  # where the run does not catch it yet, or no more
+            # where the run does not catch it yet, or no more
+            before = signal.signal(signal.SIGTERM, lambda *args: None)
         except ValueError:  # a launcher may run jobs in threads, where signals cannot be caught
             yield
             return

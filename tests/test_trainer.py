@@ -1,5 +1,6 @@
 """The loop: schedules, clipping, order, logs, and what stops it."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -216,7 +217,9 @@ def test_batches_that_batchnorm_cannot_normalise_are_refused(overrides, key):
 )
 def test_single_images_that_can_be_learned_are(overrides, tmp_path):
     small = ["trainer.epochs=1", "scenario.train_per_class=2"]
-    trainer_of(build(configure(*TINY, *overrides, *small)), tmp_path).run()
+    record = trainer_of(build(configure(*TINY, *overrides, *small)), tmp_path).run()
+    assert record.cost.samples_seen == 2 * 10  # two tasks of five classes, each image once
+    assert math.isfinite(record.task_il.accuracy[-1].mean())
 
 
 def test_maps_of_several_pixels_are_normalised_image_by_image():

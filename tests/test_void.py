@@ -55,25 +55,28 @@ def test_every_declaration_is_tried():
 
 
 @pytest.mark.parametrize(
-    "fine",
+    ("fine", "found", "expected"),
     [
-        ["scenario.num_tasks=2", "scenario.classes_per_task=[5,5]"],  # they say the same
-        ["scenario.classes_per_task=[5,5]"],  # the other one stands in a file
-        [
-            "scenario=permuted_digits",
-            "scenario.num_tasks=2",
-            "scenario.classes_per_task=[5,10,5]",
-        ],  # its source reads it
-        ["scenario.class_order=random", "class_order_seed=3"],
-        ["scenario.test_per_class=3", "data_seed=3"],
-        ["method=ewc", "method.online=true", "method.decay=0.5"],
-        ["buffer.capacity=0"],
+        # they say the same
+        (["scenario.num_tasks=2", "scenario.classes_per_task=[5,5]"], lambda p: len(p.scenario.tasks), 2),
+        # the other one stands in a file
+        (["scenario.classes_per_task=[5,5]"], lambda p: len(p.scenario.tasks), 2),
+        # its source reads it
+        (
+            ["scenario=permuted_digits", "scenario.num_tasks=2", "scenario.classes_per_task=[5,10,5]"],
+            lambda p: [len(task.classes) for task in p.scenario.tasks],
+            [5, 10, 5],
+        ),
+        (["scenario.class_order=random", "class_order_seed=3"], lambda p: sorted(p.scenario.class_order), [*range(10)]),
+        (["scenario.test_per_class=3", "data_seed=3"], lambda p: sum(len(t.test) for t in p.scenario.tasks), 30),
+        (["method=ewc", "method.online=true", "method.decay=0.5"], lambda p: p.method.decay, 0.5),
+        (["buffer.capacity=0"], lambda p: p.buffer.capacity, 0),
     ],
 )
-def test_what_acts_is_taken(fine):
+def test_what_acts_is_taken(fine, found, expected):
     config = configure(*fine)
     refuse_unread_keys(config, fine)
-    build(config)
+    assert found(build(config)) == expected
 
 
 def test_a_seed_that_nothing_refers_to_is_refused():
