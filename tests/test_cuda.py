@@ -176,6 +176,13 @@ def test_the_pretence_tells_what_a_gpu_would_refuse_or_wait_for(pretence):
     assert pretence.waits == ["__getitem__", "__bool__"]
 
 
+def test_the_pretence_leaves_torch_as_it_was():
+    before = dict(vars(torch.Tensor))
+    with Pretence():
+        assert torch.nn.Parameter(torch.zeros(3, device=CUDA)).device == CUDA
+    assert dict(vars(torch.Tensor)) == before
+
+
 # -- a step and the bus ------------------------------------------------------------------------------------------------
 
 

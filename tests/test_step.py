@@ -237,6 +237,7 @@ def test_results_of_a_graph_lie_in_the_same_places(tmp_path):
     assert places[-1] == places[-2]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch 2.11 itself calls it
 def test_a_compiled_step_trains_as_eager_does_within_rounding(tmp_path):
     speed = lambda trainer: Speed("compile", torch.device("cpu"))  # noqa: E731
     few_shapes = ["trainer.batch_size=10", "buffer.capacity=10"]  # each is compiled
