@@ -25,6 +25,7 @@ from cl_bench import run as run_module
 from cl_bench.buffers.herding import herding_order
 from cl_bench.build import choose_device
 from cl_bench.errors import ConfigError, RunError
+from cl_bench.folder import cuda_facts
 from cl_bench.images import HostImages
 from cl_bench.methods import ewc, supsup
 from cl_bench.replicas import lead, obstacle
@@ -122,8 +123,7 @@ def test_every_accelerator_has_its_index_and_a_wrong_one_is_refused(monkeypatch)
 def test_the_command_reaches_its_steps_on_a_cuda_device(tmp_path, monkeypatch, pretence):
     """As far as a CPU can go: to its end, but a replay computes nothing, so the accuracies mean nothing."""
     monkeypatch.setattr(run_module, "write_report", lambda place: None)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # as it was, afterwards
-    arguments = ["+experiment=quickstart", "device=cuda", "logger=none", "trainer.cudnn_benchmark=true"]
+    arguments = ["+experiment=quickstart", "device=cuda", "logger=none"]
     few = ["scenario.num_tasks=2", "scenario.train_per_class=20", "scenario.test_per_class=4", "trainer.epochs=2"]
     assert in_process(*arguments, *few, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     run = the_run(tmp_path)
@@ -135,12 +135,18 @@ def test_the_command_reaches_its_steps_on_a_cuda_device(tmp_path, monkeypatch, p
         "cudnn": torch.backends.cudnn.version(),
         "convolutions": "tf32",
         "matrix_products": "highest",
-        "cudnn_benchmark": True,
+        "cudnn_benchmark": False,
         "cudnn_deterministic": False,
     }
     pace = [json.loads(line) for line in (run / "pace.jsonl").read_text().splitlines()]
     assert [(line["task"], line["epoch"], line["step"]) for line in pace[:3]] == [(0, 0, 4), (0, 1, 8), (1, 0, 12)]
     assert all(line["steps_per_second"] > 0 for line in pace)
+
+
+def test_cudnn_tries_its_algorithms_where_it_is_asked_to(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # as it was, afterwards
+    parts_of("er", "trainer.cudnn_benchmark=true")
+    assert cuda_facts()["cudnn_benchmark"]
 
 
 def test_the_device_of_the_tests_small_runs_can_be_chosen(monkeypatch):
