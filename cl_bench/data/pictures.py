@@ -11,7 +11,7 @@ UNREADABLE = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS"}
 """Kinds that PIL knows by name only or gives to another program, and FITS, whose scale it ignores."""
 
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
-"""Tags of a TIFF file: bits of a value, 0 where 0 is white, 2 where each channel is a plane, 2 where values are signed."""
+"""Tags of a TIFF file: bits of a value; 0 where 0 is white; 2 where each channel is a plane, or values are signed."""
 
 
 @cache
@@ -88,7 +88,7 @@ class Decoder:
 
 
 def _refuse_what_pil_misreads(picture: Image.Image) -> None:
-    """Refuse what PIL opens without an error and with other values than the file has; to be asked before it is loaded."""
+    """Refuse what PIL would open to other values than the file has, without a word; asked before it is loaded."""
     tags = getattr(picture, "tag_v2", {})
     bits = max(tags.get(BITS, (1,)))
     if bits > 8 and tags.get(PLANAR) == 2 and len(picture.getbands()) > 1:
