@@ -161,6 +161,9 @@ def _refuse_false_names(values: dict[str, Any]) -> None:
     """``choices`` is a record of what was chosen; set by hand, a run would go under another method's name."""
     chosen = HydraConfig.get().runtime.choices
     for group, name in values["choices"].items():
+        require(
+            group in chosen, f"choices.{group}", expected="what was chosen", got="no such group", fix="Leave it out."
+        )
         if name != chosen.get(group):
             raise ConfigError(
                 f"choices.{group}",
