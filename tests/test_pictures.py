@@ -88,6 +88,21 @@ def png16(colour: list[int], kind: int, extra: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IDAT", zlib.compress(4 * row)) + chunk(b"IEND", b"")
 
 
+def planes(values: np.ndarray) -> bytes:
+    """A TIFF file of three channels (3, H, W), each stored as a plane."""
+    numbers = {256: [4], 257: [4], 258: [8 * values.itemsize] * 3, 259: [1], 262: [2], 273: [0] * 3, 277: [3]}
+    numbers |= {278: [4], 279: [values[0].nbytes] * 3, 284: [2]}
+    behind = 8 + 2 + 12 * len(numbers) + 4  # where what does not fit into an entry begins
+    lists = {tag: behind + 12 * i for i, tag in enumerate(tag for tag in numbers if len(numbers[tag]) > 1)}
+    start = behind + 12 * len(lists)
+    numbers[273] = [start + i * values[0].nbytes for i in range(3)]
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, len(given), lists.get(tag, given[0])) for tag, given in numbers.items()
+    )
+    rest = b"".join(struct.pack("<3I", *numbers[tag]) for tag in lists)
+    return b"II" + struct.pack("<HIH", 42, 8, len(numbers)) + entries + bytes(4) + rest + values.tobytes()
+
+
 def tiff(values: np.ndarray, sample: int, bits: int = 0, photometric: int = 1, orientation: int = 1) -> bytes:
     """One channel (H, W); ``sample`` 1 unsigned, 2 signed, 3 floating-point; with ``bits``, rows of packed bytes."""
     order = {"<": "<", ">": ">"}.get(values.dtype.str[0], "<")
@@ -165,6 +180,42 @@ def test_what_has_no_usual_range_needs_one(case, tmp_path):
         with pytest.raises(ValueError, match=r"of unknown range: set scenario.source.value_range=\[LOW,HIGH\]"):
             Decoder(2, (0, 0, 0), None).decode(tmp_path / "picture")
     assert np.unique(Decoder(2, (0, 0, 0), tuple(stated)).decode(tmp_path / "picture")).tolist() == [expected]
+
+
+MISREAD = {
+    "16 bits in planes": (planes(np.full((3, 4, 4), 30000, "<u2")), "16 bits a channel in planes"),
+    "signed 8-bit integers": (tiff(full(-5, "i1"), 2), "signed 8-bit integers"),
+    "a clear colour of 16 bits, RGB": (
+        png16([30000, 20000, 10000], 2, chunk(b"tRNS", struct.pack(">3H", 30000, 20000, 10000))),
+        "a transparent colour of 16 bits",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_what_pil_would_open_to_other_values_is_refused(case, tmp_path):
+    content, message = MISREAD[case]
+    (tmp_path / "picture").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Decoder(2, (0, 128, 255), None).decode(tmp_path / "picture")
+    with Image.open(tmp_path / "picture") as picture:
+        picture.load()  # PIL says nothing of it
+
+
+def test_planes_of_eight_bits_are_taken(tmp_path):
+    (tmp_path / "picture").write_bytes(planes(np.stack([full(value, "u1") for value in (200, 100, 50)])))
+    image = Decoder(2, (0, 0, 0), None).decode(tmp_path / "picture")
+    assert [np.unique(channel).tolist() for channel in image] == [[200], [100], [50]]
+
+
+def test_pictures_of_a_kind_whose_scale_pil_ignores_are_left_out(tmp_path, capsys):
+    root = pictures(tmp_path / "mine")
+    cards = ["SIMPLE  =                    T", "BITPIX  =                   16", "NAXIS   =                    2"]
+    cards += ["NAXIS1  =                    4", "NAXIS2  =                    4", "END"]
+    header = "".join(card.ljust(80) for card in cards).ljust(2880).encode()
+    (root / "train" / "ant" / "star.fits").write_bytes(header + full(100, ">i2").tobytes().ljust(2880, b"\0"))
+    assert len(opened(root).train_labels) == 18
+    assert "1 named *.fits" in capsys.readouterr().err
 
 
 def test_values_that_are_no_numbers_are_refused(tmp_path):
