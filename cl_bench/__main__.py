@@ -13,16 +13,16 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from cl_bench.config import CONFIGS
-from cl_bench.errors import ConfigError
-from cl_bench.explain import explain, status_of
-from cl_bench.streams import outlive_readers
-from cl_bench.sweep import JobFailed, Sweep
+from cl_bench.config.schema import CONFIGS
+from cl_bench.core.errors import ConfigError
+from cl_bench.config.explain import explain, status_of
+from cl_bench.system.streams import outlive_readers
+from cl_bench.runs.sweep import JobFailed, Sweep
 
 
 def job(config: DictConfig) -> Any:
     """One job: the run itself, or one of a sweep."""
-    from cl_bench.run import run
+    from cl_bench.runs.run import run
 
     _refuse_search_on_test(config)
     return run(config)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from cl_bench.errors import require, void
+from cl_bench.core.errors import require, void
 
 
 def sgd(

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cl_bench.errors import ConfigError
+from cl_bench.core.errors import ConfigError
 from cl_bench.report.compare import compare, show, write
-from cl_bench.streams import outlive_readers
+from cl_bench.system.streams import outlive_readers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,15 +34,15 @@ from test_loggers import logged, points, wandb_files, wandb_records
 from test_methods import METHODS, MLP_RESERVOIR, SUITS
 from test_pictures import pictures
 
-import cl_bench.evaluate as evaluation
+import cl_bench.engine.evaluate as evaluation
 from cl_bench import __main__ as main_module
-from cl_bench import folder as files
-from cl_bench import run as run_module
+from cl_bench.runs import run_dir as files
+from cl_bench.runs import run as run_module
 from cl_bench.data import digits  # noqa: F401 - loaded before the forks
 from cl_bench.data.pictures import Decoder, kinds
-from cl_bench.record import Record
+from cl_bench.core.record import Record
 from cl_bench.report import page
-from cl_bench.trainer import Trainer
+from cl_bench.engine.trainer import Trainer
 
 MLP = ["backbone=mlp", "backbone.hidden=[32]"]
 SLIM = ["backbone=resnet18_slim", "backbone.width=4"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cl_bench.step import state_of
+from cl_bench.engine.step import state_of
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")

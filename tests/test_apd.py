@@ -8,12 +8,12 @@ from test_losses import array, cross_entropy
 from test_methods import trainer_of
 
 from cl_bench.backbones.apd import NO_GROUP, APDNet, ResponseNorm
-from cl_bench.build import Parts, build
-from cl_bench.errors import ConfigError
+from cl_bench.config.build import Parts, build
+from cl_bench.core.errors import ConfigError
 from cl_bench.methods.apd import APD, k_means, split
 from cl_bench.metrics.forgetting import forgetting
 from cl_bench.scenarios.split import Split
-from cl_bench.types import Data, Task
+from cl_bench.core.types import Data, Task
 
 pytestmark = pytest.mark.arithmetic
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, configure
 from omegaconf import OmegaConf
 
-from cl_bench.build import RUNTIME
-from cl_bench.config import arguments, named, plain, target
+from cl_bench.config.build import RUNTIME
+from cl_bench.config.schema import arguments, named, plain, target
 
 PACKAGE = ROOT / "cl_bench"
 GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
@@ -129,8 +129,8 @@ def test_the_backbone_brings_its_method_and_the_command_line_wins():
 
 
 def test_mini_is_smaller_and_never_held_to_a_published_number():
-    from cl_bench.config import comparable, plain
-    from cl_bench.run import base_summary
+    from cl_bench.config.schema import comparable, plain
+    from cl_bench.runs.run import base_summary
 
     for name, full, mini in (("lvt", 64, 16), ("resnet18", 64, 20)):
         assert configure(f"backbone={name}").backbone.width == full
@@ -182,7 +182,7 @@ ABLATIONS = sorted(p for p in (ROOT / "configs" / "ablation").glob("*.yaml") if 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
 def test_an_ablation_changes_its_experiment_and_its_name_only(path):
-    from cl_bench.config import comparable, plain
+    from cl_bench.config.schema import comparable, plain
 
     method = path.stem.split("_without_")[0]
     (experiment,) = [p.stem for p in (ROOT / "configs" / "experiment").glob(f"{method}_cifar100_10s*.yaml")]

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from cl_bench.checkpoint import Checkpoint
+from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.group import Loggers
 
 sys.path.insert(0, str(ROOT / "scripts"))

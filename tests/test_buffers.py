@@ -15,8 +15,8 @@ from cl_bench.buffers.fixed_memory import FixedMemory
 from cl_bench.buffers.herding import Herding, herding_order
 from cl_bench.buffers.none import NoBuffer
 from cl_bench.buffers.reservoir import Reservoir
-from cl_bench.errors import ConfigError
-from cl_bench.types import Data, Task
+from cl_bench.core.errors import ConfigError
+from cl_bench.core.types import Data, Task
 
 POLICIES = [Reservoir, FixedMemory, ConfidenceAware, Herding]
 

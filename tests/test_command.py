@@ -15,7 +15,7 @@ import torch
 from conftest import DATA, ROOT, TINY, command, command_environment, configure, needs_cifar100
 
 from cl_bench import __main__ as main_module
-from cl_bench import run as run_module
+from cl_bench.runs import run as run_module
 
 FILES = [
     "accuracy_matrix.csv", "config.yaml", "env.json", "metrics.jsonl", "pace.jsonl", "predictions.npz",
@@ -178,7 +178,7 @@ def test_signals_save_and_leave_and_the_same_command_goes_on(tmp_path):
 
 
 def test_a_second_process_on_one_run_folder_is_refused(tmp_path, monkeypatch, capsys):
-    from cl_bench.folder import locked
+    from cl_bench.runs.run_dir import locked
 
     arguments = [*TINY, f"results_dir={tmp_path}/r"]
     assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
@@ -539,7 +539,7 @@ def test_a_quoted_value_is_taken_as_it_was_meant(monkeypatch, tmp_path):
 def explain_value(override: str) -> str:
     from hydra.errors import OverrideParseException
 
-    from cl_bench.explain import explain
+    from cl_bench.config.explain import explain
 
     return explain(OverrideParseException(override, "")).rpartition(": ")[2].strip("'")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cl_bench import folder as files
+from cl_bench.runs import run_dir as files
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from test_report import TASKS, make_run
 
-from cl_bench.errors import ConfigError
+from cl_bench.core.errors import ConfigError
 from cl_bench.report import plots
 from cl_bench.report.compare import MAIN, Column, Stat, compare, holm, show, tables, write
 

@@ -11,9 +11,9 @@ from test_methods import SUITS, trainer_of
 from torch import Tensor
 
 from cl_bench.backbones.den import DEN
-from cl_bench.build import Parts, build
-from cl_bench.checkpoint import Checkpoint, cloned
-from cl_bench.errors import ConfigError
+from cl_bench.config.build import Parts, build
+from cl_bench.engine.checkpoint import Checkpoint, cloned
+from cl_bench.core.errors import ConfigError
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.den import (
     DynamicallyExpandable,
@@ -26,7 +26,7 @@ from cl_bench.methods.den import (
     soft_threshold,
 )
 from cl_bench.optim import Exponential
-from cl_bench.trainer import Interrupted
+from cl_bench.engine.trainer import Interrupted
 
 pytestmark = pytest.mark.arithmetic
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import TINY, configure
 
-from cl_bench.build import build
-from cl_bench.checkpoint import Checkpoint
-from cl_bench.energy import Meter
+from cl_bench.config.build import build
+from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.system.energy import Meter
 from cl_bench.loggers.group import Loggers
-from cl_bench.trainer import Interrupted
+from cl_bench.engine.trainer import Interrupted
 
 CUDA = torch.device("cuda", 1)
 
@@ -71,7 +71,7 @@ def test_energy_is_unknown_where_it_cannot_be_read(nvml, monkeypatch):
 @pytest.fixture
 def metered(nvml, monkeypatch):
     """The run's device is the CPU; its energy is that of the fake card."""
-    monkeypatch.setattr("cl_bench.trainer.Meter", lambda device: Meter(CUDA))
+    monkeypatch.setattr("cl_bench.engine.trainer.Meter", lambda device: Meter(CUDA))
 
 
 def run(folder, stop=lambda: False) -> float | None:

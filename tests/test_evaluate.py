@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_split import split
 
-from cl_bench import evaluate as module
-from cl_bench.evaluate import evaluate
+from cl_bench.engine import evaluate as module
+from cl_bench.engine.evaluate import evaluate
 from cl_bench.methods.base import Method
 from cl_bench.metrics.auroc import one_vs_rest
 from cl_bench.scenarios.shared_labels import SharedLabels

@@ -24,11 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from test_methods import METHODS, MLP_RESERVOIR, SUITS
 
-from cl_bench.build import build, identity, loggers
-from cl_bench.config import CONFIGS, plain
-from cl_bench.errors import ConfigError
-from cl_bench.explain import explain
-from cl_bench.run import base_summary, run_folder
+from cl_bench.config.build import build, identity, loggers
+from cl_bench.config.schema import CONFIGS, plain
+from cl_bench.core.errors import ConfigError
+from cl_bench.config.explain import explain
+from cl_bench.runs.run import base_summary, run_folder
 
 EXAMPLES = int(os.environ.get("CL_BENCH_FUZZ", "60"))
 GROUPS = ["method", "backbone", "buffer", "scenario", "optimizer", "schedule", "trainer", "metrics", "logger"]
@@ -40,7 +40,7 @@ VALUES = [
     "99999999999999999999999999", "true", "false", "null", "''", "abc", "größe", "'日本語'", "'a b'", "[]", "[1]",
     "[0]",
     "[-1,2]", "[1,[2]]", "[null]", "[a,b]", "[1e30]", "[1000000000000]", "{}", "{a:1}", "{_target_:os.system}",
-    "/nowhere", "/dev/null", "'../..'", "${seed}", "${nothing}", "${oc.env:HOME}", "${scenario}", "cl_bench.run.run",
+    "/nowhere", "/dev/null", "'../..'", "${seed}", "${nothing}", "${oc.env:HOME}", "${scenario}", "cl_bench.runs.run.run",
     "cl_bench.methods.finetune.Finetune", "cl_bench.optim.sgd", "'a\0b'",
 ]  # fmt: skip
 
@@ -67,7 +67,7 @@ CHOICES = {group: sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 PLAIN = [
     0, 1, 2, 3, -1, -7, 0.5, 1.0, 1e30, -1e30, 1e-30, math.nan, math.inf, -math.inf, 10**12, 10**26, True, False, None,
     "", "abc", "größe", "日本語", [], [1], [0], [-1, 2], [1, [2]], [None], ["a", "b"], [1e30], [10**12], {}, {"a": 1},
-    {"_target_": "os.system"}, "/nowhere", "/dev/null", "../..", "a\0b", "cl_bench.run.run", "cl_bench.optim.sgd",
+    {"_target_": "os.system"}, "/nowhere", "/dev/null", "../..", "a\0b", "cl_bench.runs.run.run", "cl_bench.optim.sgd",
 ]  # fmt: skip
 
 choice = st.sampled_from(GROUPS).flatmap(lambda group: st.sampled_from(CHOICES[group]).map(f"{group}={{}}".format))

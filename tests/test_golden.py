@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_methods import METHODS, parts_of
 
-from cl_bench.checkpoint import Checkpoint
+from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.base import Logger
 from cl_bench.loggers.jsonl import finite
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from speed import visit as parts
 
-from cl_bench.folder import commit
+from cl_bench.runs.run_dir import commit
 
 SCRIPT = ROOT / "scripts" / "gpu_visit.py"
 

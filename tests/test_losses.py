@@ -21,7 +21,7 @@ from cl_bench.methods.finetune import Finetune
 from cl_bench.methods.icarl import ICaRL
 from cl_bench.methods.lvt import LifelongViT
 from cl_bench.methods.lwf import LwF
-from cl_bench.types import Data, Task
+from cl_bench.core.types import Data, Task
 
 pytestmark = pytest.mark.arithmetic
 

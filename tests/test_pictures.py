@@ -20,13 +20,13 @@ from PIL import Image
 from test_command import assert_equal_results, in_process, the_run
 from test_faults import no_file_above
 
-from cl_bench import run as run_module
-from cl_bench.build import build, identity
-from cl_bench.config import comparable, fingerprint, plain
+from cl_bench.runs import run as run_module
+from cl_bench.config.build import build, identity
+from cl_bench.config.schema import comparable, fingerprint, plain
 from cl_bench.data.digits import digits
 from cl_bench.data.folder import folder
 from cl_bench.data.pictures import Decoder
-from cl_bench.errors import ConfigError
+from cl_bench.core.errors import ConfigError
 
 WHITE = [255, 255, 255]
 
@@ -717,7 +717,7 @@ import torch
 from cl_bench.data.transform import Transform
 from cl_bench.scenarios.base import Scenario
 from cl_bench.scenarios.split import Split
-from cl_bench.types import Data, Task
+from cl_bench.core.types import Data, Task
 
 
 class Own(Scenario):

@@ -8,9 +8,9 @@ import torch
 from conftest import TINY, command, configure
 from test_methods import parts_of, trainer_of
 
-from cl_bench.build import build
-from cl_bench.replicas import lead, obstacle
-from cl_bench.trainer import Interrupted, follow
+from cl_bench.config.build import build
+from cl_bench.engine.replicas import lead, obstacle
+from cl_bench.engine.trainer import Interrupted, follow
 
 pytestmark = pytest.mark.arithmetic
 

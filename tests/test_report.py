@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from cl_bench.errors import ConfigError
+from cl_bench.core.errors import ConfigError
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.forgetting import forgetting
-from cl_bench.record import Cost, Matrix, Record
+from cl_bench.core.record import Cost, Matrix, Record
 from cl_bench.report import page, plots
 
 GOLDEN = [[95], [80, 90], [70, 75, 92], [72, 66, 78, 88], [60, 58, 64, 70, 91]]
@@ -391,7 +391,7 @@ def test_a_summary_of_no_finished_run_is_refused(tmp_path, text, got):
 
 @pytest.mark.parametrize("missing", ["rich.console", "rich.table"])
 def test_a_finished_run_does_without_the_packages_of_its_report(tmp_path, monkeypatch, capsys, missing):
-    from cl_bench.run import show
+    from cl_bench.runs.run import show
 
     monkeypatch.setitem(sys.modules, missing, None)
     show(make_run(tmp_path), {}, report=False)

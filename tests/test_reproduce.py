@@ -13,9 +13,9 @@ from conftest import ROOT, configure
 from omegaconf import OmegaConf
 from test_report import TASKS, make_run
 
-from cl_bench.build import RUNTIME
-from cl_bench.config import arguments, comparable, plain, target
-from cl_bench.errors import ConfigError
+from cl_bench.config.build import RUNTIME
+from cl_bench.config.schema import arguments, comparable, plain, target
+from cl_bench.core.errors import ConfigError
 from cl_bench.report import reproduction
 from cl_bench.report.published import Group, Kind, chosen, read_groups
 from cl_bench.report.reproduction import fill, lines, read_records, tables, write_all

@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, TINY, configure
 from test_command import in_process, the_run
 
-from cl_bench.build import build, loggers
-from cl_bench.checkpoint import Checkpoint
-from cl_bench.errors import ConfigError
+from cl_bench.config.build import build, loggers
+from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.core.errors import ConfigError
 from cl_bench.report.page import write_report
 
 # -- targets -------------------------------------------------------------------------------------------------------
@@ -45,9 +45,9 @@ DANGEROUS = [
     "torch.load", "torch.hub.load", "torch.distributed.run.main", "torch.utils.cpp_extension.load_inline",
     "torch.os.system", "torchvision.datasets.utils.download_url", "timm.models.load_checkpoint", "builtins.eval",
     # of the allowed packages: what they import themselves, and what is no part of a run
-    "cl_bench.folder.subprocess.run", "cl_bench.folder.os.system", "cl_bench.run.shutil", "cl_bench.folder.importlib",
-    "cl_bench.folder.contextmanager", "cl_bench.__main__.main", "cl_bench.run.run", "cl_bench.run._empty",
-    "cl_bench.atomic.write_text", "cl_bench.loggers.wandb.Path", "cl_bench.config.OmegaConf",
+    "cl_bench.runs.run_dir.subprocess.run", "cl_bench.runs.run_dir.os.system", "cl_bench.runs.run.shutil", "cl_bench.runs.run_dir.importlib",
+    "cl_bench.runs.run_dir.contextmanager", "cl_bench.__main__.main", "cl_bench.runs.run.run", "cl_bench.runs.run._empty",
+    "cl_bench.system.atomic.write_text", "cl_bench.loggers.wandb.Path", "cl_bench.config.schema.OmegaConf",
     "torch.optim.optimizer.warnings.warn", "torch.optim.lr_scheduler.LambdaLR",
 ]  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_a_trusted_package_is_asked_for_by_name(tmp_path, monkeypatch):
         "from cl_bench.methods.finetune import Finetune\n"
         "class Mine(Finetune): pass\n"
         "def share(matrix: 'Matrix') -> float: return 0.0\n"
-        "from cl_bench.record import Matrix\n"
+        "from cl_bench.core.record import Matrix\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     parts = build(configure("method._target_=mine.Mine", "+metrics.share=mine.share", "allow_packages=[mine]"))

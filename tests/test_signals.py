@@ -17,8 +17,8 @@ from conftest import TINY, command_environment
 from PIL import Image
 from test_command import assert_equal_results, in_process, the_run
 
-import cl_bench.evaluate as evaluation
-from cl_bench import run as run_module
+import cl_bench.engine.evaluate as evaluation
+from cl_bench.runs import run as run_module
 from cl_bench.data import cifar100
 from cl_bench.methods.ewc import EWC
 
@@ -162,7 +162,7 @@ def wait_until_gone(pids: list[int]) -> None:
 COMMAND = """
 import subprocess, sys, time
 from pathlib import Path
-from cl_bench.sweep import Sweep
+from cl_bench.runs.sweep import Sweep
 
 sweep = Sweep([], folder=Path("sweep"))
 subprocess.Popen([sys.executable, "job.py", str(sweep.pid)])
@@ -172,8 +172,8 @@ time.sleep(600)
 JOB = """
 import sys, time
 from pathlib import Path
-from cl_bench.signals import stop_signals
-from cl_bench.sweep import Sweep
+from cl_bench.system.signals import stop_signals
+from cl_bench.runs.sweep import Sweep
 
 def job(config):
     with stop_signals() as caught:

@@ -5,12 +5,12 @@ import torch
 from stand_ins import CUDA, LowestCalls, Played
 from test_methods import METHODS, parts_of, trainer_of
 
-from cl_bench.errors import ConfigError, RunError
+from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.methods.base import FunctionalMethod
 from cl_bench.methods.er import ER
-from cl_bench.replicas import lead
-from cl_bench.step import Graphs, Speed, obstacle_to_graphs, state_of
-from cl_bench.trainer import Interrupted, follow
+from cl_bench.engine.replicas import lead
+from cl_bench.engine.step import Graphs, Speed, obstacle_to_graphs, state_of
+from cl_bench.engine.trainer import Interrupted, follow
 
 pytestmark = pytest.mark.arithmetic
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, TINY, command_environment
 from test_command import in_process, the_run
 
-from cl_bench import run as run_module
+from cl_bench.runs import run as run_module
 
 RUN = [*TINY, "backbone.hidden=[4]", "results_dir=r"]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -60,7 +60,7 @@ def test_no_room_for_the_table_is_one_message(tmp_path):
 
 def test_a_locale_that_cannot_write_a_sign_writes_another(tmp_path):
     """And a name that it cannot write is refused before anything is made."""
-    code = "from cl_bench.streams import outlive_readers; outlive_readers(); print('\\xe4 \\xb1')"
+    code = "from cl_bench.system.streams import outlive_readers; outlive_readers(); print('\\xe4 \\xb1')"
     environment = command_environment(**ASCII)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\\xe4 \\xb1\n")

@@ -9,12 +9,12 @@ from conftest import TINY, configure, network_of
 from test_command import in_process
 from test_methods import trainer_of
 
-from cl_bench.build import build
-from cl_bench.errors import ConfigError
+from cl_bench.config.build import build
+from cl_bench.core.errors import ConfigError
 from cl_bench.loggers.base import Logger
 from cl_bench.methods.base import Method
 from cl_bench.optim import Constant, Cosine, MultiStep, adamw, sgd
-from cl_bench.types import Batch, Phase, Task
+from cl_bench.core.types import Batch, Phase, Task
 
 
 class Events(Logger):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.errors import require
+from cl_bench.core.errors import require
 
 NO_GROUP = -1
 """Group of a task that shares no tau~ at a layer."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cl_bench.errors import require
+from cl_bench.core.errors import require
 
 MOST_LAYERS = 1000
 """Layers of a kind that a network may be asked for: building more takes minutes and ends in no memory."""

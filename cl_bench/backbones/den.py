@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.errors import require
+from cl_bench.core.errors import require
 
 Units = list[Tensor]
 """For each hidden layer, positions of some of its units: (number,) int64."""

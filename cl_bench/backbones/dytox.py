@@ -22,7 +22,7 @@ from timm.models.convit import GPSA, Block
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone, check_layers
-from cl_bench.errors import require
+from cl_bench.core.errors import require
 
 
 class TaskAttention(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone, check_layers
 from cl_bench.backbones.layers.resnet import resnet_layers
-from cl_bench.errors import require
+from cl_bench.core.errors import require
 
 
 class Attention(nn.Module):

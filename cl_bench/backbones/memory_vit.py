@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.backbones.layers.vit import small_vit
-from cl_bench.errors import ConfigError, require, void
+from cl_bench.core.errors import ConfigError, require, void
 
 Mode = Literal["extension", "concatenation"]
 

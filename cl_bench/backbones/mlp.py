@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import SingleHead
-from cl_bench.errors import require
+from cl_bench.core.errors import require
 
 
 class MLP(SingleHead):

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.base import SingleHead
 from cl_bench.backbones.layers.resnet import resnet_layers
-from cl_bench.errors import require
+from cl_bench.core.errors import require
 
 
 class ResNet18(SingleHead):

@@ -12,9 +12,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from cl_bench.data.transform import Transform
-from cl_bench.errors import require
-from cl_bench.images import send_together
-from cl_bench.types import Batch, Data, Task
+from cl_bench.core.errors import require
+from cl_bench.core.images import send_together
+from cl_bench.core.types import Batch, Data, Task
 
 Columns = dict[str, Tensor]
 Describe = Callable[[Tensor, Tensor], Columns]

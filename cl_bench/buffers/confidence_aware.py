@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from cl_bench.buffers.base import Describe, PerClassBuffer, described_in_chunks
-from cl_bench.types import Data
+from cl_bench.core.types import Data
 
 
 class ConfidenceAware(PerClassBuffer):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cl_bench.buffers.base import Describe, PerClassBuffer
-from cl_bench.types import Data
+from cl_bench.core.types import Data
 
 
 class FixedMemory(PerClassBuffer):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_bench.buffers.base import Describe, PerClassBuffer, described_in_chunks
-from cl_bench.types import Data
+from cl_bench.core.types import Data
 
 
 class Herding(PerClassBuffer):

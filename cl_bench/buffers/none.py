@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from cl_bench.buffers.base import Buffer, Context, Describe
-from cl_bench.errors import void
-from cl_bench.types import Batch, Task
+from cl_bench.core.errors import void
+from cl_bench.core.types import Batch, Task
 
 
 @void("capacity", when=lambda v: v["capacity"] != 0, why="buffer=none keeps nothing")

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from cl_bench.buffers.base import Buffer, Context, Describe
-from cl_bench.errors import require
-from cl_bench.images import send_together
-from cl_bench.types import Batch, Task
+from cl_bench.core.errors import require
+from cl_bench.core.images import send_together
+from cl_bench.core.types import Batch, Task
 
 
 class Reservoir(Buffer):

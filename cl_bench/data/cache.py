@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cl_bench.atomic import one_process, write_text
+from cl_bench.system.atomic import one_process, write_text
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from cl_bench.images import HostImages
-from cl_bench.types import Data
+from cl_bench.core.images import HostImages
+from cl_bench.core.types import Data
 
 AHEAD = 3
 """Batches that are on their way to the device while one is trained on."""

@@ -19,7 +19,7 @@ from PIL import UnidentifiedImageError
 from cl_bench.data.base import ImageSet
 from cl_bench.data.cache import Stored, stored
 from cl_bench.data.pictures import Decoder, endings
-from cl_bench.errors import ConfigError, require
+from cl_bench.core.errors import ConfigError, require
 
 SPLITS = ("train", "test")
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from cl_bench.errors import ConfigError
-from cl_bench.images import send
+from cl_bench.core.errors import ConfigError
+from cl_bench.core.images import send
 
 OPERATIONS_PER_IMAGE = 2
 PROBABILITY = 0.5

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from cl_bench.errors import require
-from cl_bench.images import send_together
+from cl_bench.core.errors import require
+from cl_bench.core.images import send_together
 
 
 class Transform:

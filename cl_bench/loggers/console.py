@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from cl_bench.errors import require
+from cl_bench.core.errors import require
 from cl_bench.loggers.base import Logger, Progress, RunInfo
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cl_bench.errors import ConfigError
+from cl_bench.core.errors import ConfigError
 from cl_bench.loggers.base import Logger, RunInfo
 
 METRICS = "metrics.jsonl"

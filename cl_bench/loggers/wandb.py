@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from cl_bench.errors import require
+from cl_bench.core.errors import require
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.delivered import Delivered, scalars
 

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_bench.backbones.apd import NO_GROUP, APDNet, TaskPart
-from cl_bench.errors import require, void
+from cl_bench.core.errors import require, void
 from cl_bench.methods.base import Method
 from cl_bench.scenarios.base import Scenario
-from cl_bench.types import Batch, Data, Losses, Phase, Task
+from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 
 CANDIDATES = 5
 """The epoch that is kept is one of the last so many of a task."""

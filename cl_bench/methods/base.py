@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone, check_single_images
 from cl_bench.buffers.base import Buffer, Columns
-from cl_bench.errors import require
-from cl_bench.types import Batch, Losses, Phase, Task
+from cl_bench.core.errors import require
+from cl_bench.core.types import Batch, Losses, Phase, Task
 
 Predict = Callable[[Tensor, Tensor | None], Tensor]
 """(B, C, H, W) images, (B,) task ids or None -> (B, K) scores, see :meth:`Method.predict`."""
@@ -91,7 +91,7 @@ class FunctionalMethod(Method):
     """A method whose step is to look up tensors, to compute the loss terms from them alone, and to remember.
 
     The middle part can then be compiled, captured in a CUDA graph, or computed for many seeds at once
-    (:mod:`cl_bench.step`, :mod:`cl_bench.replicas`). A method that cannot be cut so is a plain :class:`Method`.
+    (:mod:`cl_bench.engine.step`, :mod:`cl_bench.engine.replicas`). A method that cannot be cut so is a plain :class:`Method`.
     """
 
     self_contained: ClassVar[bool] = True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
-from cl_bench.types import Phase, Task
+from cl_bench.core.types import Phase, Task
 
 
 class Finetune(FunctionalMethod):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from cl_bench.record import Matrix
+from cl_bench.core.record import Matrix
 
 
 def average_accuracy(matrix: Matrix) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cl_bench.record import Matrix
+from cl_bench.core.record import Matrix
 
 
 def forgetting(matrix: Matrix) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from cl_bench.record import Matrix
+from cl_bench.core.record import Matrix
 
 Classes = frozenset[int]
 """A task: the data set's own ids of its classes."""

@@ -12,10 +12,10 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cl_bench.atomic import write_text
-from cl_bench.errors import ConfigError, require
-from cl_bench.evaluate import read_predictions
-from cl_bench.record import SCHEMA, SETTINGS, TITLES, Record
+from cl_bench.system.atomic import write_text
+from cl_bench.core.errors import ConfigError, require
+from cl_bench.engine.evaluate import read_predictions
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record
 from cl_bench.report import plots
 
 CARDS = (
@@ -363,7 +363,7 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "method_bytes": ("masks, copies and statistics of old tasks", _size),
     "energy_joules": ("energy", _energy),
 }
-"""Field of :class:`cl_bench.record.Cost` -> its label and how its number is written."""
+"""Field of :class:`cl_bench.core.record.Cost` -> its label and how its number is written."""
 
 _RUN_AGAIN = "Run the experiment again with overwrite=true, or leave this folder out."
 

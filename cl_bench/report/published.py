@@ -13,7 +13,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_bench.errors import ConfigError, require
+from cl_bench.core.errors import ConfigError, require
 
 
 class Kind(Enum):

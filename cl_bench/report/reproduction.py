@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from cl_bench.errors import require
-from cl_bench.record import TITLES
+from cl_bench.core.errors import require
+from cl_bench.core.record import TITLES
 from cl_bench.report.compare import (
     DISPARITIES,
     MIN_SEEDS,

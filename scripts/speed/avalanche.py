@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cl_bench.build import Parts
+from cl_bench.config.build import Parts
 from speed.common import (
     BATCH,
     Options,

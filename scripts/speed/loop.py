@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_bench.build import Parts
+from cl_bench.config.build import Parts
 from cl_bench.methods.lvt import LifelongViT
 from speed.common import (
     BATCH,

@@ -20,9 +20,9 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-import cl_bench.evaluate as evaluation
-from cl_bench.build import Parts
-from cl_bench.evaluate import evaluate
+import cl_bench.engine.evaluate as evaluation
+from cl_bench.config.build import Parts
+from cl_bench.engine.evaluate import evaluate
 from speed.clock import Clock, resident_bytes
 from speed.common import (
     BATCH,
@@ -172,7 +172,7 @@ def memory(options: Options) -> Iterator[Row]:
         raise RuntimeError("this system does not tell a process's resident memory")
     tasks, early = (4, 2) if options.small else (TASKS, 5)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cl_bench.build", "torch._dynamo"])  # once, not in every process
+    context.set_forkserver_preload(["cl_bench.config.build", "torch._dynamo"])  # once, not in every process
     with context.Pool(2, maxtasksperchild=1) as pool:  # memory does not mind company
         for name in CASES:
             options.tell(f"{name}, {options.repetitions} runs of {tasks} tasks")

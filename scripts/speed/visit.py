@@ -37,7 +37,7 @@ Facts = dict[str, Any]
 
 def carry(script: str, strips: str, into: str) -> Facts:
     """Make a folder of what travels: the wheels with the commit, and the files in ``strips`` in two halves."""
-    from cl_bench.folder import commit
+    from cl_bench.runs.run_dir import commit
 
     folder, source = Path(into), Path(strips)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--constraint", str(ROOT / "constraints.txt")]
@@ -73,10 +73,10 @@ def versions(device: str) -> Facts:
     import torch._dynamo  # what an optimizer imports: compiled once, here, where the machine's packages are not
     from PIL import features
 
-    import cl_bench.run  # noqa: F401 - everything that a run imports
-    from cl_bench.build import choose_device
-    from cl_bench.folder import commit, cuda_facts
-    from cl_bench.folder import version as version_of
+    import cl_bench.runs.run  # noqa: F401 - everything that a run imports
+    from cl_bench.config.build import choose_device
+    from cl_bench.runs.run_dir import commit, cuda_facts
+    from cl_bench.runs.run_dir import version as version_of
 
     chosen = choose_device(device)
     on_gpu = chosen.type == "cuda"
@@ -210,7 +210,7 @@ def bare_step(parts: Any, phase: Any, inputs: Any, task: int, captured: bool) ->
     """The limit: one step on fixed inputs, its forward and backward pass captured where asked."""
     import torch
 
-    from cl_bench.step import total
+    from cl_bench.engine.step import total
 
     method, optimizer = parts.method, parts.optimizer(phase.params)
     method.train()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cl_bench.errors import ConfigError
+from cl_bench.core.errors import ConfigError
 
 Rule = Literal["edge_popup", "threshold"]
 """Which weights a mask keeps: those of the k largest ``|score|`` of the layer, or those with ``score >= 0``."""

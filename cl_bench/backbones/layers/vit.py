@@ -3,7 +3,7 @@
 from timm.models.vision_transformer import VisionTransformer
 
 from cl_bench.backbones.base import check_layers
-from cl_bench.errors import require
+from cl_bench.core.errors import require
 
 
 def small_vit(

@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_bench.errors import ConfigError, within
+from cl_bench.core.errors import ConfigError, within
 
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
@@ -331,7 +331,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that make two runs comparable: flat keys and values, without :data:`INCOMPARABLE`.
 
-    What the images are is not among them where the settings do not say it, see :func:`cl_bench.build.identity`.
+    What the images are is not among them where the settings do not say it, see :func:`cl_bench.config.build.identity`.
     """
     flat: dict[str, Any] = {}
 

@@ -15,23 +15,23 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
-from cl_bench import folder as files
-from cl_bench.build import KINDS, Parts, build, component, identity, loggers
-from cl_bench.checkpoint import Checkpoint
-from cl_bench.config import INCOMPARABLE, fingerprint, plain, split_override, typed_overrides
-from cl_bench.errors import ConfigError, RunError, require
-from cl_bench.explain import refuse_unread_keys
+from cl_bench.runs import run_dir as files
+from cl_bench.config.build import KINDS, Parts, build, component, identity, loggers
+from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.config.schema import INCOMPARABLE, fingerprint, plain, split_override, typed_overrides
+from cl_bench.core.errors import ConfigError, RunError, require
+from cl_bench.config.explain import refuse_unread_keys
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
-from cl_bench.memory import largest_tensors, peak_bytes, ran_out, reset_peak
-from cl_bench.record import SCHEMA, SETTINGS, TITLES
+from cl_bench.system.memory import largest_tensors, peak_bytes, ran_out, reset_peak
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES
 from cl_bench.scenarios.base import Scenario
-from cl_bench.signals import Interrupted, breakable, stop_signals
-from cl_bench.step import Step
-from cl_bench.trainer import Course, follow
-from cl_bench.types import Losses
+from cl_bench.system.signals import Interrupted, breakable, stop_signals
+from cl_bench.engine.step import Step
+from cl_bench.engine.trainer import Course, follow
+from cl_bench.core.types import Losses
 
 MOST_THREADS = 1024
 
@@ -73,7 +73,7 @@ def threads(number: Any) -> Iterator[None]:
 
 def _run(config: DictConfig, values: dict[str, Any]) -> float | None:
     if values["dry_run"]:
-        from cl_bench.dry_run import dry_run
+        from cl_bench.runs.dry_run import dry_run
 
         settings, scenario = identity(config, values)
         parts = build(config, scenario)
@@ -104,7 +104,7 @@ def _seeded(config: DictConfig, seed: int) -> DictConfig:
 
 def _side_by_side(configs: list[DictConfig], caught: list[int]) -> list[dict[str, Any]]:
     """The summaries of several seeds, their steps computed as one where that can be."""
-    from cl_bench.replicas import lead, obstacle
+    from cl_bench.engine.replicas import lead, obstacle
 
     with breakable():
         parts = build(configs[0])

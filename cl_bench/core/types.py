@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
-from cl_bench.images import HostImages
+from cl_bench.core.images import HostImages
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Data:
 
     Attributes:
         images: (N, C, H, W) uint8; where they do not fit on the device, a
-            :class:`~cl_bench.images.HostImages`, which stands for that tensor and is indexed alike.
+            :class:`~cl_bench.core.images.HostImages`, which stands for that tensor and is indexed alike.
         labels: (N,) int64, positions in the class order.
         index: (N,) int64, each image's place in the data set's own order.
     """

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import yaml
 
-from cl_bench.atomic import write_text
-from cl_bench.config import PACKAGE
-from cl_bench.errors import ConfigError, RunError
-from cl_bench.evaluate import Evaluation
+from cl_bench.system.atomic import write_text
+from cl_bench.config.schema import PACKAGE
+from cl_bench.core.errors import ConfigError, RunError
+from cl_bench.engine.evaluate import Evaluation
 from cl_bench.scenarios.base import Scenario
 
 

@@ -13,17 +13,17 @@ from omegaconf import DictConfig
 
 from cl_bench.backbones.base import Backbone, SingleHead, check_single_images
 from cl_bench.buffers.base import Buffer, Context, PerClassBuffer
-from cl_bench.checkpoint import Checkpoint
-from cl_bench.config import Precision, arguments, comparable, named, refuse_void, target
+from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.config.schema import Precision, arguments, comparable, named, refuse_void, target
 from cl_bench.data.base import is_fixed_by_settings
-from cl_bench.errors import ConfigError, require
+from cl_bench.core.errors import ConfigError, require
 from cl_bench.loggers.base import Logger
-from cl_bench.memory import ran_out
+from cl_bench.system.memory import ran_out
 from cl_bench.methods.base import Method
-from cl_bench.record import Matrix
+from cl_bench.core.record import Matrix
 from cl_bench.scenarios.base import Scenario
-from cl_bench.step import obstacle_to_graphs
-from cl_bench.trainer import Settings, Trainer
+from cl_bench.engine.step import obstacle_to_graphs
+from cl_bench.engine.trainer import Settings, Trainer
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def metric(path: str, key: str, allow: list[str]) -> Callable[[Matrix], float]:
     if hints.pop("return", None) is not float or list(hints.values()) != [Matrix]:
         raise ConfigError(
             key,
-            expected="a function annotated (matrix: cl_bench.record.Matrix) -> float",
+            expected="a function annotated (matrix: cl_bench.core.record.Matrix) -> float",
             got=path,
             fix="See cl_bench/metrics.",
         )

@@ -24,10 +24,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cl_bench.config import typed_overrides
-from cl_bench.explain import explain, status_of
-from cl_bench.signals import handle_once
-from cl_bench.streams import outlive_readers
+from cl_bench.config.schema import typed_overrides
+from cl_bench.config.explain import explain, status_of
+from cl_bench.system.signals import handle_once
+from cl_bench.system.streams import outlive_readers
 
 POLL_SECONDS = 0.2
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Generator
 
-from cl_bench.errors import ConfigError
+from cl_bench.core.errors import ConfigError
 
 State = dict[str, Any]
 

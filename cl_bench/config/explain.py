@@ -1,4 +1,4 @@
-"""What is wrong with a command line or a configuration file, in the words of :class:`~cl_bench.errors.ConfigError`.
+"""What is wrong with a command line or a configuration file, in the words of :class:`~cl_bench.core.errors.ConfigError`.
 
 Hydra says it in its own way and does not know what was meant. Here each kind of its errors is one message: key,
 expected, got, way out; the way out is the nearest key, with the value that was typed.
@@ -20,8 +20,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from cl_bench.config import CONFIGS, Run, composed, split_override
-from cl_bench.errors import ConfigError, RunError, within
+from cl_bench.config.schema import CONFIGS, Run, composed, split_override
+from cl_bench.core.errors import ConfigError, RunError, within
 
 ANYWHERE = "--cfg job prints every key."
 

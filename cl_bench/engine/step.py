@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from cl_bench.buffers.base import Buffer
-from cl_bench.errors import RunError
+from cl_bench.core.errors import RunError
 from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
-from cl_bench.types import Batch, Losses, Phase
+from cl_bench.core.types import Batch, Losses, Phase
 
 Choice = Literal["auto", "eager", "compile", "graph"]
 
