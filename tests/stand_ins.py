@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo  # which the first optimizer imports, and which then wants torch's own calls
@@ -194,19 +195,20 @@ class Pretence(TorchFunctionMode):
         self._pinned: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def __enter__(self) -> "Pretence":
-        make = self._make = torch.Tensor._make_subclass
+        make = torch.Tensor._make_subclass
 
         def made(kind: type, data: Tensor, *rest: Any) -> Tensor:  # a parameter of a tensor, which no mode hears of
             parameter = make(kind, data, *rest)
             self._mark(parameter, self._place.get(data))
             return parameter
 
-        torch.Tensor._make_subclass = staticmethod(made)
+        self._replaced = mock.patch.object(torch.Tensor, "_make_subclass", staticmethod(made))
+        self._replaced.start()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        torch.Tensor._make_subclass = staticmethod(self._make)
         super().__exit__(*error)
+        self._replaced.stop()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})

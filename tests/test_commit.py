@@ -1,9 +1,11 @@
 """What the run folder says of the code that ran."""
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from cl_bench import folder as files
 
@@ -48,3 +50,10 @@ def test_no_commit_outside_of_git(tmp_path, monkeypatch):
     assert files.commit() is None
     monkeypatch.setenv("PATH", "")  # nor without git
     assert files.commit() is None
+
+
+def test_where_there_is_no_checkout_the_commit_is_what_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PACKAGE", tmp_path)
+    monkeypatch.setenv("CL_BENCH_COMMIT", "c0ffee")
+    files.write_environment(tmp_path, torch.device("cpu"))
+    assert json.loads((tmp_path / "env.json").read_text())["commit"] == "c0ffee"

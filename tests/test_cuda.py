@@ -25,11 +25,13 @@ from cl_bench import run as run_module
 from cl_bench.buffers.herding import herding_order
 from cl_bench.build import choose_device
 from cl_bench.errors import ConfigError, RunError
+from cl_bench.folder import cuda_facts
 from cl_bench.images import HostImages
-from cl_bench.memory import pass_bytes
+from cl_bench.methods import ewc, supsup
 from cl_bench.replicas import lead, obstacle
 from cl_bench.step import Speed
 from cl_bench.trainer import Interrupted, Trainer, follow
+from cl_bench.types import Data
 
 REAL = torch.device("cuda", 0)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -121,28 +123,30 @@ def test_every_accelerator_has_its_index_and_a_wrong_one_is_refused(monkeypatch)
 def test_the_command_reaches_its_steps_on_a_cuda_device(tmp_path, monkeypatch, pretence):
     """As far as a CPU can go: to its end, but a replay computes nothing, so the accuracies mean nothing."""
     monkeypatch.setattr(run_module, "write_report", lambda place: None)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # as it was, afterwards
-    monkeypatch.setenv("CL_BENCH_COMMIT", "c0ffee")
-    monkeypatch.setattr("cl_bench.folder.commit", lambda: None)  # as on a machine that has the files only
-    arguments = ["+experiment=quickstart", "device=cuda", "logger=none", "trainer.cudnn_benchmark=true"]
+    arguments = ["+experiment=quickstart", "device=cuda", "logger=none"]
     few = ["scenario.num_tasks=2", "scenario.train_per_class=20", "scenario.test_per_class=4", "trainer.epochs=2"]
     assert in_process(*arguments, *few, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     run = the_run(tmp_path)
     summary, environment = (json.loads((run / name).read_text()) for name in ("summary.json", "env.json"))
     assert summary["speed"] == {"asked": "auto", "used": "graph", "why": None, "replicas": 1}
     assert environment["device"] == "stand-in"
-    assert environment["commit"] == "c0ffee"
     assert environment["cuda"] == {
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "convolutions": "tf32",
         "matrix_products": "highest",
-        "cudnn_benchmark": True,
+        "cudnn_benchmark": False,
         "cudnn_deterministic": False,
     }
     pace = [json.loads(line) for line in (run / "pace.jsonl").read_text().splitlines()]
     assert [(line["task"], line["epoch"], line["step"]) for line in pace[:3]] == [(0, 0, 4), (0, 1, 8), (1, 0, 12)]
     assert all(line["steps_per_second"] > 0 for line in pace)
+
+
+def test_cudnn_tries_its_algorithms_where_it_is_asked_to(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # as it was, afterwards
+    parts_of("er", "trainer.cudnn_benchmark=true")
+    assert cuda_facts()["cudnn_benchmark"]
 
 
 def test_the_device_of_the_tests_small_runs_can_be_chosen(monkeypatch):
@@ -176,13 +180,20 @@ def test_the_pretence_tells_what_a_gpu_would_refuse_or_wait_for(pretence):
     assert pretence.waits == ["__getitem__", "__bool__"]
 
 
+def test_the_pretence_leaves_torch_as_it_was():
+    before = dict(vars(torch.Tensor))
+    with Pretence():
+        assert torch.nn.Parameter(torch.zeros(3, device=CUDA)).device == CUDA
+    assert dict(vars(torch.Tensor)) == before
+
+
 # -- a step and the bus ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "copies"), [("er", 3), ("derpp", 4), ("dytox", 1)])
 def test_a_step_copies_each_draw_once_out_of_pinned_memory_and_waits_for_nothing(method, copies, tmp_path, pretence):
     augmented = ["scenario.crop_padding=1", "scenario.flip=true"]
-    trainer = trainer_of(parts_of(method, "device=cuda", "trainer.speed=eager", *augmented), tmp_path)
+    trainer = trainer_of(parts_of(method, "device=cuda:0", "trainer.speed=eager", *augmented), tmp_path)
     task = trainer.scenario.tasks[0]
     course = trainer.phase_course(task, 0, next(trainer.method.learn(task)), None)
     step = next(course)
@@ -203,10 +214,22 @@ def test_herding_waits_for_no_pick(pretence):
     assert torch.equal(ours.cpu(), expected)
 
 
-def test_a_large_card_takes_larger_pieces(monkeypatch):
-    LowestCalls(monkeypatch)
-    assert pass_bytes(CUDA, 2**27) == 2**28  # a 32nd of its 8 GiB
-    assert pass_bytes(CPU, 2**27) == 2**27
+@pytest.mark.parametrize(("method", "module"), [("ewc", ewc), ("supsup_nns", supsup)])
+def test_gradients_of_single_images_come_in_larger_pieces_on_a_card(method, module, tmp_path, monkeypatch, pretence):
+    """A 32nd of the 8 GiB that it says it has, where the host takes one image at a time here."""
+    monkeypatch.setattr(module, "GRADIENT_BYTES", 1, raising=False)
+    sizes: dict[str, set[int]] = {"cpu": set(), "cuda:0": set()}
+    chunks, vmap = Data.chunks, torch.func.vmap
+    for device, seen in sizes.items():
+        parts = parts_of(method, f"device={device}", "trainer.speed=eager", "trainer.epochs=1")
+        if method == "ewc":
+            monkeypatch.setattr(Data, "chunks", lambda data, size, seen=seen: (seen.add(size), chunks(data, size))[1])
+        else:
+            counted = lambda *a, seen=seen, **k: (seen.add(k["chunk_size"]), vmap(*a, **k))[1]  # noqa: E731
+            monkeypatch.setattr(torch.func, "vmap", counted)
+        trainer_of(parts, tmp_path / device).run()
+    assert sizes["cpu"] == {1}
+    assert min(sizes["cuda:0"]) > 100
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------

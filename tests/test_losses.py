@@ -162,6 +162,23 @@ def test_lvt_terms(three_images, distillation):
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("stored", ["z'", "z_m"], ids=["derpp", "lvt"])
+def test_stored_logits_are_compared_in_their_own_precision(stored, three_images):
+    """Others would round the network's: replicas are held to single runs in double."""
+    raw, y = three_images
+    if stored == "z'":
+        method = DERpp(net=mlp(), buffer=reservoir(), alpha=0.4, beta=0.6, replay_size=3).double()
+        inputs, name, weight = {"x'": raw.double() / 255}, "logit_mse", 0.4
+    else:
+        method = lvt(distillation="mse", inter_task=False).double()
+        inputs, name, weight = {"y_m": y}, "distillation", 0.3
+    x = raw.double() / 255
+    given = {"x": torch.cat([x, x]) if stored == "z_m" else x, "y": y, stored: STORED.double()}
+    losses, _ = method.terms(inputs | given, 1)
+    logits = array(method.predict(x, None))
+    assert losses[name].item() == pytest.approx(weight * np.mean((logits - array(STORED)) ** 2), rel=1e-13)
+
+
 def test_lvt_first_task_has_no_penalty_and_full_weight(three_images):
     raw, y = three_images
     method = lvt()

@@ -141,9 +141,9 @@ def test_a_capture_lets_other_threads_pin_memory(tmp_path, monkeypatch):
 
 
 class Uncapturable:
-    """A run whose steps draw, and cannot be captured: its terms ask for a value, and the capture's end fails of it."""
+    """A run that cannot be captured: its terms ask for a value, and the capture's end fails of it. Its steps draw."""
 
-    def __init__(self, folder, monkeypatch, choice):
+    def __init__(self, folder, monkeypatch, choice, draws=True):
         self.cuda = LowestCalls(monkeypatch)
         self.cuda.capture_fails = True
         self.trainer = trainer_of(parts_of("er"), folder)
@@ -153,7 +153,8 @@ class Uncapturable:
         def asking(inputs, task):
             if self.cuda.log and self.cuda.log[-1].startswith("begin"):
                 raise RuntimeError("operation not permitted when stream is capturing")
-            torch.rand(1, device=CUDA)  # as dropout
+            if draws:
+                torch.rand(1, device=CUDA)  # as dropout
             return terms(inputs, task)
 
         self.trainer.method.terms = asking
@@ -188,7 +189,8 @@ def test_where_a_failed_capture_spoils_cuda_nothing_goes_on(tmp_path, monkeypatc
 
 
 def test_a_fallback_is_not_kept_when_a_run_goes_on(tmp_path, monkeypatch):
-    run = Uncapturable(tmp_path, monkeypatch, "auto")
+    """With another driver the same command may do what was asked for."""
+    run = Uncapturable(tmp_path, monkeypatch, "auto", draws=False)
     run.trainer.stop = lambda: run.trainer.steps == 7
     with pytest.raises(Interrupted):
         run.trainer.run()
@@ -237,6 +239,7 @@ def test_results_of_a_graph_lie_in_the_same_places(tmp_path):
     assert places[-1] == places[-2]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch 2.11 itself calls it
 def test_a_compiled_step_trains_as_eager_does_within_rounding(tmp_path):
     speed = lambda trainer: Speed("compile", torch.device("cpu"))  # noqa: E731
     few_shapes = ["trainer.batch_size=10", "buffer.capacity=10"]  # each is compiled

@@ -59,7 +59,8 @@ class DERpp(FunctionalMethod):
         logits = self.net(inputs["x"])
         losses = {"ce": F.cross_entropy(logits, inputs["y"])}
         if "x'" in inputs:
-            losses["logit_mse"] = self.alpha * F.mse_loss(self.net(inputs["x'"]).float(), inputs["z'"])
+            stored = inputs["z'"]
+            losses["logit_mse"] = self.alpha * F.mse_loss(self.net(inputs["x'"]).to(stored.dtype), stored)
         if "x''" in inputs:
             losses["replay_ce"] = self.beta * F.cross_entropy(self.net(inputs["x''"]), inputs["y''"])
         return losses, {"logits": logits.detach()}

@@ -128,7 +128,7 @@ class LifelongViT(FunctionalMethod):
         if "y_m" in inputs:
             logits = self.answering(old)
             losses["replay"] = self.alpha * F.cross_entropy(logits, inputs["y_m"])  # L_r
-            losses["distillation"] = self.beta * self._distil(logits.float(), inputs["z_m"])  # L_d
+            losses["distillation"] = self.beta * self._distil(logits.to(inputs["z_m"].dtype), inputs["z_m"])  # L_d
         if self.inter_task and task > 0:
             losses["attention"] = self.gamma * self.penalty()  # L_a
         return losses, {"logits": answers.detach()}
