@@ -13,11 +13,11 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from cl_bench.config.explain import explain, status_of
 from cl_bench.config.schema import CONFIGS
 from cl_bench.core.errors import ConfigError
-from cl_bench.config.explain import explain, status_of
-from cl_bench.system.streams import outlive_readers
 from cl_bench.runs.sweep import JobFailed, Sweep
+from cl_bench.system.streams import outlive_readers
 
 
 def job(config: DictConfig) -> Any:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from cl_bench.system.atomic import write_text
-from cl_bench.runs.audit import audit
 from cl_bench.config.build import Parts, build
-from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.config.schema import Images, Run
 from cl_bench.core.errors import ConfigError, require
+from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.evaluate import read_predictions
+from cl_bench.runs.audit import audit
 from cl_bench.runs.run_dir import read_summary
+from cl_bench.system.atomic import write_text
 from cl_bench.system.streams import outlive_readers
 
 

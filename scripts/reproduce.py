@@ -21,12 +21,12 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from cl_bench.config.explain import explain
 from cl_bench.config.schema import comparable, composed, fingerprint, plain
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.config.explain import explain
-from cl_bench.runs.run_dir import read_summary
 from cl_bench.report.published import Group, chosen, read_groups
 from cl_bench.runs.run import run_folder
+from cl_bench.runs.run_dir import read_summary
 from cl_bench.system.signals import stop_signals
 from cl_bench.system.streams import outlive_readers
 

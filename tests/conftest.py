@@ -16,9 +16,9 @@ from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Context
 from cl_bench.config.build import partial_component
 from cl_bench.config.schema import composed
+from cl_bench.core.types import Batch
 from cl_bench.data.base import ImageSet
 from cl_bench.data.transform import Transform
-from cl_bench.core.types import Batch
 
 INSTRUCTION_SETS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 """Environment variables that make torch compute as on another processor; read when it is loaded."""

@@ -36,13 +36,13 @@ from test_pictures import pictures
 
 import cl_bench.engine.evaluate as evaluation
 from cl_bench import __main__ as main_module
-from cl_bench.runs import run_dir as files
-from cl_bench.runs import run as run_module
+from cl_bench.core.record import Record
 from cl_bench.data import digits  # noqa: F401 - loaded before the forks
 from cl_bench.data.pictures import Decoder, kinds
-from cl_bench.core.record import Record
-from cl_bench.report import page
 from cl_bench.engine.trainer import Trainer
+from cl_bench.report import page
+from cl_bench.runs import run as run_module
+from cl_bench.runs import run_dir as files
 
 MLP = ["backbone=mlp", "backbone.hidden=[32]"]
 SLIM = ["backbone=resnet18_slim", "backbone.width=4"]

@@ -10,10 +10,10 @@ from test_methods import trainer_of
 from cl_bench.backbones.apd import NO_GROUP, APDNet, ResponseNorm
 from cl_bench.config.build import Parts, build
 from cl_bench.core.errors import ConfigError
+from cl_bench.core.types import Data, Task
 from cl_bench.methods.apd import APD, k_means, split
 from cl_bench.metrics.forgetting import forgetting
 from cl_bench.scenarios.split import Split
-from cl_bench.core.types import Data, Task
 
 pytestmark = pytest.mark.arithmetic
 

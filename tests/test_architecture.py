@@ -14,26 +14,32 @@ from cl_bench.config.schema import arguments, named, plain, target
 PACKAGE = ROOT / "cl_bench"
 GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
 
-LEVELS = [
-    {"images"},
-    {"errors", "types", "record", "memory", "energy", "atomic", "signals", "streams"},
-    {"metrics", "data", "optim", "backbones", "loggers"},
+FLOORS = [
+    {"core", "system"},
+    {"optim", "metrics", "data", "backbones", "loggers"},
     {"buffers", "scenarios"},
     {"methods"},
-    {"evaluate", "checkpoint", "config"},
-    {"step", "explain"},
-    {"trainer", "sweep"},
-    {"replicas"},
-    {"build", "folder", "report"},
-    {"dry_run", "audit"},
-    {"run"},
+    {"engine"},
+    {"config", "report"},
+    {"runs"},
     {"__main__"},
 ]
-"""A module imports from its own level (only ``base`` there) and from those above it."""
+"""A file imports from the floors above its own in this list, the ground floor first, and from its own folder only as
+:data:`ORDER` says."""
 
-HELPERS = {"delivered", "jsonl", "cache", "pictures"}
-"""Modules that their siblings may import beside ``base``: metrics.jsonl is what the other loggers catch up from, and a
-folder of pictures is decoded and stored by modules of their own."""
+ORDER = {
+    "core": ["images", "types"],
+    "engine": ["checkpoint evaluate step", "trainer", "replicas"],
+    "config": ["schema", "build explain"],
+    "report": ["plots published", "page", "compare", "reproduction"],
+    "runs": ["run_dir sweep", "dry_run audit", "run"],
+}
+"""Inside these folders a file imports from the earlier ones."""
+
+SHARED = {"base", "layers", "delivered", "jsonl", "cache", "pictures"}
+"""In the other folders one variant does not know another: only these may be imported by their siblings. Of them
+metrics.jsonl is what the other loggers catch up from, and a folder of pictures is decoded and stored by modules of
+their own."""
 
 
 def imports(path: Path) -> set[str]:
@@ -41,7 +47,8 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cl_bench"):
-            found |= {f"{node.module}.{a.name}" if node.module == "cl_bench" else node.module for a in node.names}
+            inside = (ROOT / node.module.replace(".", "/")).is_dir()  # from a package: its modules
+            found |= {f"{node.module}.{a.name}" if inside else node.module for a in node.names}
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names if a.name.startswith("cl_bench")}
     return {name.removeprefix("cl_bench.") for name in found if name != "cl_bench"}
@@ -49,18 +56,19 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
-    rank = {name: i for i, level in enumerate(LEVELS) for name in level}
-    me = path.relative_to(PACKAGE).with_suffix("").parts
-    if me == ("__init__",):
+    floors = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+    room, *rest = path.relative_to(PACKAGE).with_suffix("").parts
+    if room == "__init__":
         return
     for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == me[0]:
-            sub = parts[1] if len(parts) > 1 else ""
-            ok = sub in ({"base", "layers"} | HELPERS) or me[-1] == "group" or me[0] == "report"
-            assert ok, f"{path.name} imports its sibling {name}"
+        other, _, file = name.partition(".")
+        if other != room:
+            assert floors[other] < floors[room], f"{path} may not import {name}"
+        elif room in ORDER:
+            places = {file: i for i, files in enumerate(ORDER[room]) for file in files.split()}
+            assert places.get(file.split(".")[0], 99) < places.get(rest[0], 50), f"{path} may not import {name}"
         else:
-            assert rank[parts[0]] < rank[me[0]], f"{'.'.join(me)} may not import {name}"
+            assert file.split(".")[0] in SHARED or rest[-1] == "group", f"{path} imports its sibling {name}"
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command, configure
 
-from cl_bench.runs import run_dir as files
-from cl_bench.runs.audit import audit, contents_are_training_images, rehearsal_is_clean
 from cl_bench.config.build import Parts, build
+from cl_bench.core.types import Data, Phase
 from cl_bench.engine.checkpoint import Checkpoint, cloned
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.er import ER
-from cl_bench.core.types import Data, Phase
+from cl_bench.runs import run_dir as files
+from cl_bench.runs.audit import audit, contents_are_training_images, rehearsal_is_clean
 
 RUN = [*TINY, "scenario.test_per_class=20", "backbone=mlp", "backbone.hidden=[16]", "method=er", "method.replay_size=8"]
 RUN += ["buffer=reservoir", "buffer.capacity=20"]

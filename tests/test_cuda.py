@@ -21,17 +21,17 @@ from test_command import in_process, the_run
 from test_methods import METHODS, parts_of, trainer_of
 from test_step import FUNCTIONAL, largest_difference
 
-from cl_bench.runs import run as run_module
 from cl_bench.buffers.herding import herding_order
 from cl_bench.config.build import choose_device
 from cl_bench.core.errors import ConfigError, RunError
-from cl_bench.runs.run_dir import cuda_facts
 from cl_bench.core.images import HostImages
-from cl_bench.methods import ewc, supsup
+from cl_bench.core.types import Data
 from cl_bench.engine.replicas import lead, obstacle
 from cl_bench.engine.step import Speed
 from cl_bench.engine.trainer import Interrupted, Trainer, follow
-from cl_bench.core.types import Data
+from cl_bench.methods import ewc, supsup
+from cl_bench.runs import run as run_module
+from cl_bench.runs.run_dir import cuda_facts
 
 REAL = torch.device("cuda", 0)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cl_bench.backbones.den import DEN
 from cl_bench.config.build import Parts, build
-from cl_bench.engine.checkpoint import Checkpoint, cloned
 from cl_bench.core.errors import ConfigError
+from cl_bench.engine.checkpoint import Checkpoint, cloned
+from cl_bench.engine.trainer import Interrupted
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.den import (
     DynamicallyExpandable,
@@ -26,7 +27,6 @@ from cl_bench.methods.den import (
     soft_threshold,
 )
 from cl_bench.optim import Exponential
-from cl_bench.engine.trainer import Interrupted
 
 pytestmark = pytest.mark.arithmetic
 

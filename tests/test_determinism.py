@@ -5,8 +5,8 @@ import torch
 from conftest import TINY, configure
 from test_command import assert_equal_results, in_process, the_run
 
-from cl_bench.runs import run as run_module
 from cl_bench.config.build import Parts, build
+from cl_bench.runs import run as run_module
 
 AUGMENTED = ["method=er", "buffer=reservoir", "buffer.capacity=20", "scenario.flip=true", "scenario.crop_padding=1"]
 

@@ -11,12 +11,12 @@ from test_losses import array, softmax
 from cl_bench.backbones.dytox import DyTox
 from cl_bench.buffers.herding import Herding
 from cl_bench.config.build import build
-from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.core.errors import ConfigError
+from cl_bench.core.types import Data, Task
+from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.dytox import DyToxRule, again_and_again, repeated
 from cl_bench.optim import adamw
-from cl_bench.core.types import Data, Task
 
 pytestmark = pytest.mark.arithmetic
 
@@ -451,8 +451,8 @@ def test_published_settings():
 
 
 def test_averages_include_the_first_task():
-    from cl_bench.metrics.accuracy import average_incremental_accuracy
     from cl_bench.core.record import Matrix
+    from cl_bench.metrics.accuracy import average_incremental_accuracy
 
     assert average_incremental_accuracy(Matrix.from_accuracy([[90], [60, 80]])) == pytest.approx((90 + 70) / 2)
 

@@ -9,9 +9,9 @@ from conftest import TINY, configure
 
 from cl_bench.config.build import build
 from cl_bench.engine.checkpoint import Checkpoint
-from cl_bench.system.energy import Meter
-from cl_bench.loggers.group import Loggers
 from cl_bench.engine.trainer import Interrupted
+from cl_bench.loggers.group import Loggers
+from cl_bench.system.energy import Meter
 
 CUDA = torch.device("cuda", 1)
 

@@ -16,13 +16,13 @@ import torch
 from conftest import TINY
 from test_command import assert_equal_results, in_process, the_run
 
-from cl_bench.runs import run_dir as files
-from cl_bench.runs import run as run_module
-from cl_bench.engine.checkpoint import Checkpoint, State
 from cl_bench.core.errors import ConfigError
+from cl_bench.engine.checkpoint import Checkpoint, State
+from cl_bench.engine.step import Step
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.methods.finetune import Finetune
-from cl_bench.engine.step import Step
+from cl_bench.runs import run as run_module
+from cl_bench.runs import run_dir as files
 
 RUN = [*TINY, "backbone.hidden=[4]", "trainer.checkpoint_steps=3", "logger=none"]
 

@@ -25,9 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from test_methods import METHODS, MLP_RESERVOIR, SUITS
 
 from cl_bench.config.build import build, identity, loggers
+from cl_bench.config.explain import explain
 from cl_bench.config.schema import CONFIGS, plain
 from cl_bench.core.errors import ConfigError
-from cl_bench.config.explain import explain
 from cl_bench.runs.run import base_summary, run_folder
 
 EXAMPLES = int(os.environ.get("CL_BENCH_FUZZ", "60"))
@@ -40,8 +40,8 @@ VALUES = [
     "99999999999999999999999999", "true", "false", "null", "''", "abc", "größe", "'日本語'", "'a b'", "[]", "[1]",
     "[0]",
     "[-1,2]", "[1,[2]]", "[null]", "[a,b]", "[1e30]", "[1000000000000]", "{}", "{a:1}", "{_target_:os.system}",
-    "/nowhere", "/dev/null", "'../..'", "${seed}", "${nothing}", "${oc.env:HOME}", "${scenario}", "cl_bench.runs.run.run",
-    "cl_bench.methods.finetune.Finetune", "cl_bench.optim.sgd", "'a\0b'",
+    "/nowhere", "/dev/null", "'../..'", "${seed}", "${nothing}", "${oc.env:HOME}", "${scenario}",
+    "cl_bench.runs.run.run",    "cl_bench.methods.finetune.Finetune", "cl_bench.optim.sgd", "'a\0b'",
 ]  # fmt: skip
 
 

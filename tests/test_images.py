@@ -10,11 +10,11 @@ from test_methods import parts_of, trainer_of
 from test_pictures import pictures
 
 from cl_bench.config.build import build
+from cl_bench.core.images import HostImages
+from cl_bench.core.types import Data
 from cl_bench.data import feed as feeding
 from cl_bench.data.feed import feed
-from cl_bench.core.images import HostImages
 from cl_bench.scenarios import base
-from cl_bench.core.types import Data
 
 CPU = torch.device("cpu")
 

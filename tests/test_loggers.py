@@ -22,6 +22,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from cl_bench.core.errors import ConfigError
+from cl_bench.core.record import Record
 from cl_bench.loggers import console as console_module
 from cl_bench.loggers.base import Logger, Progress, RunInfo
 from cl_bench.loggers.console import Console
@@ -31,7 +32,6 @@ from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
 from cl_bench.loggers.tensorboard import TensorBoard
 from cl_bench.loggers.wandb import Wandb, has_api_key, resolve_mode, run_id, summary_values
-from cl_bench.core.record import Record
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -13,6 +13,7 @@ from cl_bench.backbones.resnet18 import ResNet18
 from cl_bench.buffers.base import Buffer
 from cl_bench.buffers.fixed_memory import FixedMemory
 from cl_bench.buffers.reservoir import Reservoir
+from cl_bench.core.types import Data, Task
 from cl_bench.methods.base import Teacher
 from cl_bench.methods.derpp import DERpp
 from cl_bench.methods.er import ER
@@ -21,7 +22,6 @@ from cl_bench.methods.finetune import Finetune
 from cl_bench.methods.icarl import ICaRL
 from cl_bench.methods.lvt import LifelongViT
 from cl_bench.methods.lwf import LwF
-from cl_bench.core.types import Data, Task
 
 pytestmark = pytest.mark.arithmetic
 

@@ -13,8 +13,8 @@ from conftest import TINY, batch_of, configure, network_of, toy_images
 from cl_bench.backbones.layers.vit import small_vit
 from cl_bench.backbones.memory_vit import MemoryViT, attention_rules
 from cl_bench.config.build import build
-from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.core.errors import ConfigError
+from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.memory_vit import LearnableMemory
 from cl_bench.scenarios.split import Split

@@ -8,11 +8,11 @@ import torch
 from conftest import SEED, TINY, configure
 
 from cl_bench.config.build import Parts, build
-from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.config.schema import CONFIGS
-from cl_bench.loggers.group import Loggers
 from cl_bench.core.record import SETTINGS
+from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.trainer import Interrupted, Trainer
+from cl_bench.loggers.group import Loggers
 
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 MLP_RESERVOIR = ["backbone=mlp", "backbone.hidden=[32]", "buffer=reservoir", "buffer.capacity=20"]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from cl_bench.core.record import BASELINE, Matrix, Record
 from cl_bench.metrics.accuracy import (
     average_accuracy,
     average_incremental_accuracy,
@@ -20,7 +21,6 @@ from cl_bench.metrics.order_robustness import (
     order_disparity,
 )
 from cl_bench.metrics.transfer import backward_transfer, forward_transfer
-from cl_bench.core.record import BASELINE, Matrix, Record
 
 GOLDEN = [[95], [80, 90], [70, 75, 92], [72, 66, 78, 88], [60, 58, 64, 70, 91]]
 

@@ -20,13 +20,13 @@ from PIL import Image
 from test_command import assert_equal_results, in_process, the_run
 from test_faults import no_file_above
 
-from cl_bench.runs import run as run_module
 from cl_bench.config.build import build, identity
 from cl_bench.config.schema import comparable, fingerprint, plain
+from cl_bench.core.errors import ConfigError
 from cl_bench.data.digits import digits
 from cl_bench.data.folder import folder
 from cl_bench.data.pictures import Decoder
-from cl_bench.core.errors import ConfigError
+from cl_bench.runs import run as run_module
 
 WHITE = [255, 255, 255]
 

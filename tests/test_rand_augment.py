@@ -9,8 +9,8 @@ from scipy import stats
 from test_split import split
 
 from cl_bench.config.build import build
-from cl_bench.data.rand_augment import OPERATIONS, RandAugment
 from cl_bench.core.errors import ConfigError
+from cl_bench.data.rand_augment import OPERATIONS, RandAugment
 
 POLICY = "rand-m9-mstd0.5-inc1"
 FILL = [129, 124, 112]

@@ -14,9 +14,9 @@ import pytest
 from matplotlib.axes import Axes
 
 from cl_bench.core.errors import ConfigError
+from cl_bench.core.record import Cost, Matrix, Record
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.forgetting import forgetting
-from cl_bench.core.record import Cost, Matrix, Record
 from cl_bench.report import page, plots
 
 GOLDEN = [[95], [80, 90], [70, 75, 92], [72, 66, 78, 88], [60, 58, 64, 70, 91]]

@@ -13,8 +13,8 @@ from conftest import ROOT, TINY, configure
 from test_command import in_process, the_run
 
 from cl_bench.config.build import build, loggers
-from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.core.errors import ConfigError
+from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.report.page import write_report
 
 # -- targets -------------------------------------------------------------------------------------------------------
@@ -45,8 +45,10 @@ DANGEROUS = [
     "torch.load", "torch.hub.load", "torch.distributed.run.main", "torch.utils.cpp_extension.load_inline",
     "torch.os.system", "torchvision.datasets.utils.download_url", "timm.models.load_checkpoint", "builtins.eval",
     # of the allowed packages: what they import themselves, and what is no part of a run
-    "cl_bench.runs.run_dir.subprocess.run", "cl_bench.runs.run_dir.os.system", "cl_bench.runs.run.shutil", "cl_bench.runs.run_dir.importlib",
-    "cl_bench.runs.run_dir.contextmanager", "cl_bench.__main__.main", "cl_bench.runs.run.run", "cl_bench.runs.run._empty",
+    "cl_bench.runs.run_dir.subprocess.run", "cl_bench.runs.run_dir.os.system", "cl_bench.runs.run.shutil",
+    "cl_bench.runs.run_dir.importlib",
+    "cl_bench.runs.run_dir.contextmanager", "cl_bench.__main__.main", "cl_bench.runs.run.run",
+    "cl_bench.runs.run._empty",
     "cl_bench.system.atomic.write_text", "cl_bench.loggers.wandb.Path", "cl_bench.config.schema.OmegaConf",
     "torch.optim.optimizer.warnings.warn", "torch.optim.lr_scheduler.LambdaLR",
 ]  # fmt: skip

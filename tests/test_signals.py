@@ -18,9 +18,9 @@ from PIL import Image
 from test_command import assert_equal_results, in_process, the_run
 
 import cl_bench.engine.evaluate as evaluation
-from cl_bench.runs import run as run_module
 from cl_bench.data import cifar100
 from cl_bench.methods.ewc import EWC
+from cl_bench.runs import run as run_module
 
 SECONDS = 10.0
 """A signal is obeyed within less, on a busy machine; each of these would take minutes."""

@@ -14,10 +14,10 @@ import torch
 from conftest import DATA, configure, needs_cifar100, toy_images
 
 from cl_bench.config.build import build
+from cl_bench.core.errors import ConfigError
 from cl_bench.data import cifar100 as cifar100_module
 from cl_bench.data.cifar100 import cifar100
 from cl_bench.data.digits import digits
-from cl_bench.core.errors import ConfigError
 from cl_bench.scenarios.shared_labels import SharedLabels
 from cl_bench.scenarios.split import Split, order_classes, task_sizes
 

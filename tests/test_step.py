@@ -6,11 +6,11 @@ from stand_ins import CUDA, LowestCalls, Played
 from test_methods import METHODS, parts_of, trainer_of
 
 from cl_bench.core.errors import ConfigError, RunError
-from cl_bench.methods.base import FunctionalMethod
-from cl_bench.methods.er import ER
 from cl_bench.engine.replicas import lead
 from cl_bench.engine.step import Graphs, Speed, obstacle_to_graphs, state_of
 from cl_bench.engine.trainer import Interrupted, follow
+from cl_bench.methods.base import FunctionalMethod
+from cl_bench.methods.er import ER
 
 pytestmark = pytest.mark.arithmetic
 

@@ -12,12 +12,12 @@ from cl_bench.backbones.mlp import MLP
 from cl_bench.backbones.resnet18 import ResNet18
 from cl_bench.backbones.vit import ViT
 from cl_bench.config.build import build
-from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.core.errors import ConfigError
+from cl_bench.core.types import Data, Phase, Task
+from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.engine.trainer import Interrupted
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.supsup import SupSup, SupSupNNs
-from cl_bench.engine.trainer import Interrupted
-from cl_bench.core.types import Data, Phase, Task
 
 pytestmark = pytest.mark.arithmetic
 

@@ -11,10 +11,10 @@ from test_methods import trainer_of
 
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
+from cl_bench.core.types import Batch, Phase, Task
 from cl_bench.loggers.base import Logger
 from cl_bench.methods.base import Method
 from cl_bench.optim import Constant, Cosine, MultiStep, adamw, sgd
-from cl_bench.core.types import Batch, Phase, Task
 
 
 class Events(Logger):

@@ -5,9 +5,9 @@ import yaml
 from conftest import ROOT, configure
 
 from cl_bench.config.build import build
+from cl_bench.config.explain import refuse_unread_keys
 from cl_bench.config.schema import named
 from cl_bench.core.errors import ConfigError, void
-from cl_bench.config.explain import refuse_unread_keys
 
 VOID = {
     "scenario.num_tasks": ["scenario.num_tasks=5", "scenario.classes_per_task=[5,5]"],

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from cl_bench.data.transform import Transform
 from cl_bench.core.errors import require
 from cl_bench.core.images import send_together
 from cl_bench.core.types import Batch, Data, Task
+from cl_bench.data.transform import Transform
 
 Columns = dict[str, Tensor]
 Describe = Callable[[Tensor, Tensor], Columns]

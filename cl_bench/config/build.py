@@ -13,17 +13,17 @@ from omegaconf import DictConfig
 
 from cl_bench.backbones.base import Backbone, SingleHead, check_single_images
 from cl_bench.buffers.base import Buffer, Context, PerClassBuffer
-from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.config.schema import Precision, arguments, comparable, named, refuse_void, target
-from cl_bench.data.base import is_fixed_by_settings
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.loggers.base import Logger
-from cl_bench.system.memory import ran_out
-from cl_bench.methods.base import Method
 from cl_bench.core.record import Matrix
-from cl_bench.scenarios.base import Scenario
+from cl_bench.data.base import is_fixed_by_settings
+from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.step import obstacle_to_graphs
 from cl_bench.engine.trainer import Settings, Trainer
+from cl_bench.loggers.base import Logger
+from cl_bench.methods.base import Method
+from cl_bench.scenarios.base import Scenario
+from cl_bench.system.memory import ran_out
 
 
 @dataclass(frozen=True)

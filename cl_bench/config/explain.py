@@ -1,4 +1,4 @@
-"""What is wrong with a command line or a configuration file, in the words of :class:`~cl_bench.core.errors.ConfigError`.
+"""What is wrong with a command line or a configuration file, as a :class:`~cl_bench.core.errors.ConfigError` says it.
 
 Hydra says it in its own way and does not know what was meant. Here each kind of its errors is one message: key,
 expected, got, way out; the way out is the nearest key, with the value that was typed.

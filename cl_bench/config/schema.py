@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cl_bench.core.errors import ConfigError, within
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 """The configuration folder: inside the package when installed from a wheel, beside it in a checkout."""
 
@@ -48,6 +48,20 @@ INCOMPARABLE = (
 """Keys in which two runs of one row may differ: they change no result, or (``seed``) are what a row averages over.
 The two scenario seeds count where they are used, as ``scenario.class_order_seed`` and ``scenario.data_seed``."""
 
+
+OLD_PATHS = {"cl_bench.engine.trainer.Settings": "cl_bench.trainer.Settings"}
+"""Where a component was before it moved. A fingerprint takes the old path, and a ``_target_`` may name it: older runs
+stay in their row, are found as finished, and can be audited. Whoever moves a component enters it here."""
+
+LATER_KEYS = {
+    "method.finetune_steps": None,
+    "method.batch_size": "${trainer.batch_size}",
+    "method.mean_over": "seen",
+    "trainer.cudnn_benchmark": False,
+}
+"""Keys that were added after runs had been recorded, with the value that does what was done before. A fingerprint
+leaves them out at this value, and a ``config.yaml`` without them gets it: older runs stay in their row and can be
+read."""
 
 FILES = ("backbone.checkpoint",)
 """Keys that name a file. What makes two runs comparable is its content, not its name."""
@@ -181,7 +195,8 @@ def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
             got=path,
             fix=f"If you trust it, add 'allow_packages=[{path.split('.')[0]}]'.",
         )
-    module, _, name = path.rpartition(".")
+    now = {old: new for new, old in OLD_PATHS.items()}.get(path, path)
+    module, _, name = now.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
@@ -223,6 +238,10 @@ def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: ty
     }
     configurable = {name for name in parameters if name not in runtime}
     hints = typing.get_type_hints(built.__init__ if inspect.isclass(built) else built)
+    with open_dict(node):
+        for later in sorted(configurable - set(map(str, node))):
+            if f"{key}.{later}" in LATER_KEYS:
+                node[later] = LATER_KEYS[f"{key}.{later}"]
     values: dict[str, Any] = {}
     for name in node:
         name = str(name)
@@ -347,7 +366,11 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
             flat[prefix] = value
 
     visit("", config)
-    return flat
+    for key, value in LATER_KEYS.items():
+        as_before = flat.get(value[2:-1]) if isinstance(value, str) and value.startswith("${") else value
+        if key in flat and flat[key] == as_before:
+            del flat[key]
+    return {key: OLD_PATHS.get(value, value) if key.endswith("_target_") else value for key, value in flat.items()}
 
 
 def _content(file: str) -> str:

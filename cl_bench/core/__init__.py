@@ -1,0 +1,1 @@
+"""What everything else speaks of: tasks, batches, phases, records, errors."""

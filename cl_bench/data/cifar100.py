@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cl_bench.system.atomic import one_process
-from cl_bench.data.base import ImageSet, fixed_by_settings
 from cl_bench.core.errors import ConfigError, require
+from cl_bench.data.base import ImageSet, fixed_by_settings
+from cl_bench.system.atomic import one_process
 
 FOLDER = "cifar-100-python"
 MD5 = {

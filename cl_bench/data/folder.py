@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import UnidentifiedImageError
 
+from cl_bench.core.errors import ConfigError, require
 from cl_bench.data.base import ImageSet
 from cl_bench.data.cache import Stored, stored
 from cl_bench.data.pictures import Decoder, endings
-from cl_bench.core.errors import ConfigError, require
 
 SPLITS = ("train", "test")
 

@@ -5,8 +5,8 @@ Permuted MNIST: Goodfellow et al. 2013; with one set of classes a permutation: s
 
 import numpy as np
 
-from cl_bench.data.base import ImageSet, fixed_by_settings
 from cl_bench.core.errors import require
+from cl_bench.data.base import ImageSet, fixed_by_settings
 
 
 @fixed_by_settings

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from cl_bench.core.errors import ConfigError
+from cl_bench.core.types import Data, Task
 from cl_bench.methods.base import Method, Predict
 from cl_bench.metrics.auroc import one_vs_rest
 from cl_bench.scenarios.base import Scenario
-from cl_bench.core.types import Data, Task
 
 MAX_BATCH = 500
 """Images an evaluation batch; changes the speed only, since networks are in evaluation mode."""

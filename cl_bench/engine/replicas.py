@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from cl_bench.core.types import Losses, Phase
 from cl_bench.engine.checkpoint import set_torch_rng_state, torch_rng_state
-from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
-from cl_bench.system.signals import Interrupted
 from cl_bench.engine.step import NOT_FUNCTIONAL, Graphs, Results, Step, detached, laid_out_as, state_of, total
 from cl_bench.engine.trainer import Course
-from cl_bench.core.types import Losses, Phase
+from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
+from cl_bench.system.signals import Interrupted
 
 
 def obstacle(method: Method, device: torch.device) -> str | None:

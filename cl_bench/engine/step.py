@@ -22,8 +22,8 @@ from torch import Tensor
 
 from cl_bench.buffers.base import Buffer
 from cl_bench.core.errors import RunError
-from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
 from cl_bench.core.types import Batch, Losses, Phase
+from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
 
 Choice = Literal["auto", "eager", "compile", "graph"]
 

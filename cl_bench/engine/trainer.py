@@ -1,7 +1,8 @@
 """THE loop: the only place that iterates over training batches.
 
-It is a generator, a *course*: it yields each :class:`~cl_bench.engine.step.Step` and is sent the step's loss terms. One run
-performs them one after the other (:func:`follow`); :mod:`cl_bench.engine.replicas` leads several runs side by side.
+It is a generator, a *course*: it yields each :class:`~cl_bench.engine.step.Step` and is sent the step's loss terms.
+One run performs them one after the other (:func:`follow`); :mod:`cl_bench.engine.replicas` leads several runs side by
+side.
 """
 
 import math
@@ -14,18 +15,18 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from cl_bench.engine.checkpoint import Checkpoint, State, cloned, rng_state, set_rng_state
-from cl_bench.data.feed import feed
-from cl_bench.system.energy import Meter
 from cl_bench.core.errors import require
+from cl_bench.core.record import BASELINE, SETTINGS, Record
+from cl_bench.core.types import Batch, Data, Losses, Phase, Task
+from cl_bench.data.feed import feed
+from cl_bench.engine.checkpoint import Checkpoint, State, cloned, rng_state, set_rng_state
 from cl_bench.engine.evaluate import Evaluation, evaluate
+from cl_bench.engine.step import Choice, Speed, Step
 from cl_bench.loggers.base import Logger, Progress
 from cl_bench.methods.base import Method, Predict
-from cl_bench.core.record import BASELINE, SETTINGS, Record
 from cl_bench.scenarios.base import Scenario
+from cl_bench.system.energy import Meter
 from cl_bench.system.signals import Interrupted, breakable, breakable_items
-from cl_bench.engine.step import Choice, Speed, Step
-from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 
 T = TypeVar("T")
 
@@ -42,9 +43,10 @@ class Settings:
         checkpoint_seconds: a checkpoint is written at the end of each task and this often in between.
         checkpoint_steps: and every so many optimizer steps; None for by time only.
         speed: how steps are performed, see :class:`~cl_bench.engine.step.Speed`.
-        replicas: seeds trained side by side in one process: ``seed``, ``seed + 1``, ... (:mod:`cl_bench.engine.replicas`).
+        replicas: seeds trained side by side in one process: ``seed``, ``seed + 1``, ...
+            (:mod:`cl_bench.engine.replicas`).
         cudnn_benchmark: whether cuDNN tries its algorithms on the first batch of each shape and takes the fastest,
-            which need not round alike from run to run. It has a default, so that runs made before it can be read.
+            which need not round alike from run to run.
     """
 
     epochs: int
@@ -55,7 +57,7 @@ class Settings:
     checkpoint_steps: int | None
     speed: Choice
     replicas: int
-    cudnn_benchmark: bool = False
+    cudnn_benchmark: bool
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "clip_norm", "checkpoint_seconds", "checkpoint_steps", "replicas"):

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cl_bench.system.atomic import write_text
 from cl_bench.loggers.jsonl import read_events
+from cl_bench.system.atomic import write_text
 
 
 class Delivered:

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.apd import NO_GROUP, APDNet, TaskPart
 from cl_bench.core.errors import require, void
+from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.methods.base import Method
 from cl_bench.scenarios.base import Scenario
-from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 
 CANDIDATES = 5
 """The epoch that is kept is one of the last so many of a task."""

@@ -91,7 +91,8 @@ class FunctionalMethod(Method):
     """A method whose step is to look up tensors, to compute the loss terms from them alone, and to remember.
 
     The middle part can then be compiled, captured in a CUDA graph, or computed for many seeds at once
-    (:mod:`cl_bench.engine.step`, :mod:`cl_bench.engine.replicas`). A method that cannot be cut so is a plain :class:`Method`.
+    (:mod:`cl_bench.engine.step`, :mod:`cl_bench.engine.replicas`). A method that cannot be cut so is a plain
+    :class:`Method`.
     """
 
     self_contained: ClassVar[bool] = True

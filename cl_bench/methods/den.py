@@ -30,9 +30,9 @@ from torch import Tensor
 
 from cl_bench.backbones.den import DEN, Layer, Units
 from cl_bench.core.errors import require
+from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.methods.base import Method
 from cl_bench.scenarios.base import Scenario
-from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 
 CHUNK = 500
 """Images of one forward pass when the loss is measured."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer, Columns
-from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_draws, check_replay_size, described
 from cl_bench.core.types import Batch, Phase, Task
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_draws, check_replay_size, described
 
 
 class DERpp(FunctionalMethod):

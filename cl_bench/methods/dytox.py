@@ -32,8 +32,8 @@ from torch import Generator, Tensor, nn
 from cl_bench.backbones.dytox import Classifier, DyTox
 from cl_bench.buffers.base import Columns, PerClassBuffer
 from cl_bench.core.errors import require, void
-from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
 
 REPEATED_UNIT = 256
 """An epoch of repeated augmentation ends with a multiple of this many images (DeiT)."""

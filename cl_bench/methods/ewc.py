@@ -24,10 +24,10 @@ from torch.func import functional_call, grad, vmap
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.core.errors import require, void
-from cl_bench.system.memory import pass_bytes
+from cl_bench.core.types import Phase, Task
 from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, true_class_probability
 from cl_bench.scenarios.base import Scenario
-from cl_bench.core.types import Phase, Task
+from cl_bench.system.memory import pass_bytes
 
 GRADIENT_BYTES = 2**28
 """Memory of a CPU for the gradients of single images in one pass; changes no result."""

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
 from cl_bench.core.types import Phase, Task
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
 
 
 class Finetune(FunctionalMethod):

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import CHUNK, Columns, PerClassBuffer
+from cl_bench.core.types import Data, Phase, Task
 from cl_bench.methods.base import FunctionalMethod, Inputs, Predict, Teacher, Terms, described
 from cl_bench.scenarios.base import Scenario
-from cl_bench.core.types import Data, Phase, Task
 
 
 class ICaRL(FunctionalMethod):

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
+from cl_bench.core.types import Data, Phase, Task
 from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
 from cl_bench.scenarios.base import Scenario
-from cl_bench.core.types import Data, Phase, Task
 
 
 class Joint(FunctionalMethod):

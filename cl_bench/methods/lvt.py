@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from cl_bench.backbones.lvt import LVT
 from cl_bench.buffers.base import CHUNK, Buffer, Columns
 from cl_bench.core.errors import require, void
-from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_replay_size, true_class_probability
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
+from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_replay_size, true_class_probability
 
 
 @void("temperature", when=lambda v: v["distillation"] == "mse", why="method.distillation=mse has none")

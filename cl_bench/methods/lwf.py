@@ -19,9 +19,9 @@ from torch import Tensor
 
 from cl_bench.backbones.base import SingleHead
 from cl_bench.core.errors import require
+from cl_bench.core.types import Batch, Losses, Phase, Task
 from cl_bench.methods.base import FunctionalMethod, Inputs, Teacher, Terms
 from cl_bench.scenarios.base import Scenario
-from cl_bench.core.types import Batch, Losses, Phase, Task
 
 
 class LwF(FunctionalMethod):

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from cl_bench.backbones.memory_vit import MemoryViT
 from cl_bench.buffers.base import CHUNK
 from cl_bench.core.errors import require
+from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.methods.base import FunctionalMethod, Inputs, Predict, Terms
 from cl_bench.optim import adamw
 from cl_bench.scenarios.base import Scenario
-from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 
 
 class LearnableMemory(FunctionalMethod):

@@ -40,10 +40,10 @@ from torch import Tensor
 from cl_bench.backbones.base import Backbone
 from cl_bench.backbones.layers.masked import MaskedNet
 from cl_bench.core.errors import ConfigError, require, void
-from cl_bench.system.memory import pass_bytes
+from cl_bench.core.types import Batch, Losses, Phase, Task
 from cl_bench.methods.base import Method, Predict
 from cl_bench.scenarios.base import Scenario
-from cl_bench.core.types import Batch, Losses, Phase, Task
+from cl_bench.system.memory import pass_bytes
 
 INFERENCE = ("oneshot", "binary")
 GRADIENT_BYTES = 2**27

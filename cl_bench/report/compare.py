@@ -20,6 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from cl_bench.core.errors import ConfigError, require
+from cl_bench.core.record import SETTINGS, TITLES
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.order_robustness import (
     Classes,
@@ -28,7 +29,6 @@ from cl_bench.metrics.order_robustness import (
     maximum_order_disparity,
     order_disparity,
 )
-from cl_bench.core.record import SETTINGS, TITLES
 from cl_bench.report import plots
 from cl_bench.report.page import Picture, Run, Verdict, number, render, signed, verdicts
 

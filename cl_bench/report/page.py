@@ -12,11 +12,11 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cl_bench.system.atomic import write_text
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.engine.evaluate import read_predictions
 from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record
+from cl_bench.engine.evaluate import read_predictions
 from cl_bench.report import plots
+from cl_bench.system.atomic import write_text
 
 CARDS = (
     ("class_il", "average_accuracy", "%"),

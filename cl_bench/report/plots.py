@@ -21,9 +21,9 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from cl_bench.core.record import SETTINGS, TITLES, Matrix, Record
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.forgetting import forgetting
-from cl_bench.core.record import SETTINGS, TITLES, Matrix, Record
 
 PIXELS_PER_INCH = 100
 """CSS pixels of a page that show one inch of a picture."""

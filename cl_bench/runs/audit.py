@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from cl_bench.config.build import Parts
+from cl_bench.core.record import SETTINGS
+from cl_bench.core.types import Data
 from cl_bench.engine.checkpoint import Checkpoint, cloned
 from cl_bench.engine.evaluate import Arrange, Evaluation, evaluate, mixed
 from cl_bench.loggers.group import Loggers
-from cl_bench.core.record import SETTINGS
-from cl_bench.core.types import Data
 
 ONE_BY_ONE = 400
 """Images that are asked about in batches of one."""

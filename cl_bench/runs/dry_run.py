@@ -22,15 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cl_bench.config.build import Parts
+from cl_bench.core.record import Record
+from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.evaluate import MAX_BATCH, evaluate
-from cl_bench.loggers.group import Loggers
-from cl_bench.system.memory import peak_bytes
-from cl_bench.methods.base import Predict
-from cl_bench.core.record import Record
 from cl_bench.engine.step import Graphs
 from cl_bench.engine.trainer import count_parameters
-from cl_bench.core.types import Batch, Data, Losses, Phase, Task
+from cl_bench.loggers.group import Loggers
+from cl_bench.methods.base import Predict
+from cl_bench.system.memory import peak_bytes
 
 SECONDS = 20.0
 """Seconds for everything that is timed. Nothing is cut off, so the smallest pieces of work come on top where even they

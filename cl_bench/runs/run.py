@@ -15,23 +15,23 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
-from cl_bench.runs import run_dir as files
 from cl_bench.config.build import KINDS, Parts, build, component, identity, loggers
-from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.config.explain import refuse_unread_keys
 from cl_bench.config.schema import INCOMPARABLE, fingerprint, plain, split_override, typed_overrides
 from cl_bench.core.errors import ConfigError, RunError, require
-from cl_bench.config.explain import refuse_unread_keys
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES
+from cl_bench.core.types import Losses
+from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.engine.step import Step
+from cl_bench.engine.trainer import Course, follow
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
-from cl_bench.system.memory import largest_tensors, peak_bytes, ran_out, reset_peak
-from cl_bench.core.record import SCHEMA, SETTINGS, TITLES
+from cl_bench.runs import run_dir as files
 from cl_bench.scenarios.base import Scenario
+from cl_bench.system.memory import largest_tensors, peak_bytes, ran_out, reset_peak
 from cl_bench.system.signals import Interrupted, breakable, stop_signals
-from cl_bench.engine.step import Step
-from cl_bench.engine.trainer import Course, follow
-from cl_bench.core.types import Losses
 
 MOST_THREADS = 1024
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 import yaml
 
-from cl_bench.system.atomic import write_text
 from cl_bench.config.schema import PACKAGE
 from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.engine.evaluate import Evaluation
 from cl_bench.scenarios.base import Scenario
+from cl_bench.system.atomic import write_text
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -24,8 +24,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cl_bench.config.schema import typed_overrides
 from cl_bench.config.explain import explain, status_of
+from cl_bench.config.schema import typed_overrides
 from cl_bench.system.signals import handle_once
 from cl_bench.system.streams import outlive_readers
 

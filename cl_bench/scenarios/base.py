@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from cl_bench.data.transform import Transform
 from cl_bench.core.images import HostImages
-from cl_bench.system.memory import free_bytes
 from cl_bench.core.types import Data, Task
+from cl_bench.data.transform import Transform
+from cl_bench.system.memory import free_bytes
 
 LARGEST_SHARE = 0.5
 """Part of the device's free memory that images may take; the rest is for the network and its activations."""

@@ -6,10 +6,10 @@ permutation in permuted MNIST, "first or second class of its task" in split MNIS
 
 from dataclasses import replace
 
-from cl_bench.data.base import fixed_by_settings
 from cl_bench.core.errors import require
-from cl_bench.scenarios.base import Scenario
 from cl_bench.core.types import Data, Task
+from cl_bench.data.base import fixed_by_settings
+from cl_bench.scenarios.base import Scenario
 
 
 @fixed_by_settings

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from cl_bench.core.errors import ConfigError, require, void
+from cl_bench.core.images import HostImages
+from cl_bench.core.types import Data, Task
 from cl_bench.data.base import ImageSet, fixed_by_settings
 from cl_bench.data.rand_augment import RandAugment
 from cl_bench.data.transform import Transform
-from cl_bench.core.errors import ConfigError, require, void
-from cl_bench.core.images import HostImages
 from cl_bench.scenarios.base import Scenario
-from cl_bench.core.types import Data, Task
 
 ORDERS = ("natural", "random", "superclass")
 

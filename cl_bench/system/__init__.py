@@ -1,0 +1,1 @@
+"""The machine: memory, energy, files, signals, output streams."""

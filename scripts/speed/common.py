@@ -19,16 +19,16 @@ import torch
 
 import cl_bench
 from cl_bench.config.build import Parts, build
-from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.config.schema import composed
+from cl_bench.core.types import Phase, Task
 from cl_bench.data.base import ImageSet
-from cl_bench.runs.run_dir import commit, version
+from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.engine.trainer import Trainer
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.console import Console
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
-from cl_bench.engine.trainer import Trainer
-from cl_bench.core.types import Phase, Task
+from cl_bench.runs.run_dir import commit, version
 
 BATCH = 32
 """Images of the stream a step, and images replayed beside them."""

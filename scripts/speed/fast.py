@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from cl_bench.engine.checkpoint import Checkpoint
-from cl_bench.loggers.group import Loggers
-from cl_bench.methods.base import FunctionalMethod
 from cl_bench.engine.replicas import Joint
 from cl_bench.engine.step import total
+from cl_bench.loggers.group import Loggers
+from cl_bench.methods.base import FunctionalMethod
 from speed.clock import seconds_a_step
 from speed.common import (
     BATCH,
@@ -60,7 +60,7 @@ def gpu(options: Options) -> Iterator[Row]:
 
 
 def replicas(options: Options) -> Iterator[Row]:
-    """Gradients of five networks computed as one, as :mod:`cl_bench.engine.replicas` does it, against those of one network.
+    """Gradients of five networks computed as one, as :mod:`cl_bench.engine.replicas` does it, against those of one.
 
     The draws and the optimizers are each replica's own and left out: what stacking may speed up is the arithmetic.
     """

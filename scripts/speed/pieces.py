@@ -13,8 +13,8 @@ from torchvision import transforms
 
 from cl_bench.buffers.base import Context
 from cl_bench.buffers.reservoir import Reservoir
-from cl_bench.data.transform import Transform
 from cl_bench.core.types import Batch
+from cl_bench.data.transform import Transform
 from speed.common import BATCH, Options, Row, in_turn, random_pixels, ratio, repeat
 
 CAPACITY = 200
