@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from cl_bench.checkpoint import Checkpoint, State, cloned, rng_state, set_rng_state
 from cl_bench.data.feed import feed
 from cl_bench.energy import Meter
-from cl_bench.errors import require
+from cl_bench.errors import require, void
 from cl_bench.evaluate import Evaluation, evaluate
 from cl_bench.loggers.base import Logger, Progress
 from cl_bench.methods.base import Method, Predict
@@ -30,6 +30,11 @@ from cl_bench.types import Batch, Data, Losses, Phase, Task
 T = TypeVar("T")
 
 
+@void(
+    "epochs",
+    when=lambda v: v["config"].method.get("epochs", v["epochs"]) != v["epochs"],
+    why="method.epochs counts them",
+)
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a phase is run, unless the phase says otherwise.
