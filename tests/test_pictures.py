@@ -779,7 +779,8 @@ def test_a_file_of_weights_counts_with_its_content(tmp_path):
     assert settings("missing.pt")["backbone.checkpoint"] == str(tmp_path / "missing.pt")
 
 
-def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
+def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(delay, run, tmp_path, monkeypatch):
     root = pictures(tmp_path / "mine", train=20, test=5)
     decode = Decoder.decode
     monkeypatch.setattr(Decoder, "decode", lambda self, path: (time.sleep(0.02), decode(self, path))[1])
@@ -790,7 +791,7 @@ def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(run, tmp_pa
         sys.exit(in_process(*learns(root, *more), monkeypatch=monkeypatch, cwd=tmp_path))
 
     processes = [
-        forked(command_of, "alone", "own"), forked(command_of, "one", "fresh"), forked(command_of, "two", "fresh", 0.1),
+        forked(command_of, "alone", "own"), forked(command_of, "one", "fresh"), forked(command_of, "two", "fresh", delay),
     ]  # fmt: skip
     for process in processes:
         process.join(120)
