@@ -34,7 +34,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
     wait_passively()
     outlive_readers()
-    multirun = bool({"-m", "--multirun"} & set(sys.argv))
+    multirun = bool({"-m", "--multirun"} & set(sys.argv)) and not {"--cfg", "-c", "--info", "-i"} & set(sys.argv)
     sweep = Sweep(sys.argv[1:], tracebacks=wants_traceback)
     failures: list[Exception] = []
     started: list[bool] = []

@@ -16,7 +16,7 @@ from cl_bench.buffers.base import Buffer, Context, PerClassBuffer
 from cl_bench.checkpoint import Checkpoint
 from cl_bench.config import Precision, arguments, comparable, named, refuse_void, target
 from cl_bench.data.base import is_fixed_by_settings
-from cl_bench.errors import ConfigError
+from cl_bench.errors import ConfigError, require
 from cl_bench.loggers.base import Logger
 from cl_bench.memory import ran_out
 from cl_bench.methods.base import Method
@@ -327,6 +327,14 @@ def _refuse_graphs(settings: Settings, method: Method, device: torch.device) -> 
 def loggers(config: DictConfig) -> dict[str, Logger]:
     """The chosen loggers by name."""
     allow = list(config.allow_packages)
+    for name, node in config.logger.items():
+        require(
+            not isinstance(node, DictConfig) or "_target_" in node,
+            f"logger.{name}",
+            expected="keys of a logger that was chosen",
+            got=f"{name}, which was not",
+            fix="Choose with logger=NAME; logger=many takes all.",
+        )
     return {str(name): component(node, f"logger.{name}", allow, Logger) for name, node in config.logger.items()}
 
 

@@ -257,7 +257,11 @@ def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: d
     for argument, when, why in vars(built).get("void", ()):
         whole = f"{key}.{argument}"
         names = {whole, str(raw.get(argument)).strip("${}")} & given
-        if names and when(values) and f"${{{whole}}}" not in OmegaConf.to_yaml(node._get_root()):
+        if (
+            names
+            and when(values | {"config": node._get_root()})
+            and f"${{{whole}}}" not in OmegaConf.to_yaml(node._get_root())
+        ):
             name = min(names)
             raise ConfigError(name, expected=f"no value, since {why}", got=values[argument], fix="Leave it out.")
 

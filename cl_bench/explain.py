@@ -7,12 +7,15 @@ expected, got, way out; the way out is the nearest key, with the value that was 
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -48,6 +51,12 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
 def refuse_unread_keys(config: DictConfig, arguments: Sequence[str]) -> None:
     """Refuse what was typed at the top and nothing reads: Hydra takes any key with a plus."""
     line, known = CommandLine(arguments), [f.name for f in fields(Run)]
+    hydras = [f.name for f in fields(HydraConf)]
+    for text in HydraConfig.get().overrides.hydra:
+        name = split_override(text)[0].removeprefix("hydra.").partition(".")[0]
+        if text.startswith("+") and name not in hydras:
+            way = _did_you_mean([f"hydra.{key}" for key in difflib.get_close_matches(name, hydras, n=1)], None)
+            raise ConfigError(f"hydra.{name}", expected="a key of Hydra's", got=f"the unknown key {name}", fix=way)
     for key in map(str, config):
         if key not in known:
             raise ConfigError(
@@ -145,7 +154,7 @@ def _first(override: str) -> str:
 
 
 def _line_of(file: Path, key: str) -> int | None:
-    """The line of a YAML file that holds ``key``, None where it holds no such key or it cannot be read."""
+    """The line of a YAML file that holds ``key``; None where it holds none, or one that refers to another key."""
     try:
         node = yaml.compose(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
@@ -157,7 +166,8 @@ def _line_of(file: Path, key: str) -> int | None:
         if found is None:
             return None
         number, node = found[0].start_mark.line + 1, found[1]
-    return number
+    refers = isinstance(node, yaml.ScalarNode) and re.fullmatch(r"\$\{[\w.]+\}", node.value)
+    return None if refers else number
 
 
 def _shown(file: Path) -> str:
@@ -189,16 +199,19 @@ def _explain_hydra(error: Exception, line: CommandLine) -> str:
     if found := re.search(r"Could not find '(.+)/([^/']*)'", text):
         listed = re.search(r"Available options in '[^']*':\s*(.*?)(?:Config search path|\Z)", text, flags=re.S)
         return _unknown_choice(found[1], found[2], sorted(listed[1].split()) if listed else [], line)
-    if found := re.search(r"Ambiguous value for argument '(.*?)=(.*)'", text):
-        key, values = found[1].lstrip("+"), found[2]
-        hint = "" if key in _groups(line.folders) else f"; {key}=[{values}] is a list"
-        return f"{key}: expected one value; got {values}. Add -m for a run with each of them{hint}."
+    if found := re.search(r"Ambiguous value for argument '(.*?)=(.*)'|Sweep parameters '(.*?)=(.*)' requires", text):
+        key, values = (found[1] or found[3]).lstrip("+"), found[2] or found[4]
+        return (
+            f"{key}: expected one value; got {values}. Add -m for a run with each of them{_as_one(key, values, line)}."
+        )
     if found := re.search(r"Could not append to config. An item is already at '(.+?)'", text):
         return f"{found[1]}: expected no plus before a key that is there; got +{found[1]}. Leave it out."
     if found := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+ (\S+)'", text):
         return (
             f"{found[1]}: expected no plus before a group with a default; got +{found[1]}. Write {found[1]}={found[2]}."
         )
+    if (found := re.search(r"In '(\w+/[^']+)': Could not override '\w+@(\w+)\.", text)) and found[2] not in _defaults():
+        return _without_package(found[1])
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1], line)
     if found := re.search(r"Could not delete from config\. '(.+?)'", text):
@@ -210,8 +223,26 @@ def _explain_hydra(error: Exception, line: CommandLine) -> str:
     if found := re.search(r"Cannot find primary config '(.+?)'|irectory '(.+?)' (?:not found|exists)", text):
         which = "--config-name" if found[1] else "--config-dir"
         return f"{which}: expected one that is there; got {found[1] or found[2]}. Correct the path."
+    if "Unexpected type for root" in text:
+        below = next((key for key, _ in map(split_override, line.overrides) if "." in key), "a key")
+        return f"{below}: expected no key below one that holds nothing; got {below}. {ANYWHERE}"
     words = " ".join(text.split())
     return f"command line: expected group=NAME and key=VALUE; got what Hydra cannot read ({words}). See --help."
+
+
+def _as_one(key: str, values: str, line: CommandLine) -> str:
+    """How to write several values as one; nothing where there is no such thing."""
+    if key in _groups(line.folders) or re.match(r"\w+\(", values):
+        return ""
+    if re.fullmatch(r"[-+.\deE, ]+", values):
+        return f"; {key}=[{values}] is a list"
+    return f"; {_quoted(key, values)} is a value with a comma"
+
+
+def _quoted(key: str, value: str) -> str:
+    """An override quoted for the shell and for Hydra."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return shlex.quote(f'{key}="{escaped}"')
 
 
 def _unreadable(override: str) -> str:
@@ -221,19 +252,21 @@ def _unreadable(override: str) -> str:
     if "=" not in override:
         known = (CONFIGS / "experiment" / f"{key}.yaml").is_file()
         return f"{whole} {f'Did you mean +experiment={key}?' if known else 'See --help.'}"
-    if not re.fullmatch(r"[\w./@:-]+", key, flags=re.ASCII) or re.match(r"[\[{'\"=]|\$\{|\w+\(", value):
+    if value.startswith("="):
+        return f"{whole} Did you mean {key}={value.lstrip('=')}?"
+    if not re.fullmatch(r"[\w./@:-]+", key, flags=re.ASCII) or re.match(r"[\[{'\"]|\$\{|\w+\(", value):
         return f"{whole} See --help."
     home = os.path.expanduser(value)
     way = "Quote it twice, for the shell and for Hydra:" if home == value else "No ~ stands for a folder here; write"
-    quoted = home.replace("\\", "\\\\").replace('"', '\\"')
     signs = override[: len(override) - len(override.lstrip("+~"))]
     simple = re.fullmatch(r"[\w./-]+", home, flags=re.ASCII)
-    write = f"{signs}{key}={home}" if simple else f"'{signs}{key}=\"{quoted}\"'"
+    write = f"{signs}{key}={home}" if simple else _quoted(f"{signs}{key}", home)
     return f"{key}: expected a value that Hydra can read; got {value}. {way} {write}"
 
 
-def _unknown_choice(group: str, name: str, options: list[str], line: CommandLine, sign: str = "") -> str:
+def _unknown_choice(group: str, name: str, options: list[str], line: CommandLine) -> str:
     close = difflib.get_close_matches(name, options, n=1)
+    sign = "" if group in _defaults() or line.typed(group) is None else "+"
     way = f"Did you mean {sign}{group}={close[0]}?" if close else "Choose one of them."
     if group in ("hydra/launcher", "hydra/sweeper"):
         way = "More come with pip install -e '.[sweep]'."
@@ -248,28 +281,35 @@ def _unknown_key(key: str, line: CommandLine) -> str:
     if key in _groups(line.folders) and key not in _defaults():
         options = sorted(path.stem for folder in line.folders for path in (folder / key).glob("*.yaml"))
         if value and not set(value.split(",")) <= set(options):
-            return _unknown_choice(key, value, options, line, "+")
+            return _unknown_choice(key, value, options, line)
         return f"{key}: expected a plus before a group without a default; got none. Write +{key}={value or 'NAME'}."
     known = line.without(key)
     parent, _, leaf = key.rpartition(".")
     has_keys = parent and isinstance(_select(known, parent), DictConfig)
     expected = f"a key that {parent} has" if has_keys else "a key of the configuration"
+    nearest = _nearest(key, known)
+    way = _did_you_mean(nearest, value) if nearest or not parent else _in_other_choices(parent, leaf)
     place = line.mention_of(rf"(^|[\s/.]){re.escape(leaf)}\s*:") if value is None else ""
-    return (
-        f"{key}: expected {expected}; got the unknown key {leaf}. {_did_you_mean(_nearest(key, known), value)}{place}"
-    )
+    return f"{key}: expected {expected}; got the unknown key {leaf}. {way}{place}"
+
+
+def _without_package(name: str) -> str:
+    """Of a file whose keys Hydra takes for those of its group, as of every file without a header."""
+    return f"{name}.yaml: expected # @package _global_ at its top, since it has whole keys; got none. Add it."
 
 
 def _wrong_file(name: str, text: str, line: CommandLine) -> str:
     """What is wrong with the content of a file that Hydra names as ``group/option``."""
     key = (re.search(r"full_key: (\S+)", text) or ["", ""])[1]
     place = line.place_of(key) or f" It stands in {name}.yaml."
+    if "/" in name and key == name.partition("/")[0] and key not in _defaults():
+        return _without_package(name)
     if "not in 'Run'" in text or "not in struct" in text:
-        if "/" in name and key == name.partition("/")[0]:
-            way = "Begin the file with # @package _global_, and write whole keys in it."
-        else:
-            way = _did_you_mean(_nearest(key, line.without("")), None)
+        way = _did_you_mean(_nearest(key, line.without("")), None)
         return f"{key}: expected a key of the configuration; got the unknown key {key}. {way}{place}"
+    if key in _defaults():
+        way = f"Choose in the list of defaults: - override /{key}: NAME."
+        return f"{key}: expected the keys of the {key} that is chosen; got something else. {way}{place}"
     value = (re.search(r"[Vv]alue '(.*?)'", text) or ["", "another one"])[1]
     return f"{_wrong_type(key, value, text)}{place}"
 
@@ -290,9 +330,20 @@ def _did_you_mean(keys: Sequence[str], value: str | None) -> str:
     return f"Did you mean {' or '.join(f'{key}{given}' for key in keys)}?" if keys else ANYWHERE
 
 
+def _in_other_choices(group: str, leaf: str) -> str:
+    """Which choices of a group have a key that the chosen one has not."""
+    content = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONFIGS / group).glob("*.yaml")}
+    keys = {name: list(keys.get(group, keys) or ()) for name, keys in content.items() if isinstance(keys, dict)}
+    close = difflib.get_close_matches(leaf, {key for own in keys.values() for key in own}, n=1)
+    if not close:
+        return ANYWHERE
+    return f"{group}={' or '.join(sorted(name for name in keys if close[0] in keys[name]))} has {close[0]}."
+
+
 def _nearest(key: str, config: DictConfig) -> list[str]:
     """What is there under a name like ``key``, as it is to be typed: beside it, else of the same name elsewhere."""
     parent, _, leaf = key.rpartition(".")
+    leaf = leaf.lower()
     every = list(_keys(config))
     beside = _select(config, parent)
     names = [str(name) for name in beside if name != "_target_"] if parent and isinstance(beside, DictConfig) else []

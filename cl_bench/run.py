@@ -76,7 +76,9 @@ def _run(config: DictConfig, values: dict[str, Any]) -> float | None:
         from cl_bench.dry_run import dry_run
 
         settings, scenario = identity(config, values)
-        dry_run(build(config, scenario), base_summary(values, settings))
+        parts = build(config, scenario)
+        with told_in_our_words(parts):
+            dry_run(parts, base_summary(values, settings))
         return None
     replicas = component(config.trainer, "trainer", list(config.allow_packages), KINDS["trainer"]).replicas
     seeds = range(values["seed"], values["seed"] + replicas)
@@ -159,6 +161,9 @@ def _refuse_false_names(values: dict[str, Any]) -> None:
     """``choices`` is a record of what was chosen; set by hand, a run would go under another method's name."""
     chosen = HydraConfig.get().runtime.choices
     for group, name in values["choices"].items():
+        require(
+            group in chosen, f"choices.{group}", expected="what was chosen", got="no such group", fix="Leave it out."
+        )
         if name != chosen.get(group):
             raise ConfigError(
                 f"choices.{group}",
@@ -284,15 +289,10 @@ def _train(
         reset_peak(parts.device)
         trainer = parts.trainer(logger, Checkpoint(place / "checkpoint"), stop=lambda: bool(caught))
         try:
-            record = yield from trainer.course()
+            with told_in_our_words(parts):
+                record = yield from trainer.course()
         except Interrupted:
             status = "interrupted"
-            raise
-        except Exception as error:
-            if ran_out(error):
-                raise RunError(_memory_message(error, parts)) from error
-            if "more than 1 value per channel" in str(error):
-                raise _single_value(parts) from error
             raise
         record.cost.peak_memory_bytes = peak_bytes(parts.device)
         record.cost.buffer_bytes = parts.buffer.nbytes
@@ -313,6 +313,19 @@ def _train(
     finally:
         logger.finish(status, done)
     return summary
+
+
+@contextmanager
+def told_in_our_words(parts: Parts) -> Iterator[None]:
+    """Within, errors of torch that a user can do something about become one message."""
+    try:
+        yield
+    except Exception as error:
+        if ran_out(error):
+            raise RunError(_memory_message(error, parts)) from error
+        if "more than 1 value per channel" in str(error):
+            raise _single_value(parts) from error
+        raise
 
 
 def _single_value(parts: Parts) -> ConfigError:

@@ -6,7 +6,7 @@ performs them one after the other (:func:`follow`); :mod:`cl_bench.replicas` lea
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Generator as Course
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar
@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from cl_bench.checkpoint import Checkpoint, State, cloned, rng_state, set_rng_state
 from cl_bench.data.feed import feed
 from cl_bench.energy import Meter
-from cl_bench.errors import require
+from cl_bench.errors import require, void
 from cl_bench.evaluate import Evaluation, evaluate
 from cl_bench.loggers.base import Logger, Progress
 from cl_bench.methods.base import Method, Predict
@@ -30,6 +30,11 @@ from cl_bench.types import Batch, Data, Losses, Phase, Task
 T = TypeVar("T")
 
 
+@void(
+    "epochs",
+    when=lambda v: v["config"].method.get("epochs", v["epochs"]) != v["epochs"],
+    why="method.epochs counts them",
+)
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a phase is run, unless the phase says otherwise.
@@ -138,7 +143,7 @@ class Trainer:
             if self.stop():
                 raise Interrupted
             self.method.eval()
-            for number, phase in enumerate(breakable_items(self.method.learn(task))):
+            for number, phase in enumerate(breakable_items(self._phases(task))):
                 self._excused = {name for name, buffer in self.method.named_buffers() if not _finite(buffer)}
                 replayed = number < len(ends)  # finished before the interruption: lay its result over the method
                 if replayed:
@@ -162,6 +167,19 @@ class Trainer:
         for name, rule in self.method.alternatives().items():
             self.alternatives[name] = self._accuracies(self._evaluate(len(self.scenario.tasks), rule))
         return self.record
+
+    def _phases(self, task: Task) -> Iterator[Phase]:
+        """The method's phases. What fails between them since its scores are no numbers any more is a divergence."""
+        try:
+            yield from self.method.learn(task)
+        except Exception as error:
+            try:
+                self._evaluate(task.id + 1)
+            except FloatingPointError:
+                raise
+            except Exception:  # it cannot answer yet: the error is its own
+                raise error from None
+            raise
 
     def phase_course(self, task: Task, number: int, phase: Phase, now: State | None) -> Course[Step, Losses, None]:
         """:meth:`run_phase`, step by step."""

@@ -426,6 +426,21 @@ WRONG = {
     "a bracket": (["data_dir=/x (y)"], "data_dir: expected .* 'data_dir=\"/x .y.\"'"),
     "a sweep without -m": (["optimizer.lr=0.1,0.2"], "optimizer.lr: expected one value; got 0.1,0.2. Add -m "),
     "a sweep over nothing": (["-m", "lr=0.1,0.2"], "lr: expected a key .* Did you mean optimizer.lr=0.1,0.2?"),
+    "an experiment misspelt": (["+experiment=quikstart"], "Did you mean \\+experiment=quickstart?"),
+    "a scale misspelt": (["+scale=minni"], "scale: expected one of mini; got minni. Did you mean \\+scale=mini?"),
+    "in capitals": (["+SCALE=mini"], "SCALE: expected a key .* Did you mean \\+scale=mini?"),
+    "a key of another choice": (["method.strength=1"], "method.strength: .* method=ewc has strength."),
+    "a key of another choice misspelt": (["schedule.milstones=[3]"], "schedule=multistep has milestones."),
+    "a key of no choice": (["method.nothing_like_it=3"], "method.nothing_like_it: .* --cfg job prints every key"),
+    "a logger misspelt": (["+logger.wnadb.project=x"], "logger.wnadb: expected keys of a logger that was chosen"),
+    "a key of Hydra's": (["+hydra.swep=x"], "hydra.swep: expected a key of Hydra's; .* Did you mean hydra.sweep?"),
+    "a choice of nothing": (["+choices.foo=er"], "choices.foo: expected what was chosen; got no such group"),
+    "a key below nothing": (["+published.foo=1"], "published.foo: expected no key below one that holds nothing"),
+    "a comma in a path": (["data_dir=/x,y"], "data_dir: expected one value; .* 'data_dir=\"/x,y\"' is a value with"),
+    "a range without -m": (["seed=range(0,3)"], "seed: expected one value; got range.0,3.. Add -m for a run with each"),
+    "two equals signs": (["trainer.epochs==3"], "command line: .* Did you mean trainer.epochs=3?"),
+    "an apostrophe": (["name=it's"], """name: expected a value .* 'name="it'"'"'s"'"""),
+    "a sweep that is only printed": (["-m", "--cfg", "job"], "command line: .*Only one of --run, --multirun, --cfg"),
     "no threads": (["threads=0"], "threads: expected auto, or 1 to 1024; got 0"),
     "no number of threads": (["threads=few"], "threads: expected auto, or 1 to 1024; got few"),
     "a folder that is not there": (
@@ -447,6 +462,15 @@ def test_wrong_input_gives_one_message(case, monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.rglob("summary.json"))
 
 
+def test_a_sweep_over_a_key_that_nothing_reads_is_refused(monkeypatch, tmp_path, capsys):
+    assert in_process("-m", "+seeds=0,1", monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    error = capsys.readouterr().err
+    for number in (0, 1):
+        line = f"job {number} (+seeds={number}): seeds: expected a key of the configuration; got the unknown key seeds."
+        assert f"{line} Did you mean seed={number}?" in error
+    assert not list(tmp_path.rglob("summary.json"))
+
+
 FILES_OF_ONES_OWN = {
     "an unknown key": ("trainer:\n  epochs: 3\n  epoch: 3\n", "trainer.epoch: .* Did you mean trainer.epochs?", 5),
     "an unknown key at the top": ("optimiser:\n  lr: 1\n", "optimiser: .* Did you mean optimizer?", 3),
@@ -454,6 +478,12 @@ FILES_OF_ONES_OWN = {
     "a wrong type at the top": ("seed: abc\n", "seed: expected a whole number; got abc", 3),
     "an unknown name": ("defaults:\n  - override /scenario: digit\n", "scenario: .* Did you mean scenario=digits?", 4),
     "an unknown group": ("defaults:\n  - override /scenaro: digits\n", "scenaro: .* Did you mean scenario?", 4),
+    "a name in place of keys": (
+        "method: ewc\n",
+        "method: .* Choose in the list of defaults: - override /method: NAME",
+        3,
+    ),
+    "a key that another part has": ("trainer:\n  lr: 3\n", "trainer.lr: expected one of the keys", 4),
     "no YAML": ("trainer:\n  epochs: 3\n epochs: 4\n", "mine.yaml, line 5: expected YAML", 5),
 }
 
@@ -476,6 +506,25 @@ def test_what_is_wrong_in_a_file_of_ones_own_is_said_with_file_and_line(case, mo
     assert in_process(*arguments, "trainer.epochs=none", monkeypatch=monkeypatch, cwd=tmp_path) == 2
     if case == "a wrong type":  # typed, so it is not the file's
         assert "mine.yaml" not in capsys.readouterr().err
+
+
+def test_a_file_of_ones_own_without_its_first_line_is_told_of_it(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "mine" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    for text in ("trainer:\n  epochs: 3\n", "seed: 3\n", "defaults:\n  - override /method: ewc\n"):
+        file.write_text(text)
+        assert in_process("--config-dir", "mine", "+experiment=mine", monkeypatch=monkeypatch, cwd=tmp_path) == 2, text
+        error = capsys.readouterr().err
+        assert "experiment/mine.yaml: expected # @package _global_ at its top" in error, text
+        assert error.count("\n") == 1
+
+
+def test_what_another_key_gives_a_file_is_not_laid_at_its_door(monkeypatch, tmp_path, capsys):
+    arguments = ["scenario=folder", "data_dir=nowhere", "scenario.source.size=8", "device=cpu"]
+    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cl_bench: scenario.source.root: expected a folder nowhere/train")
+    assert "It stands in" not in error
 
 
 def test_a_quoted_value_is_taken_as_it_was_meant(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import struct
 import sys
 import time
@@ -88,6 +89,21 @@ def png16(colour: list[int], kind: int, extra: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IDAT", zlib.compress(4 * row)) + chunk(b"IEND", b"")
 
 
+def planes(values: np.ndarray) -> bytes:
+    """A TIFF file of three channels (3, H, W), each stored as a plane."""
+    numbers = {256: [4], 257: [4], 258: [8 * values.itemsize] * 3, 259: [1], 262: [2], 273: [0] * 3, 277: [3]}
+    numbers |= {278: [4], 279: [values[0].nbytes] * 3, 284: [2]}
+    behind = 8 + 2 + 12 * len(numbers) + 4  # where what does not fit into an entry begins
+    lists = {tag: behind + 12 * i for i, tag in enumerate(tag for tag in numbers if len(numbers[tag]) > 1)}
+    start = behind + 12 * len(lists)
+    numbers[273] = [start + i * values[0].nbytes for i in range(3)]
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, len(given), lists.get(tag, given[0])) for tag, given in numbers.items()
+    )
+    rest = b"".join(struct.pack("<3I", *numbers[tag]) for tag in lists)
+    return b"II" + struct.pack("<HIH", 42, 8, len(numbers)) + entries + bytes(4) + rest + values.tobytes()
+
+
 def tiff(values: np.ndarray, sample: int, bits: int = 0, photometric: int = 1, orientation: int = 1) -> bytes:
     """One channel (H, W); ``sample`` 1 unsigned, 2 signed, 3 floating-point; with ``bits``, rows of packed bytes."""
     order = {"<": "<", ">": ">"}.get(values.dtype.str[0], "<")
@@ -167,6 +183,42 @@ def test_what_has_no_usual_range_needs_one(case, tmp_path):
     assert np.unique(Decoder(2, (0, 0, 0), tuple(stated)).decode(tmp_path / "picture")).tolist() == [expected]
 
 
+MISREAD = {
+    "16 bits in planes": (planes(np.full((3, 4, 4), 30000, "<u2")), "16 bits a channel in planes"),
+    "signed 8-bit integers": (tiff(full(-5, "i1"), 2), "signed 8-bit integers"),
+    "a clear colour of 16 bits, RGB": (
+        png16([30000, 20000, 10000], 2, chunk(b"tRNS", struct.pack(">3H", 30000, 20000, 10000))),
+        "a transparent colour of 16 bits",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_what_pil_would_open_to_other_values_is_refused(case, tmp_path):
+    content, message = MISREAD[case]
+    (tmp_path / "picture").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Decoder(2, (0, 128, 255), None).decode(tmp_path / "picture")
+    with Image.open(tmp_path / "picture") as picture:
+        picture.load()  # PIL says nothing of it
+
+
+def test_planes_of_eight_bits_are_taken(tmp_path):
+    (tmp_path / "picture").write_bytes(planes(np.stack([full(value, "u1") for value in (200, 100, 50)])))
+    image = Decoder(2, (0, 0, 0), None).decode(tmp_path / "picture")
+    assert [np.unique(channel).tolist() for channel in image] == [[200], [100], [50]]
+
+
+def test_pictures_of_a_kind_whose_scale_pil_ignores_are_left_out(tmp_path, capsys):
+    root = pictures(tmp_path / "mine")
+    cards = ["SIMPLE  =                    T", "BITPIX  =                   16", "NAXIS   =                    2"]
+    cards += ["NAXIS1  =                    4", "NAXIS2  =                    4", "END"]
+    header = "".join(card.ljust(80) for card in cards).ljust(2880).encode()
+    (root / "train" / "ant" / "star.fits").write_bytes(header + full(100, ">i2").tobytes().ljust(2880, b"\0"))
+    assert len(opened(root).train_labels) == 18
+    assert "1 named *.fits" in capsys.readouterr().err
+
+
 def test_values_that_are_no_numbers_are_refused(tmp_path):
     (tmp_path / "picture").write_bytes(tiff(full(np.nan, "<f4"), 3))
     with pytest.raises(ValueError, match="not finite"):
@@ -214,7 +266,7 @@ def test_what_is_taken_and_what_is_left_out_is_said_in_a_line(tmp_path, capsys):
     (root / "train" / "ant" / "PLAIN").write_bytes(png)
     (root / "train" / "ant" / "2019" / "may").mkdir(parents=True)
     (root / "train" / "ant" / "2019" / "may" / "DEEP.PNG").write_bytes(png)
-    for ending, kind in {"gif": "GIF", "webp": "WEBP", "jfif": "JPEG", "jp2": "JPEG2000", "bmp": "BMP"}.items():
+    for ending, kind in {"gif": "GIF", "webp": "WEBP", "jfif": "JPEG", "jp2": "JPEG2000", "avif": "AVIF"}.items():
         image.save(root / "train" / "ant" / f"x.{ending}", kind)
     (root / "train" / "bee" / "up").symlink_to(root / "train")
     (root / "train" / "bee" / "more").symlink_to(root / "test" / "bee")
@@ -565,6 +617,20 @@ def test_what_changes_the_data_of_a_run_and_what_does_not(tmp_path):
     assert len({first, replaced, reordered, relabelled, data()}) == 5
 
 
+def test_a_stopped_run_does_not_go_on_over_other_pictures(run, tmp_path, monkeypatch):
+    from test_faults import stopped_in_epoch
+
+    root = pictures(tmp_path / "mine")
+    stopped_in_epoch(lambda *more: run(*learns(root, *more)), monkeypatch, 3)
+    of_one_colour("RGB", (5, 5, 5)).save(root / "train" / "ant" / "0.png")
+    assert run(*learns(root))[0] == 0
+    [finished] = tmp_path.glob("r/*/*/*/summary.json")
+    assert len(list(tmp_path.glob("r/*/*/*/checkpoint/last.pt"))) == 2  # the stopped one lies where it was
+    shutil.move(tmp_path / "r", tmp_path / "before")
+    assert run(*learns(root))[0] == 0
+    assert_equal_results(tmp_path / "before" / finished.parent.relative_to(tmp_path / "r"), the_run(tmp_path / "r"))
+
+
 def test_replicas_share_their_pictures_and_what_they_are_called(run, tmp_path, monkeypatch):
     root = pictures(tmp_path / "mine")
     decoded = counting(monkeypatch)
@@ -713,7 +779,8 @@ def test_a_file_of_weights_counts_with_its_content(tmp_path):
     assert settings("missing.pt")["backbone.checkpoint"] == str(tmp_path / "missing.pt")
 
 
-def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
+def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(delay, run, tmp_path, monkeypatch):
     root = pictures(tmp_path / "mine", train=20, test=5)
     decode = Decoder.decode
     monkeypatch.setattr(Decoder, "decode", lambda self, path: (time.sleep(0.02), decode(self, path))[1])
@@ -724,7 +791,7 @@ def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(run, tmp_pa
         sys.exit(in_process(*learns(root, *more), monkeypatch=monkeypatch, cwd=tmp_path))
 
     processes = [
-        forked(command_of, "alone", "own"), forked(command_of, "one", "fresh"), forked(command_of, "two", "fresh", 0.1),
+        forked(command_of, "alone", "own"), forked(command_of, "one", "fresh"), forked(command_of, "two", "fresh", delay),
     ]  # fmt: skip
     for process in processes:
         process.join(120)

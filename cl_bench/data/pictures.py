@@ -5,13 +5,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
-UNREADABLE = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"}
-"""Kinds that PIL knows by name only, or gives to another program."""
+UNREADABLE = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS"}
+"""Kinds that PIL knows by name only or gives to another program, and FITS, whose scale it ignores."""
 
-BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
-"""Tags of a TIFF file: bits of a value, 0 where 0 is white, 1 where values are unsigned."""
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
+"""Tags of a TIFF file: bits of a value; 0 where 0 is white; 2 where each channel is a plane, or values are signed."""
 
 
 @cache
@@ -51,6 +51,7 @@ class Decoder:
             Exception: the file is damaged, or not to be decoded without a ``value_range``; PIL raises many kinds.
         """
         with Image.open(path, formats=kinds()) as picture:
+            _refuse_what_pil_misreads(picture)
             picture.load()  # a TIFF file is turned by this already
             shown = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":
@@ -84,3 +85,16 @@ class Decoder:
         if (clear := file.info.get("transparency")) is not None:  # the one value that stands for transparent pixels
             gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
         return gray
+
+
+def _refuse_what_pil_misreads(picture: Image.Image) -> None:
+    """Refuse what PIL would open to other values than the file has, without a word; asked before it is loaded."""
+    tags = getattr(picture, "tag_v2", {})
+    bits = max(tags.get(BITS, (1,)))
+    if bits > 8 and tags.get(PLANAR) == 2 and len(picture.getbands()) > 1:
+        raise ValueError(f"{bits} bits a channel in planes: save it with the channels of a pixel side by side")
+    if bits == 8 and 2 in tags.get(SAMPLE_FORMAT, ()):
+        raise ValueError("signed 8-bit integers: save it with unsigned ones")
+    deep = isinstance(picture, ImageFile.ImageFile) and any(tile.args == "RGB;16B" for tile in picture.tile)
+    if deep and "transparency" in picture.info:
+        raise ValueError("a transparent colour of 16 bits a channel: save it with an alpha channel")
