@@ -791,8 +791,10 @@ def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(delay, run,
         sys.exit(in_process(*learns(root, *more), monkeypatch=monkeypatch, cwd=tmp_path))
 
     processes = [
-        forked(command_of, "alone", "own"), forked(command_of, "one", "fresh"), forked(command_of, "two", "fresh", delay),
-    ]  # fmt: skip
+        forked(command_of, "alone", "own"),
+        forked(command_of, "one", "fresh"),
+        forked(command_of, "two", "fresh", delay),
+    ]
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
