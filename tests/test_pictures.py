@@ -785,15 +785,15 @@ def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(delay, run,
     decode = Decoder.decode
     monkeypatch.setattr(Decoder, "decode", lambda self, path: (time.sleep(0.02), decode(self, path))[1])
 
-    def command_of(name: str, cache: str, delay: float = 0.0) -> None:
-        time.sleep(delay)
+    def command_of(name: str, cache: str, seconds: float = 0.0) -> int:
+        time.sleep(seconds)
         more = [f"scenario.source.cache={tmp_path / cache}", f"results_dir={name}"]
-        sys.exit(in_process(*learns(root, *more), monkeypatch=monkeypatch, cwd=tmp_path))
+        return in_process(*learns(root, *more), monkeypatch=monkeypatch, cwd=tmp_path)
 
+    assert command_of("alone", "own") == 0  # here, so that the others need not import what it has
     processes = [
-        forked(command_of, "alone", "own"),
-        forked(command_of, "one", "fresh"),
-        forked(command_of, "two", "fresh", delay),
+        forked(lambda: sys.exit(command_of("one", "fresh"))),
+        forked(lambda: sys.exit(command_of("two", "fresh", delay))),
     ]
     for process in processes:
         process.join(120)
