@@ -29,7 +29,7 @@ environment: $(VENV)/.made ## python's venv with everything pinned in constraint
 $(VENV)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet uv
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 quickstart: $(VENV)/.made ## a small LVT on the bundled digits: accuracy table and report, under a minute

@@ -94,6 +94,7 @@ class Constant:
         return 1.0
 
 
+@void("factor", when=lambda v: not v["milestones"], why="schedule.milestones is empty")
 class MultiStep:
     """``factor`` to the power of the milestones passed; a milestone is the first epoch with the lower rate."""
 

@@ -73,8 +73,13 @@ SUITS = {
     ],
 }
 """The network and buffer that a method needs; any other one is tried on an MLP with a reservoir."""
-# A trunk that has seen seven digits tells three new ones apart; one that has seen five stays near the bound.
-EASIER = {"memory_vit": ["scenario.classes_per_task=[7,3]"]}
+EASIER = {
+    "ewc": ["trainer.clip_norm=1"],  # without it one seed in ten diverges, on every instruction set
+    "lvt": ["optimizer.lr=0.03"],  # at 0.1 one seed in ten learns half of the second task, on one instruction set
+    # a trunk that has seen seven digits, for longer, tells three new ones apart; with five it stays near the bound
+    "memory_vit": ["scenario.classes_per_task=[7,3]", "method.warm_up_epochs=15"],
+}
+"""What makes learning sure over ten seeds and three instruction sets."""
 
 
 def parts_of(method: str, *overrides: str) -> Parts:

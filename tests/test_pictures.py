@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import struct
 import sys
 import time
@@ -265,7 +266,7 @@ def test_what_is_taken_and_what_is_left_out_is_said_in_a_line(tmp_path, capsys):
     (root / "train" / "ant" / "PLAIN").write_bytes(png)
     (root / "train" / "ant" / "2019" / "may").mkdir(parents=True)
     (root / "train" / "ant" / "2019" / "may" / "DEEP.PNG").write_bytes(png)
-    for ending, kind in {"gif": "GIF", "webp": "WEBP", "jfif": "JPEG", "jp2": "JPEG2000", "bmp": "BMP"}.items():
+    for ending, kind in {"gif": "GIF", "webp": "WEBP", "jfif": "JPEG", "jp2": "JPEG2000", "avif": "AVIF"}.items():
         image.save(root / "train" / "ant" / f"x.{ending}", kind)
     (root / "train" / "bee" / "up").symlink_to(root / "train")
     (root / "train" / "bee" / "more").symlink_to(root / "test" / "bee")
@@ -616,6 +617,20 @@ def test_what_changes_the_data_of_a_run_and_what_does_not(tmp_path):
     assert len({first, replaced, reordered, relabelled, data()}) == 5
 
 
+def test_a_stopped_run_does_not_go_on_over_other_pictures(run, tmp_path, monkeypatch):
+    from test_faults import stopped_in_epoch
+
+    root = pictures(tmp_path / "mine")
+    stopped_in_epoch(lambda *more: run(*learns(root, *more)), monkeypatch, 3)
+    of_one_colour("RGB", (5, 5, 5)).save(root / "train" / "ant" / "0.png")
+    assert run(*learns(root))[0] == 0
+    [finished] = tmp_path.glob("r/*/*/*/summary.json")
+    assert len(list(tmp_path.glob("r/*/*/*/checkpoint/last.pt"))) == 2  # the stopped one lies where it was
+    shutil.move(tmp_path / "r", tmp_path / "before")
+    assert run(*learns(root))[0] == 0
+    assert_equal_results(tmp_path / "before" / finished.parent.relative_to(tmp_path / "r"), the_run(tmp_path / "r"))
+
+
 def test_replicas_share_their_pictures_and_what_they_are_called(run, tmp_path, monkeypatch):
     root = pictures(tmp_path / "mine")
     decoded = counting(monkeypatch)
@@ -764,19 +779,22 @@ def test_a_file_of_weights_counts_with_its_content(tmp_path):
     assert settings("missing.pt")["backbone.checkpoint"] == str(tmp_path / "missing.pt")
 
 
-def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
+def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(delay, run, tmp_path, monkeypatch):
     root = pictures(tmp_path / "mine", train=20, test=5)
     decode = Decoder.decode
     monkeypatch.setattr(Decoder, "decode", lambda self, path: (time.sleep(0.02), decode(self, path))[1])
 
-    def command_of(name: str, cache: str, delay: float = 0.0) -> None:
-        time.sleep(delay)
+    def command_of(name: str, cache: str, seconds: float = 0.0) -> int:
+        time.sleep(seconds)
         more = [f"scenario.source.cache={tmp_path / cache}", f"results_dir={name}"]
-        sys.exit(in_process(*learns(root, *more), monkeypatch=monkeypatch, cwd=tmp_path))
+        return in_process(*learns(root, *more), monkeypatch=monkeypatch, cwd=tmp_path)
 
+    assert command_of("alone", "own") == 0  # here, so that the others need not import what it has
     processes = [
-        forked(command_of, "alone", "own"), forked(command_of, "one", "fresh"), forked(command_of, "two", "fresh", 0.1),
-    ]  # fmt: skip
+        forked(lambda: sys.exit(command_of("one", "fresh"))),
+        forked(lambda: sys.exit(command_of("two", "fresh", delay))),
+    ]
     for process in processes:
         process.join(120)
         assert process.exitcode == 0

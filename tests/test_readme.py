@@ -46,3 +46,15 @@ def test_commands_of_the_readme_compose():
     assert len(runs) >= 5
     for line in runs:
         configure(*line.split())
+
+
+def test_what_holds_a_promise_is_there():
+    """Every test file that docs/reliability.md names, and every test, in the file that is named before it."""
+    named = re.findall(r"`(?:tests/)?(test_\w+\.py|test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 60
+    text = ""
+    for name in named:
+        if name.endswith(".py"):
+            text = (ROOT / "tests" / name).read_text()
+        else:
+            assert f"\ndef {name}(" in text, name

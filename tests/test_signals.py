@@ -114,6 +114,26 @@ def test_a_download_is_stopped(run, tmp_path, monkeypatch):
     timer.join()
 
 
+def test_a_run_that_waits_for_another_ones_decoding_is_stopped(run, tmp_path):
+    for split, label in itertools.product(("train", "test"), ("cat", "dog")):
+        folder = tmp_path / "data" / split / label
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "0.png")
+    arguments = ["scenario=folder", f"data_dir={tmp_path}/data", "scenario.num_tasks=2", "logger=none", "device=cpu"]
+    assert run(*arguments)[0] == 0
+    for path in (tmp_path / "data").rglob("*.images"):
+        path.unlink()
+    [path] = (tmp_path / "data").rglob("*-train-*.lock")
+    with path.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        timer, began = terminate_soon(), time.monotonic()
+        status, error = run(*arguments)
+        timer.join()
+    assert time.monotonic() - began < SECONDS
+    assert status == 143, error
+    assert "waiting for another process, which makes " in error
+
+
 # -- sweeps --------------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,14 @@ VOID = {
     "method.consolidate_every": ["backbone=apd_digits", "method.variant=apd1", "method.consolidate_every=1"],
     "optimizer.decay_vectors": ["optimizer=adamw", "optimizer.weight_decay=0", "optimizer.decay_vectors=false"],
     "schedule.warmup_factor": ["schedule=cosine", "schedule.warmup_epochs=0", "schedule.warmup_factor=0.1"],
+    "schedule.factor": ["schedule=multistep", "schedule.milestones=[]", "schedule.factor=0.5"],
+    "method.new_weight": ["backbone=lvt_digits", "method.accumulation_head=false", "method.new_weight=1"],
+    "method.new_weight_rule": ["backbone=lvt_digits", "method.accumulation_head=false", "method.new_weight_rule=decay"],
+    "trainer.epochs": ["backbone=apd_digits", "method.epochs=2", "trainer.epochs=3"],
+    "method.warm_up": ["backbone=memory_vit", "backbone.checkpoint=w.pt", "method.warm_up=half"],
+    "method.warm_up_epochs": ["backbone=memory_vit", "backbone.pretrained=true", "method.warm_up_epochs=3"],
+    "method.warm_up_lr": ["backbone=memory_vit", "backbone.pretrained=true", "method.warm_up_lr=0.1"],
+    "method.warm_up_weight_decay": ["backbone=memory_vit", "backbone.checkpoint=w.pt", "method.warm_up_weight_decay=1"],
     "backbone.model": ["backbone=memory_vit_digits", "backbone.model=vit_base"],
     "backbone.patch_size": ["backbone=memory_vit", "backbone.checkpoint=w.pt", "backbone.patch_size=2"],
     "backbone.dim": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.dim=64"],
@@ -71,6 +79,8 @@ def test_every_declaration_is_tried():
         (["scenario.test_per_class=3", "data_seed=3"], lambda p: sum(len(t.test) for t in p.scenario.tasks), 30),
         (["method=ewc", "method.online=true", "method.decay=0.5"], lambda p: p.method.decay, 0.5),
         (["buffer.capacity=0"], lambda p: p.buffer.capacity, 0),
+        (["backbone=apd_digits", "trainer.epochs=3"], lambda p: (p.settings.epochs, p.method.epochs), (3, 3)),
+        (["backbone=memory_vit_digits", "method.warm_up_epochs=3"], lambda p: p.method.warm_up_epochs, 3),
     ],
 )
 def test_what_acts_is_taken(fine, found, expected):

@@ -49,7 +49,7 @@ INCOMPARABLE = (
 The two scenario seeds count where they are used, as ``scenario.class_order_seed`` and ``scenario.data_seed``."""
 
 
-OLD_PATHS = {"cl_bench.engine.trainer.Settings": "cl_bench.trainer.Settings"}
+OLD_PATHS = {"cl_bench.engine.trainer.Settings": "cl_bench.engine.trainer.Settings"}
 """Where a component was before it moved. A fingerprint takes the old path, and a ``_target_`` may name it: older runs
 stay in their row, are found as finished, and can be audited. Whoever moves a component enters it here."""
 
@@ -276,7 +276,11 @@ def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: d
     for argument, when, why in vars(built).get("void", ()):
         whole = f"{key}.{argument}"
         names = {whole, str(raw.get(argument)).strip("${}")} & given
-        if names and when(values) and f"${{{whole}}}" not in OmegaConf.to_yaml(node._get_root()):
+        if (
+            names
+            and when(values | {"config": node._get_root()})
+            and f"${{{whole}}}" not in OmegaConf.to_yaml(node._get_root())
+        ):
             name = min(names)
             raise ConfigError(name, expected=f"no value, since {why}", got=values[argument], fix="Leave it out.")
 

@@ -69,7 +69,7 @@ def void(*names: str, when: Callable[[Mapping[str, Any]], bool], why: str) -> Ca
 
     Args:
         names: the arguments.
-        when: all configured arguments by name -> whether these do nothing.
+        when: all configured arguments by name, and the whole configuration as ``config`` -> whether these do nothing.
         why: the end of the sentence "expected no value, since ...".
     """
 

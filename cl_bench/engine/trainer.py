@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from cl_bench.core.errors import require
+from cl_bench.core.errors import require, void
 from cl_bench.core.record import BASELINE, SETTINGS, Record
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.data.feed import feed
@@ -31,6 +31,11 @@ from cl_bench.system.signals import Interrupted, breakable, breakable_items
 T = TypeVar("T")
 
 
+@void(
+    "epochs",
+    when=lambda v: v["config"].method.get("epochs", v["epochs"]) != v["epochs"],
+    why="method.epochs counts them",
+)
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a phase is run, unless the phase says otherwise.

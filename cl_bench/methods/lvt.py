@@ -33,6 +33,9 @@ from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_replay_
 
 @void("temperature", when=lambda v: v["distillation"] == "mse", why="method.distillation=mse has none")
 @void("gamma", when=lambda v: not v["inter_task"], why="method.inter_task is false")
+@void(
+    "new_weight", "new_weight_rule", when=lambda v: not v["accumulation_head"], why="method.accumulation_head is false"
+)
 class LifelongViT(FunctionalMethod):
     """Inter-task attention penalty, dual classifiers, confidence-aware memory.
 

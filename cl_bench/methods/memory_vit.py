@@ -31,13 +31,21 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.memory_vit import MemoryViT
 from cl_bench.buffers.base import CHUNK
-from cl_bench.core.errors import require
+from cl_bench.core.errors import require, void
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.methods.base import FunctionalMethod, Inputs, Predict, Terms
 from cl_bench.optim import adamw
 from cl_bench.scenarios.base import Scenario
 
 
+@void(
+    "warm_up",
+    "warm_up_epochs",
+    "warm_up_lr",
+    "warm_up_weight_decay",
+    when=lambda v: bool(v["config"].backbone.get("pretrained") or v["config"].backbone.get("checkpoint")),
+    why="the network brings weights",
+)
 class LearnableMemory(FunctionalMethod):
     """Trains memory, class token and head of a task on a frozen trunk.
 
