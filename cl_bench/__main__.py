@@ -13,14 +13,14 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from cl_bench.config.explain import explain, status_of
+from cl_bench.config.explain import choose_exit_status, explain
 from cl_bench.config.schema import CONFIGS
 from cl_bench.core.errors import ConfigError
 from cl_bench.runs.sweep import JobFailed, Sweep
 from cl_bench.system.streams import outlive_readers
 
 
-def job(config: DictConfig) -> Any:
+def run_job(config: DictConfig) -> Any:
     """One job: the run itself, or one of a sweep."""
     from cl_bench.runs.run import run
 
@@ -41,10 +41,10 @@ def main() -> None:
 
     def task(config: DictConfig) -> Any:
         started.append(True)
-        if _sweeping():
-            return sweep.perform(job, config)  # Hydra keeps the failure of a job until the other jobs have run
+        if _is_sweeping():
+            return sweep.perform(run_job, config)  # Hydra keeps the failure of a job until the other jobs have run
         try:
-            return job(config)
+            return run_job(config)
         except Exception as error:  # kept from Hydra, which would print a line of its own
             failures.append(error)
 
@@ -58,11 +58,11 @@ def main() -> None:
     except Exception as error:
         if isinstance(error, JobFailed):
             failed = sweep.close() or [error]
-            _tell_again(failed)
+            _repeat_failures(failed)
             sys.exit(2 if all(job.status == 2 for job in failed) else 1)
         # What fails before a job starts is the command line; the jobs of a sweep may start in other processes.
         composing = not started and not multirun
-        status = 2 if composing else status_of(error)
+        status = 2 if composing else choose_exit_status(error)
         if status is None:
             raise
         if wants_traceback:
@@ -71,7 +71,7 @@ def main() -> None:
             print(f"cl_bench: {explain(error, sys.argv[1:])}", file=sys.stderr)
         sys.exit(status)
     finally:
-        _tell_again(sweep.close())
+        _repeat_failures(sweep.close())
 
 
 def wait_passively() -> None:
@@ -84,7 +84,7 @@ def wait_passively() -> None:
         os.environ.setdefault(name, value)
 
 
-def _tell_again(failed: Sequence[JobFailed]) -> None:
+def _repeat_failures(failed: Sequence[JobFailed]) -> None:
     """What the jobs of a sweep failed of, at its end: it may be hours ago."""
     if failed:
         print(f"cl_bench: {len(failed)} job{'s' if len(failed) > 1 else ''} of this sweep failed:", file=sys.stderr)
@@ -92,7 +92,7 @@ def _tell_again(failed: Sequence[JobFailed]) -> None:
         print(f"cl_bench: {failure.message}", file=sys.stderr)
 
 
-def _sweeping() -> bool:
+def _is_sweeping() -> bool:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 

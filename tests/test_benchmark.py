@@ -87,7 +87,7 @@ def test_both_data_paths_normalise_alike():
     for step in steps:
         theirs = step(theirs)
     ours = common.parts_of(*common.on_random_pixels(1), "scenario.num_tasks=2").scenario.transform
-    torch.testing.assert_close(ours.plain(torch.from_numpy(source.train_images[7:8]))[0], theirs)
+    torch.testing.assert_close(ours.normalise(torch.from_numpy(source.train_images[7:8]))[0], theirs)
 
 
 def test_a_twin_in_mid_sequence_is_the_method_itself(monkeypatch):

@@ -178,12 +178,12 @@ def test_signals_save_and_leave_and_the_same_command_goes_on(tmp_path):
 
 
 def test_a_second_process_on_one_run_folder_is_refused(tmp_path, monkeypatch, capsys):
-    from cl_bench.runs.run_dir import locked
+    from cl_bench.runs.run_dir import lock_run_dir
 
     arguments = [*TINY, f"results_dir={tmp_path}/r"]
     assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     run = the_run(tmp_path / "r")
-    with locked(run):
+    with lock_run_dir(run):
         assert in_process(*arguments, "overwrite=true", monkeypatch=monkeypatch, cwd=tmp_path) == 2
     assert "expected a run folder that no other process is writing to" in capsys.readouterr().err
     assert (run / "summary.json").exists()

@@ -18,7 +18,7 @@ from test_methods import METHODS, parts_of
 
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.base import Logger
-from cl_bench.loggers.jsonl import finite
+from cl_bench.loggers.jsonl import replace_non_finite
 
 pytestmark = pytest.mark.arithmetic
 
@@ -41,7 +41,7 @@ class Curves(Logger):
         pass
 
     def event(self, number, event):
-        self.events.append(finite(event))
+        self.events.append(replace_non_finite(event))
 
     def finish(self, status, summary):
         pass

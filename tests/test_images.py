@@ -13,7 +13,7 @@ from cl_bench.config.build import build
 from cl_bench.core.images import HostImages
 from cl_bench.core.types import Data
 from cl_bench.data import feed as feeding
-from cl_bench.data.feed import feed
+from cl_bench.data.feed import open_feed
 from cl_bench.scenarios import base
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_batches_that_are_looked_up_ahead_are_the_same(start):
     whole = torch.from_numpy(toy_images().train_images)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(1))
     host = data_of(HostImages.of(whole, torch.arange(len(whole)), CPU))
-    with feed(host, order, 5) as ahead, feed(data_of(whole), order, 5) as resident:
+    with open_feed(host, order, 5) as ahead, open_feed(data_of(whole), order, 5) as resident:
         for step in range(start, 5):
             ours, theirs = ahead.batch(step), resident.batch(step)
             assert torch.equal(ours[0], theirs[0])
@@ -71,7 +71,7 @@ def test_an_error_of_the_disk_reaches_the_loop():
 
     whole = torch.from_numpy(toy_images().train_images)
     broken = Broken([whole], torch.zeros(len(whole), 2, dtype=torch.int64), CPU)
-    with feed(data_of(broken), torch.arange(10), 5) as images, pytest.raises(OSError, match="unplugged"):
+    with open_feed(data_of(broken), torch.arange(10), 5) as images, pytest.raises(OSError, match="unplugged"):
         images.batch(0)
 
 
@@ -97,7 +97,7 @@ def test_images_that_do_not_fit_stay_in_their_file(tmp_path, monkeypatch):
     fits = build(config)
     assert isinstance(fits.scenario.tasks[0].train.images, torch.Tensor)
     assert fits.facts()["images"] == "device"
-    monkeypatch.setattr(base, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(base, "get_free_bytes", lambda device: 1000)
     large = build(config)
     assert isinstance(large.scenario.tasks[0].train.images, HostImages)
     assert large.facts()["images"] == "host"

@@ -31,7 +31,7 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
 from cl_bench.loggers.tensorboard import TensorBoard
-from cl_bench.loggers.wandb import Wandb, has_api_key, resolve_mode, run_id, summary_values
+from cl_bench.loggers.wandb import Wandb, compute_run_id, flatten_summary, has_api_key, resolve_mode
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -420,7 +420,7 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
 
     before, after = map(wandb_records, wandb_files(folder))
     [run] = of_kind(before, "run")
-    assert (run.run_id, run.run_group, run.job_type) == (run_id(info(folder)), "some_Experiment", "er")
+    assert (run.run_id, run.run_group, run.job_type) == (compute_run_id(info(folder)), "some_Experiment", "er")
     assert list(run.tags) == ["t"]
     assert {run.run_id for run in of_kind(after, "run")} == {run.run_id}
     assert [metric.step_metric for metric in of_kind(before, "metric") if metric.glob_name == "*"] == ["step"]
@@ -464,7 +464,7 @@ def test_wandb_jobs_of_one_process_have_their_own_runs(wandb_home, offline):
         job.finish("finished", None)
     for seed in range(2):
         [file] = wandb_files(wandb_home / f"seed{seed}")
-        assert file.name == f"run-{run_id(info(wandb_home, seed))}.wandb"
+        assert file.name == f"run-{compute_run_id(info(wandb_home, seed))}.wandb"
         assert len(logged(wandb_records(file))) == 2 + seed
 
 
@@ -512,7 +512,7 @@ def test_wandb_resumes_its_run_online(tmp_path, online):
         tell(logger, first, stop)
         logger.finish("interrupted", None)
     assert [run.rows for run in server.runs] == [[1, 2, 3, 4], [5, 6]]
-    first = (run_id(info(tmp_path)), "allow", "online")
+    first = (compute_run_id(info(tmp_path)), "allow", "online")
     assert [(i["id"], i["resume"], i["mode"]) for i in server.inits] == [first] * 2
 
 
@@ -546,7 +546,7 @@ def test_wandb_gets_again_what_a_kill_may_have_lost(tmp_path, online):
 
 
 def test_wandb_does_not_mix_a_run_started_afresh_into_the_old_one(tmp_path, online):
-    ids = [run_id(info(tmp_path)) + suffix for suffix in ("", "-2", "-3")]
+    ids = [compute_run_id(info(tmp_path)) + suffix for suffix in ("", "-2", "-3")]
     server = online(*ids[:2])
     for first, stop in [(0, 3), (3, 8)]:
         logger = Wandb(project="p", entity=None, mode="online", tags=[])
@@ -621,15 +621,15 @@ def test_run_ids_are_plain_and_no_two_runs_share_one(tmp_path):
     changed = [{}, {"seed": 1}, {"fingerprint": "0"}, {"experiment": "a-b", "name": "c"}]
     changed += [{"experiment": "a", "name": "b-c"}, {"seed": 11, "name": "1"}, {"seed": 1, "name": "11"}]
     changed += [{key: name} for key in ("experiment", "name") for names in UNLIKE.values() for name in names]
-    ids = [run_id(replace(base, **change)) for change in changed]
+    ids = [compute_run_id(replace(base, **change)) for change in changed]
     assert len(set(ids)) == len(ids)
     assert all(re.fullmatch(r"[a-z0-9]{32}", i) for i in ids)
-    assert run_id(replace(base, folder=tmp_path / "moved")) == ids[0]
+    assert compute_run_id(replace(base, folder=tmp_path / "moved")) == ids[0]
 
 
 def test_summary_values_leave_out_the_unknown():
     summary = {"class_il": {"forgetting": None, "average_accuracy": 1.0}, "task_il": None, "seed": 3}
-    assert summary_values(summary) == {"class_il/average_accuracy": 1.0}
+    assert flatten_summary(summary) == {"class_il/average_accuracy": 1.0}
 
 
 # the console
@@ -764,9 +764,9 @@ def test_console_gives_the_terminal_back(ending):
 def test_console_on_a_dumb_terminal_writes_lines(monkeypatch):
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setenv("TERM", "dumb")
-    assert not console_module.on_terminal()
+    assert not console_module.has_terminal()
     monkeypatch.setenv("TERM", "xterm")
-    assert console_module.on_terminal()
+    assert console_module.has_terminal()
 
 
 def test_step_costs_next_to_nothing(tmp_path, capsys, monkeypatch):

@@ -131,7 +131,7 @@ def test_losses_are_finite_and_named_and_reach_exactly_the_trained_parameters(me
 @pytest.mark.parametrize("method", METHODS)
 def test_predict_has_a_score_a_class(method):
     parts = parts_of(method)
-    x = parts.scenario.transform.plain(parts.scenario.tasks[0].test.images)
+    x = parts.scenario.transform.normalise(parts.scenario.tasks[0].test.images)
     with torch.no_grad():
         scores = parts.method.eval().predict(x, torch.zeros(len(x), dtype=torch.int64) if needs_id(parts) else None)
     assert scores.shape == (len(x), 10)

@@ -59,9 +59,9 @@ def largest_difference(first, second):
 
 def in_double(trainer):
     """Sixteen digits: training blows the rounding of single precision up, by how much depends on the processor."""
-    method, inputs, plain = trainer.method.double(), trainer.method.inputs, trainer.scenario.transform.plain
+    method, inputs, plain = trainer.method.double(), trainer.method.inputs, trainer.scenario.transform.normalise
     method.inputs = lambda batch: {n: t.double() if t.is_floating_point() else t for n, t in inputs(batch).items()}
-    trainer.scenario.transform.plain = lambda images: plain(images).double()
+    trainer.scenario.transform.normalise = lambda images: plain(images).double()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # kl_div of LVT has no batching rule

@@ -19,7 +19,7 @@ from cl_bench.data import cifar100 as cifar100_module
 from cl_bench.data.cifar100 import cifar100
 from cl_bench.data.digits import digits
 from cl_bench.scenarios.shared_labels import SharedLabels
-from cl_bench.scenarios.split import Split, order_classes, task_sizes
+from cl_bench.scenarios.split import Split, choose_task_sizes, order_classes
 
 KEYS = {
     "pretrain_classes": 0, "num_tasks": 2, "classes_per_task": None, "class_order": "natural", "class_order_seed": 0,
@@ -35,7 +35,7 @@ def split(source=None, **keys) -> Split:
 def test_tasks_partition_the_classes_and_images():
     source = toy_images(num_classes=6)
     scenario = split(source, num_tasks=3, class_order=[5, 0, 3, 1, 4, 2])
-    assert [scenario.original(t) for t in scenario.tasks] == [[5, 0], [3, 1], [4, 2]]
+    assert [scenario.list_class_ids(t) for t in scenario.tasks] == [[5, 0], [3, 1], [4, 2]]
     assert [t.classes for t in scenario.tasks] == [range(0, 2), range(2, 4), range(4, 6)]
     seen = torch.cat([t.train.index for t in scenario.tasks])
     assert sorted(seen.tolist()) == list(range(len(source.train_labels)))
@@ -104,7 +104,7 @@ def test_classes_for_pretraining_are_part_of_no_task():
     assert held.pretrain_order == [5, 0]
     assert held.class_order == [3, 1, 4, 2]
     assert held.num_classes == 4
-    assert [held.original(t) for t in held.tasks] == [[3, 1], [4, 2]]
+    assert [held.list_class_ids(t) for t in held.tasks] == [[3, 1], [4, 2]]
     for data, ids in ((held.pretrain, [5, 0]), *((t.train, held.class_order) for t in held.tasks)):
         assert torch.tensor(ids)[data.labels].tolist() == source.train_labels[data.index.numpy()].tolist()
     assert len(held.pretrain) == 2 * 3  # validation images are held out of these classes, too
@@ -126,16 +126,16 @@ def test_subsets_are_drawn_by_the_data_seed_only():
 
 
 def test_sizes_of_tasks():
-    assert task_sizes(100, 20, None) == [5] * 20
-    assert task_sizes(100, 10, [50, 10, 10, 10, 10, 10]) == [50, 10, 10, 10, 10, 10]
+    assert choose_task_sizes(100, 20, None) == [5] * 20
+    assert choose_task_sizes(100, 10, [50, 10, 10, 10, 10, 10]) == [50, 10, 10, 10, 10, 10]
     with pytest.raises(ConfigError, match=r"one of \[1, 2, 4, 5, 10, 20, 25, 50, 100\]; got 15") as caught:
-        task_sizes(100, 15, None)
+        choose_task_sizes(100, 15, None)
     suggested = [7] * 10 + [6] * 5
     assert f"classes_per_task={suggested}" in str(caught.value)
-    assert task_sizes(100, 15, suggested) == suggested
+    assert choose_task_sizes(100, 15, suggested) == suggested
     for wrong in ([], [50, 49], [101, -1], [0, 100]):
         with pytest.raises(ConfigError, match="classes_per_task: expected positive numbers that add up to 100"):
-            task_sizes(100, 10, wrong)
+            choose_task_sizes(100, 10, wrong)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_the_split_is_avalanches():
         n_experiences=10, fixed_class_order=order, dataset_root=DATA / "cifar-100-python" / "..", return_task_id=False
     )
     for task, train, test in zip(ours.tasks, theirs.train_stream, theirs.test_stream):
-        assert set(ours.original(task)) == set(train.classes_in_this_experience)
+        assert set(ours.list_class_ids(task)) == set(train.classes_in_this_experience)
         for data, experience in ((task.train, train), (task.test, test)):
             targets = sorted(experience.dataset.targets)  # Avalanche sorts a task's images by class
             assert sorted(torch.tensor(ours.class_order)[data.labels].tolist()) == targets

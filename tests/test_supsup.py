@@ -663,7 +663,7 @@ def inferred(outputs: int, tmp_path) -> tuple[dict[str, float], float]:
             trainer.run_phase(task, 0, phase, None)
             method.eval()
     data = Data.concatenate(task.test for task in parts.scenario.tasks)
-    x, task = parts.scenario.transform.plain(data.images), data.labels // 10
+    x, task = parts.scenario.transform.normalise(data.images), data.labels // 10
     with torch.no_grad():
         right = method.predict(x, task).argmax(1) == data.labels
         objectives = ("H", "G") if outputs > 10 else ("H",)

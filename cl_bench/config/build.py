@@ -13,7 +13,14 @@ from omegaconf import DictConfig
 
 from cl_bench.backbones.base import Backbone, SingleHead, check_single_images
 from cl_bench.buffers.base import Buffer, Context, PerClassBuffer
-from cl_bench.config.schema import Precision, arguments, comparable, named, refuse_void, target
+from cl_bench.config.schema import (
+    Precision,
+    import_allowed,
+    import_target,
+    read_arguments,
+    refuse_void,
+    select_comparable,
+)
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.record import Matrix
 from cl_bench.data.base import is_fixed_by_settings
@@ -23,7 +30,7 @@ from cl_bench.engine.trainer import Settings, Trainer
 from cl_bench.loggers.base import Logger
 from cl_bench.methods.base import Method
 from cl_bench.scenarios.base import Scenario
-from cl_bench.system.memory import ran_out
+from cl_bench.system.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,10 @@ class Parts:
             "class_order": list(self.scenario.class_order),
             "class_names": list(self.scenario.class_names),
             "data": self.scenario.data,
-            "tasks": [self.scenario.original(task) for task in self.scenario.tasks],
+            "tasks": [self.scenario.list_class_ids(task) for task in self.scenario.tasks],
             "shared_labels": self.scenario.shared_labels,
             "evaluate_on": self.settings.evaluate_on,
-            "images": self.scenario.place,
+            "images": self.scenario.storage,
             "test_batches": self.method.test_batches,
         }
 
@@ -80,12 +87,12 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the generator that a checkpoint saves is the current device's
-    generators = seeded(config.seed)
-    settings, schedule, optimizer, metrics, (make_net, make_buffer, make_method) = _cheap_parts(config, allow)
+    generators = seed_everything(config.seed)
+    settings, schedule, optimizer, metrics, (make_net, make_buffer, make_method) = _build_cheap_parts(config, allow)
     torch.backends.cudnn.benchmark = settings.cudnn_benchmark
 
     scenario = scenario or build_scenario(config)
-    if scenario.place is None:
+    if scenario.storage is None:
         scenario.to(device, config.images.value)
     if settings.evaluate_on == "val" and not len(scenario.tasks[0].val):
         raise ConfigError(
@@ -112,24 +119,24 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     return Parts(scenario, method, buffer, optimizer, schedule, settings, metrics, generators, device, autocast)
 
 
-def _cheap_parts(config: DictConfig, allow: list[str]) -> tuple[Settings, Any, Any, dict[str, Any], list[Any]]:
+def _build_cheap_parts(config: DictConfig, allow: list[str]) -> tuple[Settings, Any, Any, dict[str, Any], list[Any]]:
     """What is built first, so that a typing error is answered before a data set is read."""
-    settings = component(config.trainer, "trainer", allow, KINDS["trainer"])
-    schedule = component(config.schedule, "schedule", allow, KINDS["schedule"])
-    optimizer = partial_component(config.optimizer, "optimizer", allow, KINDS["optimizer"])
-    metrics = {str(name): metric(path, f"metrics.{name}", allow) for name, path in config.metrics.items()}
+    settings = build_component(config.trainer, "trainer", allow, KINDS["trainer"])
+    schedule = build_component(config.schedule, "schedule", allow, KINDS["schedule"])
+    optimizer = prepare_component(config.optimizer, "optimizer", allow, KINDS["optimizer"])
+    metrics = {str(name): load_metric(path, f"metrics.{name}", allow) for name, path in config.metrics.items()}
     makers = [
-        partial_component(config[group], group, allow, KINDS[group]) for group in ("backbone", "buffer", "method")
+        prepare_component(config[group], group, allow, KINDS[group]) for group in ("backbone", "buffer", "method")
     ]
     return settings, schedule, optimizer, metrics, makers
 
 
 def build_scenario(config: DictConfig) -> Scenario:
     """The scenario alone, its images not on the device yet."""
-    return component(config.scenario, "scenario", list(config.allow_packages), KINDS["scenario"])
+    return build_component(config.scenario, "scenario", list(config.allow_packages), KINDS["scenario"])
 
 
-def identity(
+def identify_run(
     config: DictConfig, values: dict[str, Any], scenario: Scenario | None = None
 ) -> tuple[dict[str, Any], Scenario | None]:
     """What makes a run comparable with others: its settings and, where these do not say what its images are, a digest.
@@ -141,11 +148,11 @@ def identity(
     Returns:
         The settings, the digest as ``data``; and the scenario, None where it is not needed for that.
     """
-    settings, allow = comparable(values), list(config.allow_packages)
+    settings, allow = select_comparable(values), list(config.allow_packages)
     if not _is_fixed_by_settings(values["scenario"], allow):
         if scenario is None:
             choose_device(config.device)
-            _cheap_parts(config, allow)
+            _build_cheap_parts(config, allow)
             scenario = build_scenario(config)
         settings["data"] = scenario.data
     return settings, scenario
@@ -154,7 +161,7 @@ def identity(
 def _is_fixed_by_settings(node: Any, allow: list[str]) -> bool:
     """Whether this part of the scenario and every part below it say all that there is to say of the images."""
     path = node.get("_target_") if isinstance(node, dict) else None
-    if not isinstance(path, str) or not is_fixed_by_settings(named(path, "scenario._target_", allow)):
+    if not isinstance(path, str) or not is_fixed_by_settings(import_allowed(path, "scenario._target_", allow)):
         return False
     below = [part for part in node.values() if isinstance(part, dict) and "_target_" in part]
     return all(_is_fixed_by_settings(part, allow) for part in below)
@@ -181,14 +188,14 @@ KINDS: dict[str, type] = {
 """What each group builds; anything else is refused before it is called."""
 
 
-def component(node: DictConfig, key: str, allow: list[str], kind: type) -> Any:
+def build_component(node: DictConfig, key: str, allow: list[str], kind: type) -> Any:
     """Build the ``kind`` of object that ``node`` describes, nested nodes first."""
-    return partial_component(node, key, allow, kind)()
+    return prepare_component(node, key, allow, kind)()
 
 
-def partial_component(node: DictConfig, key: str, allow: list[str], kind: type) -> Any:
+def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) -> Any:
     """Check what ``node`` describes now, and build it when the result is called with its runtime objects."""
-    built = target(node, key, allow)
+    built = import_target(node, key, allow)
     _refuse_other_kinds(built, key, node._target_, kind)
     if inspect.isabstract(built):
         raise ConfigError(
@@ -198,11 +205,11 @@ def partial_component(node: DictConfig, key: str, allow: list[str], kind: type) 
             fix=f"Choose one: {key}=NAME.",
         )
     parameters = inspect.signature(built).parameters
-    values = arguments(node, key, built, RUNTIME.get(key, ()))
+    values = read_arguments(node, key, built, RUNTIME.get(key, ()))
     refuse_void(node, key, built, values)
     for name, value in values.items():
         if isinstance(node[name], DictConfig) and "_target_" in node[name]:
-            values[name] = value = component(node[name], f"{key}.{name}", allow, parameters[name].annotation)
+            values[name] = value = build_component(node[name], f"{key}.{name}", allow, parameters[name].annotation)
         wanted = parameters[name].annotation
         if inspect.isclass(wanted) and wanted.__module__.startswith("cl_bench.") and not isinstance(value, wanted):
             raise ConfigError(
@@ -220,7 +227,7 @@ def partial_component(node: DictConfig, key: str, allow: list[str], kind: type) 
             # A component names its own keys; a nested one, or one that names a whole key, is left as it is.
             raise error.under(key) if error.key.split("[")[0] in values else error from None
         except Exception as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             raise ConfigError(
                 key,
@@ -244,9 +251,9 @@ def _refuse_other_kinds(built: Callable[..., Any], key: str, path: str, kind: ty
         )
 
 
-def metric(path: str, key: str, allow: list[str]) -> Callable[[Matrix], float]:
+def load_metric(path: str, key: str, allow: list[str]) -> Callable[[Matrix], float]:
     """The metric at a dotted path: a function that says of itself that it makes a number of an accuracy matrix."""
-    found = named(path, key, allow)
+    found = import_allowed(path, key, allow)
     hints = {} if inspect.isclass(found) else typing.get_type_hints(found)
     if hints.pop("return", None) is not float or list(hints.values()) != [Matrix]:
         raise ConfigError(
@@ -260,7 +267,7 @@ def metric(path: str, key: str, allow: list[str]) -> Callable[[Matrix], float]:
 
 def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buffer: Buffer) -> None:
     """Ask the annotations of the method's constructor whether network and buffer suit it."""
-    wanted = inspect.signature(target(config.method, "method", allow)).parameters
+    wanted = inspect.signature(import_target(config.method, "method", allow)).parameters
     kind = wanted["net"].annotation if "net" in wanted else Backbone
     if not isinstance(net, kind):
         suits = "resnet18" if kind is SingleHead else kind.__module__.rpartition(".")[2]
@@ -324,7 +331,7 @@ def _refuse_graphs(settings: Settings, method: Method, device: torch.device) -> 
         )
 
 
-def loggers(config: DictConfig) -> dict[str, Logger]:
+def build_loggers(config: DictConfig) -> dict[str, Logger]:
     """The chosen loggers by name."""
     allow = list(config.allow_packages)
     for name, node in config.logger.items():
@@ -335,7 +342,7 @@ def loggers(config: DictConfig) -> dict[str, Logger]:
             got=f"{name}, which was not",
             fix="Choose with logger=NAME; logger=many takes all.",
         )
-    return {str(name): component(node, f"logger.{name}", allow, Logger) for name, node in config.logger.items()}
+    return {str(name): build_component(node, f"logger.{name}", allow, Logger) for name, node in config.logger.items()}
 
 
 def choose_device(name: str) -> torch.device:
@@ -360,7 +367,7 @@ def choose_device(name: str) -> torch.device:
     return device if device.type == "cpu" or device.index is not None else torch.device(device.type, 0)
 
 
-def seeded(seed: int) -> dict[str, torch.Generator]:
+def seed_everything(seed: int) -> dict[str, torch.Generator]:
     """Seed torch's, numpy's and Python's global generators, and one CPU generator for each kind of draw.
 
     ``batches`` orders the stream, ``augment`` draws its crops and flips, ``buffer`` decides what is stored and drawn.

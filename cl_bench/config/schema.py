@@ -84,7 +84,7 @@ class Images(Enum):
 
 @dataclass
 class Run:
-    """Everything a run is configured by; the groups are typed by what they build (:func:`arguments`)."""
+    """Everything a run is configured by; the groups are typed by what they build (:func:`read_arguments`)."""
 
     experiment: str = MISSING
     name: str = MISSING
@@ -118,17 +118,17 @@ class Run:
 ConfigStore.instance().store("run", Run)
 
 
-def _by_scale(options: dict[str, Any], *, _root_: DictConfig) -> Any:
+def _choose_by_scale(options: dict[str, Any], *, _root_: DictConfig) -> Any:
     chosen = options.get(_root_.scale, options["full"])
     # as OmegaConf's own: a plain list could not take the expression's place under --cfg job --resolve
     return OmegaConf.create(chosen) if isinstance(chosen, (dict, list)) else chosen
 
 
 # In a YAML file ${by_scale:{full:64,mini:20}} is 64, or 20 under +scale=mini: a part states its small size itself.
-OmegaConf.register_new_resolver("by_scale", _by_scale, replace=True)
+OmegaConf.register_new_resolver("by_scale", _choose_by_scale, replace=True)
 
 
-def composed(overrides: Sequence[str]) -> DictConfig:
+def compose_config(overrides: Sequence[str]) -> DictConfig:
     """The configuration that the command would run with; for a program that is not the command itself."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
@@ -139,7 +139,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def typed_overrides() -> list[str]:
+def list_typed_overrides() -> list[str]:
     """The overrides of this job as they were typed; to go through Hydra's own list would resolve what they refer to."""
     typed = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     assert isinstance(typed, list)
@@ -152,7 +152,7 @@ def split_override(text: str) -> tuple[str, str]:
     return key.lstrip("+~"), value
 
 
-def _environment(name: str, *default: str | None) -> str | None:
+def _read_variable(name: str, *default: str | None) -> str | None:
     if not name.startswith(VARIABLES):  # the value would stand in config.yaml, reports and logs (decision 15)
         raise ConfigError(
             "oc.env",
@@ -169,10 +169,10 @@ def _environment(name: str, *default: str | None) -> str | None:
     return default[0]
 
 
-OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+OmegaConf.register_new_resolver("oc.env", _read_variable, replace=True)
 
 
-def target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..., Any]:
+def import_target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..., Any]:
     """What ``node._target_`` names; refused before anything is imported unless its package is allowed."""
     path = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(path, str):
@@ -182,13 +182,13 @@ def target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..
             got=path,
             fix=f"Choose one: {key}=NAME.",
         )
-    return named(path, f"{key}._target_", allow_packages)
+    return import_allowed(path, f"{key}._target_", allow_packages)
 
 
-def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
+def import_allowed(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
     """The class or function that an allowed package defines at a dotted path; what it imported is refused."""
     allowed = (*ALLOWED_PACKAGES, *allow_packages)
-    if not _inside(path, allowed):
+    if not _is_inside(path, allowed):
         raise ConfigError(
             key,
             expected=f"something in one of the packages {', '.join(allowed)}",
@@ -205,7 +205,7 @@ def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
         ) from error
     if not (inspect.isclass(found) or inspect.isfunction(found)):
         raise ConfigError(key, expected="a class or function", got=path, fix="Name the class, not its module.")
-    if not _inside(found.__module__, allowed):
+    if not _is_inside(found.__module__, allowed):
         raise ConfigError(
             key,
             expected=f"something that one of the packages {', '.join(allowed)} defines itself",
@@ -215,11 +215,13 @@ def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
     return found
 
 
-def _inside(path: str, packages: Iterable[str]) -> bool:
+def _is_inside(path: str, packages: Iterable[str]) -> bool:
     return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
-def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: typing.Collection[str]) -> dict[str, Any]:
+def read_arguments(
+    node: DictConfig, key: str, built: Callable[..., Any], runtime: typing.Collection[str]
+) -> dict[str, Any]:
     """The configured arguments of ``built``, checked against its signature.
 
     Args:
@@ -255,7 +257,7 @@ def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: ty
                 got=f"the unknown key {name}",
                 fix=f"Did you mean {key}.{close[0]}?" if close else "Remove it.",
             )
-        values[name] = typed(_resolved(node, name, f"{key}.{name}"), hints.get(name, Any), f"{key}.{name}")
+        values[name] = convert(_resolve(node, name, f"{key}.{name}"), hints.get(name, Any), f"{key}.{name}")
     for name in sorted(configurable - set(values)):
         if parameters[name].default is inspect.Parameter.empty:
             raise ConfigError(f"{key}.{name}", expected="a value", got="nothing", fix=f"Set {key}.{name}=VALUE.")
@@ -272,7 +274,7 @@ def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: d
     assert isinstance(raw, dict)
     given = set()
     if HydraConfig.initialized():
-        given = {split_override(text)[0] for text in typed_overrides()}
+        given = {split_override(text)[0] for text in list_typed_overrides()}
     for argument, when, why in vars(built).get("void", ()):
         whole = f"{key}.{argument}"
         names = {whole, str(raw.get(argument)).strip("${}")} & given
@@ -281,11 +283,11 @@ def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: d
             raise ConfigError(name, expected=f"no value, since {why}", got=values[argument], fix="Leave it out.")
 
 
-def typed(value: Any, hint: Any, key: str) -> Any:
+def convert(value: Any, hint: Any, key: str) -> Any:
     """``value`` as OmegaConf converts it to the annotation ``hint``, without its leniency towards odd numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, expected="a finite number", got=value, fix="Correct the value.")
-    if any(isinstance(number, int) and abs(number) >= 2**63 for number in _numbers(value)):
+    if any(isinstance(number, int) and abs(number) >= 2**63 for number in _list_numbers(value)):
         raise ConfigError(key, expected="whole numbers of 64 bits", got=value, fix="Correct the value.")
     if hint is bool and not isinstance(value, bool):
         raise ConfigError(key, expected="true or false", got=value, fix="Choose one of them.")
@@ -296,7 +298,7 @@ def typed(value: Any, hint: Any, key: str) -> Any:
                 key, expected=f"one of {', '.join(map(str, options))}", got=value, fix="Choose one of them."
             )
         return value
-    hint = _omegaconf_type(hint)
+    hint = _find_omegaconf_type(hint)
     holder = dataclasses.make_dataclass("Holder", [("value", hint, field(default=MISSING))])
     try:
         config = OmegaConf.merge(OmegaConf.structured(holder), {"value": value})
@@ -308,15 +310,15 @@ def typed(value: Any, hint: Any, key: str) -> Any:
         ) from error
 
 
-def _numbers(value: Any) -> list[Any]:
-    return [number for item in value for number in _numbers(item)] if isinstance(value, list) else [value]
+def _list_numbers(value: Any) -> list[Any]:
+    return [number for item in value for number in _list_numbers(item)] if isinstance(value, list) else [value]
 
 
-def _omegaconf_type(hint: Any) -> Any:
+def _find_omegaconf_type(hint: Any) -> Any:
     """The part of an annotation that OmegaConf can check; Any where there is none."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         members = typing.get_args(hint)
-        known = [m for m in map(_omegaconf_type, members) if m not in (Any, type(None))]
+        known = [m for m in map(_find_omegaconf_type, members) if m not in (Any, type(None))]
         if len(known) != 1:
             return Any
         return known[0] | None if type(None) in members else known[0]
@@ -325,7 +327,7 @@ def _omegaconf_type(hint: Any) -> Any:
     return type(None) if hint is type(None) else Any
 
 
-def _resolved(node: DictConfig, name: str, key: str) -> Any:
+def _resolve(node: DictConfig, name: str, key: str) -> Any:
     """One value, interpolations resolved, as plain Python."""
     try:
         value = node[name]
@@ -337,7 +339,7 @@ def _resolved(node: DictConfig, name: str, key: str) -> Any:
     return OmegaConf.to_container(value, resolve=True) if isinstance(value, (DictConfig, ListConfig)) else value
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
+def to_plain_dict(config: DictConfig) -> dict[str, Any]:
     """The whole resolved configuration as plain values: what ``config.yaml`` records."""
     for name in (f.name for f in dataclasses.fields(Run)):
         if name not in config:
@@ -347,10 +349,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def comparable(config: dict[str, Any]) -> dict[str, Any]:
+def select_comparable(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that make two runs comparable: flat keys and values, without :data:`INCOMPARABLE`.
 
-    What the images are is not among them where the settings do not say it, see :func:`cl_bench.config.build.identity`.
+    If the settings do not say what the images are, :func:`cl_bench.config.build.identify_run` adds a digest of them.
     """
     flat: dict[str, Any] = {}
 
@@ -358,7 +360,7 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
         if prefix in INCOMPARABLE:
             return
         if prefix in FILES and isinstance(value, str):
-            value = _content(value)
+            value = _hash_content(value)
         if isinstance(value, dict):
             for key, inner in value.items():
                 visit(f"{prefix}.{key}" if prefix else str(key), inner)
@@ -373,7 +375,7 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     return {key: OLD_PATHS.get(value, value) if key.endswith("_target_") else value for key, value in flat.items()}
 
 
-def _content(file: str) -> str:
+def _hash_content(file: str) -> str:
     """The hash of a file's content; its name where it cannot be read, which is refused when it is needed."""
     try:
         with open(file, "rb") as content:
@@ -382,7 +384,7 @@ def _content(file: str) -> str:
         return file
 
 
-def fingerprint(settings: dict[str, Any]) -> str:
-    """Ten hexadecimal digits of the hash of :func:`comparable` settings."""
+def compute_fingerprint(settings: dict[str, Any]) -> str:
+    """Ten hexadecimal digits of the hash of :func:`select_comparable` settings."""
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]

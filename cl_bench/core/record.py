@@ -109,7 +109,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, None for nan."""
         matrices = {
-            s: {"correct": _plain(self.matrix(s).correct), "count": self.matrix(s).count.tolist()} for s in SETTINGS
+            s: {"correct": _to_lists(self.matrix(s).correct), "count": self.matrix(s).count.tolist()} for s in SETTINGS
         }
         return matrices | {"cost": asdict(self.cost)}
 
@@ -135,5 +135,5 @@ class Record:
                             writer.writerow([setting, row, task, int(correct), count, round(100 * correct / count, 4)])
 
 
-def _plain(array: np.ndarray) -> list[list[float | None]]:
+def _to_lists(array: np.ndarray) -> list[list[float | None]]:
     return [[None if math.isnan(v) else v for v in row] for row in array.tolist()]

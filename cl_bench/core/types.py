@@ -71,7 +71,7 @@ class Task:
     val: Data
     test: Data
 
-    def asked(self, split: str) -> Data:
+    def get_split(self, split: str) -> Data:
         """The images of ``test`` or ``val``, on which a run is measured."""
         return {"test": self.test, "val": self.val}[split]
 

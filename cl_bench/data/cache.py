@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cl_bench.system.atomic import one_process, write_text
+from cl_bench.system.atomic import hold_lock, write_text
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Stored:
     facts: dict[str, Any]
 
 
-def stored(
+def load_or_make(
     file: Path,
     most: int,
     shape: tuple[int, ...],
@@ -55,17 +55,17 @@ def stored(
         OSError: there is no room for it, or its folder may not be written to.
     """
     note = file.with_suffix(".json")
-    if (found := _whole(file, note)) is not None:
+    if (found := _load_whole(file, note)) is not None:
         return found
-    with one_process(file.with_suffix(".lock"), f"makes {file}"):
-        if (found := _whole(file, note)) is None:
+    with hold_lock(file.with_suffix(".lock"), f"makes {file}"):
+        if (found := _load_whole(file, note)) is None:
             if note.exists():
                 print(f"cl_bench: {file} is damaged; it is made again", file=sys.stderr)
             found = _make(file, note, most, shape, rows, describe)
     return found
 
 
-def _whole(file: Path, note: Path) -> Stored | None:
+def _load_whole(file: Path, note: Path) -> Stored | None:
     """What the file holds, None where it is not what its note says, or where there is no note."""
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def _whole(file: Path, note: Path) -> Stored | None:
                     return None
             with suppress(OSError):  # where it may not be written to, it is compared every time
                 write_text(note, json.dumps(known | {"changed": state.st_mtime_ns}) + "\n")
-        return Stored(_mapped(file, shape), checksum, facts)
+        return Stored(_map_file(file, shape), checksum, facts)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -106,17 +106,17 @@ def _make(
             out.flush()
             out.truncate(count * math.prod(shape))
             os.fsync(out.fileno())  # before the note: a power cut must not leave a whole note of an empty file
-        facts = describe(_mapped(partial, (count, *shape)))
+        facts = describe(_map_file(partial, (count, *shape)))
         partial.replace(file)
     except BaseException:
         partial.unlink(missing_ok=True)  # where the disk is full, give its room back
         raise
-    made = Stored(_mapped(file, (count, *shape)), checksum.hexdigest(), facts)
+    made = Stored(_map_file(file, (count, *shape)), checksum.hexdigest(), facts)
     known = {"shape": made.array.shape, "checksum": made.checksum, "changed": file.stat().st_mtime_ns, "facts": facts}
     write_text(note, json.dumps(known) + "\n")
     return made
 
 
-def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _map_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     # copy-on-write: torch wants a tensor that could be written to, the file never is
     return np.memmap(file, dtype=np.uint8, mode="c", shape=shape)

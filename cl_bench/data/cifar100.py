@@ -10,7 +10,7 @@ import numpy as np
 
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.data.base import ImageSet, fixed_by_settings
-from cl_bench.system.atomic import one_process
+from cl_bench.system.atomic import hold_lock
 
 FOLDER = "cifar-100-python"
 MD5 = {
@@ -34,12 +34,12 @@ def cifar100(*, root: str, download: bool) -> ImageSet:
     folder = Path(root) / FOLDER
     if not _is_there(folder):
         _fetch(Path(root), download)
-    train, test, meta = (_official(folder / name) for name in MD5)
+    train, test, meta = (_read_official(folder / name) for name in MD5)
     coarse = dict(zip(train["fine_labels"], train["coarse_labels"]))
     return ImageSet(
-        train_images=_pixels(train),
+        train_images=_reshape_pixels(train),
         train_labels=np.array(train["fine_labels"]),
-        test_images=_pixels(test),
+        test_images=_reshape_pixels(test),
         test_labels=np.array(test["fine_labels"]),
         class_names=list(meta["fine_label_names"]),
         superclass=[coarse[c] for c in range(100)],
@@ -53,11 +53,11 @@ def _is_there(folder: Path) -> bool:
     return all(os.path.isfile(folder / name) for name in MD5)  # False also where the folder may not be read
 
 
-def _pixels(split: dict) -> np.ndarray:
+def _reshape_pixels(split: dict) -> np.ndarray:
     return split["data"].reshape(-1, 3, 32, 32)
 
 
-def _official(path: Path) -> dict:
+def _read_official(path: Path) -> dict:
     """Unpickle one file, after its MD5 has shown that it is the published one and nothing else."""
     try:
         content = path.read_bytes()
@@ -81,7 +81,7 @@ def _fetch(root: Path, download: bool) -> None:
     if download:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with one_process(root / f".{FOLDER}.lock", f"fetches CIFAR-100 into {root}"):
+            with hold_lock(root / f".{FOLDER}.lock", f"fetches CIFAR-100 into {root}"):
                 if not _is_there(root / FOLDER):
                     _download(root)
             return

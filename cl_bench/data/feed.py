@@ -46,7 +46,7 @@ class Feed:
 
 
 @contextmanager
-def feed(data: Data, order: Tensor, size: int) -> Iterator[Feed]:
+def open_feed(data: Data, order: Tensor, size: int) -> Iterator[Feed]:
     """A :class:`Feed`, with a thread as long as it is open where the images are not on the device."""
     if not isinstance(data.images, HostImages):
         yield Feed(data, order, size, None)

@@ -18,8 +18,8 @@ from PIL import UnidentifiedImageError
 
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.data.base import ImageSet
-from cl_bench.data.cache import Stored, stored
-from cl_bench.data.pictures import Decoder, endings
+from cl_bench.data.cache import Stored, load_or_make
+from cl_bench.data.pictures import Decoder, list_endings
 
 SPLITS = ("train", "test")
 
@@ -61,9 +61,9 @@ def folder(*, root: str, size: int, cache: str, background: list[int], value_ran
     Raises:
         ConfigError: no such folders, a class without pictures or unknown in ``train``, or pictures that are damaged.
     """
-    decoder = _decoder(size, background, value_range)
+    decoder = _build_decoder(size, background, value_range)
     place, left_out = Path(root), Counter[str]()
-    classes = {split: _classes(place / split, left_out) for split in SPLITS}
+    classes = {split: _list_classes(place / split, left_out) for split in SPLITS}
     names = classes["train"]
     require(
         len(names) > 1,
@@ -77,10 +77,10 @@ def folder(*, root: str, size: int, cache: str, background: list[int], value_ran
         not unlike,
         "root",
         expected=f"the same class folders in {place / 'train'} and {place / 'test'}",
-        got=", ".join(f"{_shown(name)} in {'train' if name in names else 'test'}/ only" for name in unlike),
+        got=", ".join(f"{_to_text(name)} in {'train' if name in names else 'test'}/ only" for name in unlike),
         fix="Give each class pictures in both, or take it away.",
     )
-    found = {split: [_files(place / split / name, left_out) for name in names] for split in SPLITS}
+    found = {split: [_list_files(place / split / name, left_out) for name in names] for split in SPLITS}
     images, labels, damaged = {}, {}, list[str]()
     for split, files in found.items():
         reader = _Reader(place, split, names, files, decoder)
@@ -97,13 +97,13 @@ def folder(*, root: str, size: int, cache: str, background: list[int], value_ran
     )
     for split in SPLITS:
         left_out["without ending that are no pictures"] += len(images[split].facts["left_out"])
-    _tell(place, {split: len(labels[split]) for split in SPLITS}, len(names), left_out)
+    _print_counts(place, {split: len(labels[split]) for split in SPLITS}, len(names), left_out)
     return ImageSet(
         train_images=images["train"].array,
         train_labels=labels["train"],
         test_images=images["test"].array,
         test_labels=labels["test"],
-        class_names=[_shown(name) for name in names],
+        class_names=[_to_text(name) for name in names],
         superclass=None,
         mean=images["train"].facts["mean"],
         std=images["train"].facts["std"],
@@ -111,7 +111,7 @@ def folder(*, root: str, size: int, cache: str, background: list[int], value_ran
     )
 
 
-def _decoder(size: int, background: list[int], value_range: list[float] | None) -> Decoder:
+def _build_decoder(size: int, background: list[int], value_range: list[float] | None) -> Decoder:
     require(
         0 < size <= LARGEST_SIDE,
         "size",
@@ -137,7 +137,7 @@ def _decoder(size: int, background: list[int], value_range: list[float] | None) 
     return Decoder(size, (red, green, blue), None if value_range is None else (value_range[0], value_range[1]))
 
 
-def _tell(place: Path, taken: dict[str, int], classes: int, left_out: Counter[str]) -> None:
+def _print_counts(place: Path, taken: dict[str, int], classes: int, left_out: Counter[str]) -> None:
     rest = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()) if count)
     print(
         f"cl_bench: {place}: took {taken['train']} training and {taken['test']} test pictures of {classes} classes; "
@@ -157,7 +157,7 @@ class _File:
     state: tuple[int, ...]
 
 
-def _listed(place: Path) -> list[os.DirEntry[str]]:
+def _list_entries(place: Path) -> list[os.DirEntry[str]]:
     """The entries of a folder by name."""
     try:
         with os.scandir(place) as entries:
@@ -171,7 +171,7 @@ def _listed(place: Path) -> list[os.DirEntry[str]]:
         ) from error
 
 
-def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
+def _get_state(entry: os.DirEntry[str]) -> os.stat_result | None:
     """Of what the entry is or links to; None where that is nothing."""
     try:
         return entry.stat()
@@ -179,20 +179,20 @@ def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
         return None
 
 
-def _hidden(entry: os.DirEntry[str], left_out: Counter[str]) -> bool:
+def _skip_hidden(entry: os.DirEntry[str], left_out: Counter[str]) -> bool:
     if entry.name.startswith("."):  # .ipynb_checkpoints, ._1.png, .DS_Store
         left_out["whose names begin with a dot"] += 1
         return True
     return False
 
 
-def _classes(place: Path, left_out: Counter[str]) -> list[str]:
+def _list_classes(place: Path, left_out: Counter[str]) -> list[str]:
     """The names of the class folders in ``place``."""
     names = []
-    for entry in _listed(place):
-        if _hidden(entry, left_out):
+    for entry in _list_entries(place):
+        if _skip_hidden(entry, left_out):
             continue
-        state = _state(entry)
+        state = _get_state(entry)
         require(
             state is not None,
             "root",
@@ -207,14 +207,14 @@ def _classes(place: Path, left_out: Counter[str]) -> list[str]:
     return names
 
 
-def _files(place: Path, left_out: Counter[str]) -> list[_File]:
+def _list_files(place: Path, left_out: Counter[str]) -> list[_File]:
     """What may be a picture in the folder of a class and below, in order of the names; the rest is counted."""
 
     def below(place: Path, above: frozenset[tuple[int, int]]) -> Iterator[_File]:
-        for entry in _listed(place):
-            if _hidden(entry, left_out):
+        for entry in _list_entries(place):
+            if _skip_hidden(entry, left_out):
                 continue
-            state, ending = _state(entry), os.path.splitext(entry.name)[1].lower()
+            state, ending = _get_state(entry), os.path.splitext(entry.name)[1].lower()
             if state is not None and stat.S_ISDIR(state.st_mode):
                 here = (state.st_dev, state.st_ino)
                 if here in above:
@@ -223,8 +223,8 @@ def _files(place: Path, left_out: Counter[str]) -> list[_File]:
                     yield from below(Path(entry.path), above | {here})
             elif state is not None and not stat.S_ISREG(state.st_mode):
                 left_out["that are neither files nor folders"] += 1
-            elif ending and ending not in endings():
-                left_out[f"named *{_shown(ending)}"] += 1
+            elif ending and ending not in list_endings():
+                left_out[f"named *{_to_text(ending)}"] += 1
             else:  # a link that leads nowhere, too: it is named with the damaged pictures
                 times = () if state is None else (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
                 yield _File(entry.path, times)
@@ -234,7 +234,7 @@ def _files(place: Path, left_out: Counter[str]) -> list[_File]:
     return list(below(place, frozenset((state.st_dev, state.st_ino) for state in states)))
 
 
-def _shown(name: str) -> str:
+def _to_text(name: str) -> str:
     r"""A name for people and reports; bytes that are no UTF-8 are shown as ``\xe9``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
@@ -269,7 +269,7 @@ class _Reader:
         size = self.decoder.size
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            images = stored(self._place(cache), len(self.files), (3, size, size), self._rows, self._facts)
+            images = load_or_make(self._place(cache), len(self.files), (3, size, size), self._rows, self._facts)
         except ConfigError:
             raise
         except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
@@ -286,7 +286,7 @@ class _Reader:
         root, start = self.root.resolve(), len(str(self.root / self.split))
         known = [(file.path[start:], *file.state) for file in self.files]
         key = hashlib.sha256(json.dumps([VERSION, astuple(self.decoder), str(root), known]).encode()).hexdigest()
-        return cache / f"{_shown(root.name)[:50]}-{self.split}-{self.decoder.size}-{key[:16]}.images"
+        return cache / f"{_to_text(root.name)[:50]}-{self.split}-{self.decoder.size}-{key[:16]}.images"
 
     def _rows(self) -> Iterator[np.ndarray]:
         """The images in order; nothing more of them once a picture was damaged."""
@@ -318,13 +318,13 @@ class _Reader:
         try:
             return self.decoder.decode(Path(file.path))
         except UnidentifiedImageError:
-            return f"{_shown(file.path)} (no picture that PIL knows)" if os.path.splitext(file.path)[1] else None
+            return f"{_to_text(file.path)} (no picture that PIL knows)" if os.path.splitext(file.path)[1] else None
         except Exception as error:  # PIL raises many kinds for a damaged file
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            return f"{_shown(file.path)} ({' '.join(reason.split())})"
+            return f"{_to_text(file.path)} ({' '.join(reason.split())})"
 
     def _facts(self, images: np.ndarray) -> dict[str, Any]:
-        mean, std = _moments(images)
+        mean, std = _measure_moments(images)
         return {"mean": mean, "std": std, "left_out": self.left_out}
 
     def _refuse_empty_classes(self) -> None:
@@ -334,12 +334,12 @@ class _Reader:
             not empty,
             "root",
             expected="pictures in the folder of each class",
-            got=f"none that PIL can open in {', '.join(map(_shown, empty))}",
+            got=f"none that PIL can open in {', '.join(map(_to_text, empty))}",
             fix="Put some there, or take the class away.",
         )
 
 
-def _moments(images: np.ndarray) -> tuple[list[float], list[float]]:
+def _measure_moments(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the pixels in [0, 1], a value a channel."""
     spread = np.unique(np.linspace(0, len(images) - 1, min(len(images), MEASURED)).astype(int))
     sums, squares = np.zeros(3), np.zeros(3)

@@ -15,16 +15,16 @@ BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
 
 
 @cache
-def kinds() -> list[str]:
+def list_kinds() -> list[str]:
     """The kinds of picture that PIL can decode here."""
     Image.init()
     return sorted(set(Image.OPEN) - UNREADABLE)
 
 
 @cache
-def endings() -> frozenset[str]:
+def list_endings() -> frozenset[str]:
     """Their files' endings, in small letters."""
-    readable = {*kinds(), "MPO"}  # that one is opened as a JPEG
+    readable = {*list_kinds(), "MPO"}  # that one is opened as a JPEG
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in readable)
 
 
@@ -50,7 +50,7 @@ class Decoder:
         Raises:
             Exception: the file is damaged, or not to be decoded without a ``value_range``; PIL raises many kinds.
         """
-        with Image.open(path, formats=kinds()) as picture:
+        with Image.open(path, formats=list_kinds()) as picture:
             _refuse_what_pil_misreads(picture)
             picture.load()  # a TIFF file is turned by this already
             shown = ImageOps.exif_transpose(picture)

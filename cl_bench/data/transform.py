@@ -56,7 +56,7 @@ class Transform:
         self._scale, self._shift = self._scale.to(device), self._shift.to(device)
         return self
 
-    def train(self, images: Tensor, generator: Generator) -> Tensor:
+    def augment(self, images: Tensor, generator: Generator) -> Tensor:
         """(B, C, H, W) uint8 -> (B, C, H, W) float32, augmented and normalised."""
         moves = self.draw_moves(images.shape, generator)
         return self.apply(images, send_together(moves, images.device), generator)
@@ -93,7 +93,7 @@ class Transform:
             images = torch.cat([images, images.flip(3)]).index_select(0, next(left))
         if self.rand_augment is not None:
             images = self.rand_augment(images, generator)
-        return self.plain(images)
+        return self.normalise(images)
 
     def _windows(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> a view of the padded images that has an H x W window starting at every pixel.
@@ -108,10 +108,10 @@ class Transform:
         last = (channels - 1) * step[1] + (height - 1) * step[2] + (width - 1) * step[3]  # pixel of a window
         return padded.as_strided((padded.numel() - last, channels, height, width), (1, *step[1:]))
 
-    def plain(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 -> (B, C, H, W) float32, normalised only."""
         return images.float().mul_(self._scale).add_(self._shift)
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`plain`, up to rounding: (B, C, H, W) float -> uint8."""
+    def recover_pixels(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`, up to rounding: (B, C, H, W) float -> uint8."""
         return ((images - self._shift) / self._scale).round().clamp(0, 255).to(torch.uint8)

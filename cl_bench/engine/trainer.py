@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from cl_bench.core.errors import require
 from cl_bench.core.record import BASELINE, SETTINGS, Record
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
-from cl_bench.data.feed import feed
+from cl_bench.data.feed import open_feed
 from cl_bench.engine.checkpoint import Checkpoint, State, cloned, rng_state, set_rng_state
 from cl_bench.engine.evaluate import Evaluation, evaluate
 from cl_bench.engine.step import Choice, Speed, Step
@@ -26,7 +26,7 @@ from cl_bench.loggers.base import Logger, Progress
 from cl_bench.methods.base import Method, Predict
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.energy import Meter
-from cl_bench.system.signals import Interrupted, breakable, breakable_items
+from cl_bench.system.signals import Interrupted, allow_interruption, allow_interruption_between
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ class Trainer:
             if self.stop():
                 raise Interrupted
             self.method.eval()
-            for number, phase in enumerate(breakable_items(self._phases(task))):
+            for number, phase in enumerate(allow_interruption_between(self._phases(task))):
                 self._excused = {name for name, buffer in self.method.named_buffers() if not _finite(buffer)}
                 replayed = number < len(ends)  # finished before the interruption: lay its result over the method
                 if replayed:
@@ -204,7 +204,7 @@ class Trainer:
                 count, steps = _images_and_steps(len(order), size)
             for group, lr in zip(optimizer.param_groups, peak):
                 group["lr"] = lr * schedule(epoch, epochs)
-            with feed(phase.data, order, size) as images:
+            with open_feed(phase.data, order, size) as images:
                 while step < steps:
                     batch = self.batch(*images.batch(step), task)
                     losses = yield Step(
@@ -245,7 +245,7 @@ class Trainer:
 
     def batch(self, raw: Tensor, y: Tensor, task: Task) -> Batch:
         """A stream batch of images (B, C, H, W) uint8 with labels (B,), freshly augmented."""
-        return Batch(self.scenario.transform.train(raw, self.generators["augment"]), y, raw, task.id)
+        return Batch(self.scenario.transform.augment(raw, self.generators["augment"]), y, raw, task.id)
 
     def _lap(self) -> None:
         """Count the time since the last call, or since the task began, as training."""
@@ -322,13 +322,13 @@ class Trainer:
 
     def _asked(self) -> list[int]:
         """Images that each task is measured on."""
-        return [len(task.asked(self.settings.evaluate_on)) for task in self.scenario.tasks]
+        return [len(task.get_split(self.settings.evaluate_on)) for task in self.scenario.tasks]
 
     def _evaluate(self, learned: int, rule: Predict | None = None) -> Evaluation:
         began = time.monotonic()
         split = self.settings.evaluate_on
         try:
-            with breakable():
+            with allow_interruption():
                 answers = evaluate(
                     self.method, self.scenario, learned=learned, split=split, autocast=self.autocast, rule=rule
                 )

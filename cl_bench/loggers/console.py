@@ -38,7 +38,7 @@ class Console(Logger):
     def start(self, run: RunInfo) -> None:
         """Say what runs."""
         self._times = _Times()
-        self._view = _Bars(self._times) if on_terminal() else _Lines(self._times, self._min_seconds)
+        self._view = _Bars(self._times) if has_terminal() else _Lines(self._times, self._min_seconds)
         self._view.start(run)
         self._look_at = 0.0
 
@@ -65,18 +65,18 @@ class Console(Logger):
         view, self._view, self._look_at = self._view, None, math.inf
         if view is not None:
             view.stop()
-            line = f"{status} after {_clock(self._times.elapsed())}"
+            line = f"{status} after {_format_seconds(self._times.elapsed())}"
             if status != "finished" and self._latest is not None:
-                line += f" in {_place(self._latest)}"
+                line += f" in {_format_position(self._latest)}"
             _print(line)
 
 
-def on_terminal() -> bool:
+def has_terminal() -> bool:
     """Whether stderr is a terminal that can move its cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-class _Pace:
+class _TimeLeft:
     """Time left of something, from how much of it was done since it was first looked at."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class _Times:
         self._begun = time.monotonic()
         self._num_phases = 1  # the most that a task has had; how many are to come, nobody knows
         self.share = {"run": 0.0, "phase": 0.0, "epoch": 0.0}
-        self.pace = {name: _Pace() for name in self.share}
+        self.pace = {name: _TimeLeft() for name in self.share}
 
     def elapsed(self) -> float:
         """Seconds since this process began the run."""
@@ -134,7 +134,7 @@ class _View(ABC):
 
     def task(self, event: dict[str, Any]) -> None:
         """A task is over."""
-        _print(_accuracies(event, self._num_tasks, self._times))
+        _print(_format_accuracies(event, self._num_tasks, self._times))
 
     def stop(self) -> None:  # noqa: B027 - plain lines leave nothing behind
         """Leave the terminal as it was."""
@@ -154,18 +154,18 @@ class _Lines(_View):
 
     def start(self, run: RunInfo) -> None:
         self._num_tasks = run.num_tasks
-        _print(f"{_title(run)}, in {run.folder}")
+        _print(f"{_format_title(run)}, in {run.folder}")
 
     def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + self._min_seconds
-        place = f"task {_of(event['task'], self._num_tasks)}, epoch {event['epoch'] + 1}"
+        place = f"task {_format_count(event['task'], self._num_tasks)}, epoch {event['epoch'] + 1}"
         if progress is not None:
-            place = _place(progress)
-        times = f"{_clock(self._times.elapsed())}, {_clock(self._times.pace['run'].left)} left"
-        _print(f"{place}: {_losses(event)} [{times}]")
+            place = _format_position(progress)
+        times = f"{_format_seconds(self._times.elapsed())}, {_format_seconds(self._times.pace['run'].left)} left"
+        _print(f"{place}: {_format_losses(event)} [{times}]")
 
 
 class _Bars(_View):
@@ -191,7 +191,7 @@ class _Bars(_View):
 
     def start(self, run: RunInfo) -> None:
         self._num_tasks = run.num_tasks
-        _print(_title(run))
+        _print(_format_title(run))
         _print(f"in {run.folder}")
         self._live.start()
         self._terminal.show_cursor(True)  # so that not even a SIGKILL leaves the terminal without one
@@ -204,7 +204,7 @@ class _Bars(_View):
         return ended + max(_SECONDS_BETWEEN_DRAWINGS, (ended - begun) / _LARGEST_SHARE_OF_TIME)
 
     def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
-        self._numbers = _losses(event)
+        self._numbers = _format_losses(event)
 
     def stop(self) -> None:
         self._live.stop()
@@ -222,10 +222,10 @@ class _Bars(_View):
         grid.add_column(no_wrap=True)
         grid.add_column(ratio=1)
         grid.add_column(justify="right", no_wrap=True)
-        for label, name in zip(_labels(self._progress), ("run", "phase", "epoch")):
-            left = f"{_clock(self._times.pace[name].left)} left"
+        for label, name in zip(_format_labels(self._progress), ("run", "phase", "epoch")):
+            left = f"{_format_seconds(self._times.pace[name].left)} left"
             grid.add_row(Text(label), ProgressBar(total=1.0, completed=self._times.share[name]), Text(left))
-        numbers = f"{_clock(self._times.elapsed())}  {self._numbers}"
+        numbers = f"{_format_seconds(self._times.elapsed())}  {self._numbers}"
         return Group(grid, Text(numbers, no_wrap=True, overflow="ellipsis"))
 
 
@@ -234,50 +234,52 @@ def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _title(run: RunInfo) -> str:
+def _format_title(run: RunInfo) -> str:
     tasks = "1 task" if run.num_tasks == 1 else f"{run.num_tasks} tasks"
     return f"{run.experiment}: {run.name}, seed {run.seed}, {tasks}"
 
 
-def _labels(progress: Progress) -> tuple[str, str, str]:
+def _format_labels(progress: Progress) -> tuple[str, str, str]:
     phase = f"phase {progress.phase + 1} " if progress.phase else ""
     return (
-        f"task {_of(progress.task, progress.num_tasks)}",
-        f"{phase}epoch {_of(progress.epoch, progress.epochs)}",
-        f"batch {_of(progress.step, progress.steps)}",
+        f"task {_format_count(progress.task, progress.num_tasks)}",
+        f"{phase}epoch {_format_count(progress.epoch, progress.epochs)}",
+        f"batch {_format_count(progress.step, progress.steps)}",
     )
 
 
-def _of(number: int, total: int) -> str:
+def _format_count(number: int, total: int) -> str:
     """A number from 0 as a person counts, as wide as the total: what stands beside it does not move."""
     return f"{number + 1:{len(str(total))}}/{total}"
 
 
-def _place(progress: Progress) -> str:
-    return ", ".join(" ".join(label.split()) for label in _labels(progress)[:2])
+def _format_position(progress: Progress) -> str:
+    return ", ".join(" ".join(label.split()) for label in _format_labels(progress)[:2])
 
 
-def _losses(event: dict[str, Any]) -> str:
+def _format_losses(event: dict[str, Any]) -> str:
     losses = event["losses"]
-    terms = ", ".join(f"{name} {_number(value, '.4g')}" for name, value in losses.items())
-    return f"loss {_number(event['loss'], '.4g')}{f' ({terms})' if len(losses) > 1 else ''}, lr {event['lr']:.3g}"
+    terms = ", ".join(f"{name} {_format_number(value, '.4g')}" for name, value in losses.items())
+    return (
+        f"loss {_format_number(event['loss'], '.4g')}{f' ({terms})' if len(losses) > 1 else ''}, lr {event['lr']:.3g}"
+    )
 
 
-def _accuracies(event: dict[str, Any], num_tasks: int, times: _Times) -> str:
-    class_il, task_il = (_percent(event[f"{setting}_average"]) for setting in ("class_il", "task_il"))
-    place = _of(event["task"], num_tasks)
-    return f"task {place} done: Class-IL {class_il}, Task-IL {task_il} [{_clock(times.elapsed())}]"
+def _format_accuracies(event: dict[str, Any], num_tasks: int, times: _Times) -> str:
+    class_il, task_il = (_format_percent(event[f"{setting}_average"]) for setting in ("class_il", "task_il"))
+    place = _format_count(event["task"], num_tasks)
+    return f"task {place} done: Class-IL {class_il}, Task-IL {task_il} [{_format_seconds(times.elapsed())}]"
 
 
-def _percent(value: float | None) -> str:
+def _format_percent(value: float | None) -> str:
     return f"{value:6.2f} %" if value is not None else f"{'-':>8}"
 
 
-def _number(value: float | None, form: str) -> str:
+def _format_number(value: float | None, form: str) -> str:
     return f"{value:{form}}" if value is not None else "-"
 
 
-def _clock(seconds: float | None) -> str:
+def _format_seconds(seconds: float | None) -> str:
     """h:mm:ss."""
     if seconds is None:
         return "-:--:--"

@@ -55,7 +55,7 @@ class Delivered:
         write_text(self._path, json.dumps({"events": self.count, "note": self.note}))
 
 
-def scalars(event: dict[str, Any]) -> dict[str, float]:
+def extract_curves(event: dict[str, Any]) -> dict[str, float]:
     """The curves of an ``epoch`` or ``task`` event by name, e.g. ``losses/ce`` and ``class_il/task_3``; no nulls."""
     if event["event"] not in ("epoch", "task"):
         return {}

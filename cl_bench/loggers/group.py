@@ -42,7 +42,7 @@ class Loggers(Logger):
             try:
                 logger.finish(status, summary)
             except BaseException as error:
-                if _harmless(logger, error):
+                if _is_harmless(logger, error):
                     _report(logger, "finish", error)
                 else:
                     raised = raised or error
@@ -62,7 +62,7 @@ class Loggers(Logger):
         self._steppers = tuple(logger for logger in self._loggers if type(logger).step is not Logger.step)
 
     def _drop(self, logger: Logger, call: str, error: Exception) -> None:
-        if not _harmless(logger, error):
+        if not _is_harmless(logger, error):
             raise error
         self._keep(other for other in self._loggers if other is not logger)
         with suppress(Exception):  # give back the terminal, files and connections; what went wrong is known by now
@@ -70,7 +70,7 @@ class Loggers(Logger):
         _report(logger, call, error)
 
 
-def _harmless(logger: Logger, error: BaseException) -> bool:
+def _is_harmless(logger: Logger, error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(logger, JsonLines)
 
 

@@ -25,7 +25,7 @@ class JsonLines(Logger):
         path = run.folder / METRICS
         path.touch()
         self._file = path.open("r+b")  # not "ab": that one writes at the end wherever truncate() left off
-        self._ends = _ends_of_whole_lines(self._file)
+        self._ends = _find_line_ends(self._file)
         self._cut(len(self._ends))
 
     def event(self, number: int, event: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ class JsonLines(Logger):
                 fix="Put the file back, or start afresh with overwrite=true.",
             )
         self._cut(number)
-        self._file.write(json.dumps(finite(event), allow_nan=False, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(replace_non_finite(event), allow_nan=False, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         # A checkpoint must never know of events that a power cut took out of this file.
         os.fsync(self._file.fileno())
@@ -67,18 +67,18 @@ def read_events(folder: Path, first: int, stop: int) -> list[dict[str, Any]]:
         return [json.loads(line) for number, line in enumerate(file) if first <= number < stop]
 
 
-def _ends_of_whole_lines(file: BinaryIO) -> list[int]:
+def _find_line_ends(file: BinaryIO) -> list[int]:
     ends: list[int] = []
     end = 0
     for line in file:
         end += len(line)
-        if not _whole(line):
+        if not _is_whole(line):
             break
         ends.append(end)
     return ends
 
 
-def _whole(line: bytes) -> bool:
+def _is_whole(line: bytes) -> bool:
     """Whether a line was written to its end (after a power cut it may also hold zeros)."""
     try:
         return line.endswith(b"\n") and isinstance(json.loads(line), dict)
@@ -86,10 +86,10 @@ def _whole(line: bytes) -> bool:
         return False
 
 
-def finite(value: Any) -> Any:
+def replace_non_finite(value: Any) -> Any:
     """The value with null for every nan and infinity, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

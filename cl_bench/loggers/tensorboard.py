@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from cl_bench.loggers.base import Logger, RunInfo
-from cl_bench.loggers.delivered import Delivered, scalars
+from cl_bench.loggers.delivered import Delivered, extract_curves
 
 FOLDER = "tensorboard"
 """Name of the folder inside the run folder."""
@@ -42,7 +42,7 @@ class TensorBoard(Logger):
         """Add the event's points, unless they are there."""
         assert self._file is not None
         for due, content in self._delivered.due(number, event):
-            if curves := scalars(content):
+            if curves := extract_curves(content):
                 self._records.add(content["step"], curves)
             self._file.flush()  # before the mark: what is marked is written
             self._delivered.mark(due + 1, bytes=self._file.tell())
@@ -57,7 +57,7 @@ class _Records:
     """TensorBoard's records, written to an open file; the only part that needs TensorBoard."""
 
     def __init__(self, file: BinaryIO) -> None:
-        with _missing("boto3"):
+        with _hide_module("boto3"):
             from tensorboard.compat.proto.event_pb2 import Event
             from tensorboard.compat.proto.summary_pb2 import Summary
             from torch.utils.tensorboard import RecordWriter
@@ -76,7 +76,7 @@ class _Records:
 
 
 @contextmanager
-def _missing(module: str) -> Iterator[None]:
+def _hide_module(module: str) -> Iterator[None]:
     """Imports as if ``module`` were not installed.
 
     TensorBoard tries boto3, for folders on S3. The old one that hydra-ray-launcher pins warns as it is imported, and

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from cl_bench.core.errors import require
 from cl_bench.loggers.base import Logger, RunInfo
-from cl_bench.loggers.delivered import Delivered, scalars
+from cl_bench.loggers.delivered import Delivered, extract_curves
 
 if TYPE_CHECKING:
     import wandb
@@ -67,7 +67,7 @@ class Wandb(Logger):
         self._folder = run.folder
         self._delivered = Delivered(run.folder, "wandb/delivered.json")
         opened = self._open(run)
-        opened.config.update(without_secrets(run.config), allow_val_change=True)
+        opened.config.update(hide_secrets(run.config), allow_val_change=True)
         opened.define_metric("step")
         opened.define_metric("*", step_metric="step")
 
@@ -84,7 +84,7 @@ class Wandb(Logger):
             return
         try:
             if summary is not None:
-                run.summary.update(summary_values(summary))
+                run.summary.update(flatten_summary(summary))
             if status == "finished":
                 self._log(run, self._delivered.rest())
                 _log_matrix(run, self._folder / "accuracy_matrix.csv", number=self._delivered.count)
@@ -94,7 +94,7 @@ class Wandb(Logger):
 
     def _log(self, run: "wandb.Run", events: list[tuple[int, dict[str, Any]]]) -> None:
         for number, content in events:
-            if curves := scalars(content):
+            if curves := extract_curves(content):
                 run.log({"step": content["step"], **curves}, step=number, commit=True)
             self._delivered.count = number + 1
 
@@ -104,7 +104,7 @@ class Wandb(Logger):
         Where the server already has an id that this folder never used, the run was started afresh or on another
         machine: its curves would go backwards in the old run, so it takes the next free id.
         """
-        first = run_id(info)
+        first = compute_run_id(info)
         name, attempt = self._delivered.note.get("id", first), 1
         run = self._run = self._init(info, name)
         while self._delivered.fresh and run.resumed:
@@ -119,7 +119,7 @@ class Wandb(Logger):
     def _init(self, info: RunInfo, name: str) -> "wandb.Run":
         # W&B reports its own errors over the network, offline too. Whoever wants that sets the variable to true.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        if home_folder() is None:  # W&B fails without one, or makes a folder named ~ where the command was typed
+        if find_home() is None:  # W&B fails without one, or makes a folder named ~ where the command was typed
             os.environ["HOME"] = tempfile.gettempdir()
         import wandb
 
@@ -140,7 +140,7 @@ class Wandb(Logger):
         )
 
 
-def run_id(info: RunInfo) -> str:
+def compute_run_id(info: RunInfo) -> str:
     """The W&B id of a run, 32 hexadecimal digits: a hash of what its folder is made of, so that no two runs share one.
 
     A folder keeps the id that it began with (``wandb/delivered.json``), whatever this function says later.
@@ -164,7 +164,7 @@ def has_api_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    home = home_folder()
+    home = find_home()
     files = [] if home is None else [home / ".netrc", home / "_netrc"]
     for file in [Path(os.environ["NETRC"])] if "NETRC" in os.environ else files:
         try:
@@ -175,7 +175,7 @@ def has_api_key() -> bool:
     return False
 
 
-def home_folder() -> Path | None:
+def find_home() -> Path | None:
     """Of this user; None where there is none, as in a container under an unknown number."""
     try:
         return Path.home()
@@ -183,12 +183,12 @@ def home_folder() -> Path | None:
         return None
 
 
-def without_secrets(value: Any) -> Any:
+def hide_secrets(value: Any) -> Any:
     """The configuration with ``***`` for what the environment keeps secret and ``${oc.env:...}`` brought in."""
     if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in value.items()}
+        return {key: hide_secrets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
+        return [hide_secrets(item) for item in value]
     if isinstance(value, str):
         for name, secret in os.environ.items():
             if _SECRET_NAME.search(name) and len(secret) >= _SHORTEST_SECRET:
@@ -196,7 +196,7 @@ def without_secrets(value: Any) -> Any:
     return value
 
 
-def summary_values(summary: dict[str, Any]) -> dict[str, float]:
+def flatten_summary(summary: dict[str, Any]) -> dict[str, float]:
     """The known numbers of ``summary.json`` for W&B's table of runs, e.g. ``class_il/forgetting``."""
     return {
         f"{group}/{key}": value
@@ -215,7 +215,9 @@ def _log_matrix(run: "wandb.Run", path: Path, number: int) -> None:
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     columns: list[str | int] = list(lines[0]) if lines else []
-    content: dict[str, Any] = {"accuracy_table": wandb.Table(columns=columns, data=[_typed(line) for line in lines])}
+    content: dict[str, Any] = {
+        "accuracy_table": wandb.Table(columns=columns, data=[_convert_line(line) for line in lines])
+    }
     for setting in dict.fromkeys(line["setting"] for line in lines):
         entries = {
             (int(line["after_task"]), int(line["task"])): float(line["accuracy"])
@@ -223,18 +225,18 @@ def _log_matrix(run: "wandb.Run", path: Path, number: int) -> None:
             if line["setting"] == setting and int(line["after_task"]) >= 0  # -1: the untrained network
         }
         if entries:
-            content[f"accuracy_matrix/{setting}"] = wandb.Image(_heat_map(entries, setting))
+            content[f"accuracy_matrix/{setting}"] = wandb.Image(_draw_heat_map(entries, setting))
     run.log(content, step=number, commit=True)
 
 
-def _typed(line: dict[str, str]) -> list[str | int | float]:
+def _convert_line(line: dict[str, str]) -> list[str | int | float]:
     return [
         value if column == "setting" else float(value) if column == "accuracy" else int(value)
         for column, value in line.items()
     ]
 
 
-def _heat_map(entries: dict[tuple[int, int], float], title: str) -> Any:
+def _draw_heat_map(entries: dict[tuple[int, int], float], title: str) -> Any:
     """(after task, task) -> accuracy in percent, as an image."""
     import numpy as np
     from matplotlib.figure import Figure  # not pyplot: no global state, no display

@@ -173,7 +173,7 @@ class DynamicallyExpandable(Method):
         task = len(self.net.heads) - 1
         total = 0.0
         for chunk in data.chunks(CHUNK):
-            logits = self.net.answer(self.transform.plain(chunk.images), task)
+            logits = self.net.answer(self.transform.normalise(chunk.images), task)
             total += float(self._ce(logits, chunk.labels, task)) * len(chunk)
         return total / len(data)
 

@@ -182,7 +182,7 @@ class LifelongViT(FunctionalMethod):
         parameters = self.net.keys_and_biases()
         totals = [torch.zeros_like(p) for p in parameters]
         for chunk in data.chunks(CHUNK):
-            logits = self.injecting(self.net.features(self.buffer.transform.plain(chunk.images)))
+            logits = self.injecting(self.net.features(self.buffer.transform.normalise(chunk.images)))
             summed = F.cross_entropy(logits, chunk.labels, reduction="sum")
             for total, gradient in zip(totals, torch.autograd.grad(summed, parameters)):
                 total += gradient

@@ -30,7 +30,7 @@ from cl_bench.engine.step import Graphs
 from cl_bench.engine.trainer import count_parameters
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.base import Predict
-from cl_bench.system.memory import peak_bytes
+from cl_bench.system.memory import get_peak_bytes
 
 SECONDS = 20.0
 """Seconds for everything that is timed. Nothing is cut off, so the smallest pieces of work come on top where even they
@@ -94,7 +94,7 @@ def dry_run(parts: Parts, summary: dict[str, Any], budget: Budget | None = None)
         "train_seconds": float(training[1]),
         "evaluate_seconds": float(evaluation[1]),
         "samples_seen": None,
-        "peak_memory_bytes": peak_bytes(parts.device),
+        "peak_memory_bytes": get_peak_bytes(parts.device),
         "parameters": count_parameters(parts.method),
         "parameters_trainable": count_parameters(parts.method, trainable=True),
         "buffer_bytes": parts.buffer.nbytes,
@@ -131,7 +131,7 @@ def _print(parts: Parts, summary: dict[str, Any]) -> None:
     for column in ("task", "classes", "training", "validation", "test images"):
         table.add_column(column, justify="left" if column == "classes" else "right")
     for task in scenario.tasks:
-        named = [(str(c), scenario.class_names[c]) for c in scenario.original(task)]
+        named = [(str(c), scenario.class_names[c]) for c in scenario.list_class_ids(task)]
         names = ", ".join(c if c == name else f"{c} {name}" for c, name in named)
         table.add_row(str(task.id), names, *(str(len(d)) for d in (task.train, task.val, task.test)))
     console = Console()
@@ -304,7 +304,7 @@ class Steps:
             trainer, self._size = self._probe.trainer, size
             trainer.settings = replace(trainer.settings, batch_size=size)
             order = torch.arange(size).repeat(2 * (Graphs.WARM_UP + TIMED))  # more steps than are ever asked for
-            phase = replace(self._phase, data=few(self._phase.data, size), epochs=1, order=lambda generator: order)
+            phase = replace(self._phase, data=take_few(self._phase.data, size), epochs=1, order=lambda generator: order)
             self._course = trainer.phase_course(self._task, 0, phase, None)
             step = next(self._course)
         else:
@@ -374,7 +374,7 @@ class Probe:
 
     def evaluation(self) -> Span:
         """Seconds of all evaluations: before the first task, after each, and by the other rules at the end."""
-        sizes = [len(task.asked(self.parts.settings.evaluate_on)) for task in self.tasks]
+        sizes = [len(task.get_split(self.parts.settings.evaluate_on)) for task in self.tasks]
         seconds = sum(sizes) * self.probed[0].answer
         for t in range(len(sizes)):
             seconds = seconds + sum(sizes[: t + 2]) * self._over_tasks(t, lambda probed, t: probed.answer)
@@ -439,7 +439,7 @@ class Probe:
     # -- timing ----------------------------------------------------------------------------------------------------
 
     def _learn(self, task: Task, images: int) -> Iterator[Phase]:
-        short = replace(task, train=few(task.train, images), val=few(task.val, min(images, len(task.val))))
+        short = replace(task, train=take_few(task.train, images), val=take_few(task.val, min(images, len(task.val))))
         self.method.eval()
         self._offered += images
         yield from self.method.learn(short)
@@ -492,14 +492,14 @@ class Probe:
     def _answer(self, learned: int, rule: Predict | None = None) -> Span:
         """Seconds an image of an evaluation after ``learned`` tasks."""
         split = self.parts.settings.evaluate_on
-        sizes = [len(task.asked(split)) for task in self.tasks[: learned + 1]]
+        sizes = [len(task.get_split(split)) for task in self.tasks[: learned + 1]]
         full = min(MAX_BATCH, sum(sizes))
 
         def ask(size: int) -> int:
             probe = copy.copy(self.parts.scenario)
             probe.tasks = list(self.tasks)
             for t in range(len(sizes)):
-                part = few(self.tasks[t].asked(split), size * (t + 1) // len(sizes) - size * t // len(sizes))
+                part = take_few(self.tasks[t].get_split(split), size * (t + 1) // len(sizes) - size * t // len(sizes))
                 probe.tasks[t] = replace(self.tasks[t], test=part, val=part)
             evaluate(self.method, probe, learned=learned, split=split, autocast=self.parts.autocast, rule=rule)
             return 0
@@ -510,6 +510,6 @@ class Probe:
         return found.seconds / full
 
 
-def few(data: Data, size: int) -> Data:
+def take_few(data: Data, size: int) -> Data:
     """``size`` images spread over the whole set; some of them twice where there are fewer."""
     return data.take(torch.linspace(0, len(data) - 1, size).long().to(data.labels.device))

@@ -15,9 +15,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
-from cl_bench.config.build import KINDS, Parts, build, component, identity, loggers
+from cl_bench.config.build import KINDS, Parts, build, build_component, build_loggers, identify_run
 from cl_bench.config.explain import refuse_unread_keys
-from cl_bench.config.schema import INCOMPARABLE, fingerprint, plain, split_override, typed_overrides
+from cl_bench.config.schema import (
+    INCOMPARABLE,
+    compute_fingerprint,
+    list_typed_overrides,
+    split_override,
+    to_plain_dict,
+)
 from cl_bench.core.errors import ConfigError, RunError, require
 from cl_bench.core.record import SCHEMA, SETTINGS, TITLES
 from cl_bench.core.types import Losses
@@ -30,8 +36,8 @@ from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
 from cl_bench.runs import run_dir as files
 from cl_bench.scenarios.base import Scenario
-from cl_bench.system.memory import largest_tensors, peak_bytes, ran_out, reset_peak
-from cl_bench.system.signals import Interrupted, breakable, stop_signals
+from cl_bench.system.memory import get_peak_bytes, is_out_of_memory, list_largest_tensors, reset_peak
+from cl_bench.system.signals import Interrupted, allow_interruption, collect_stop_signals
 
 MOST_THREADS = 1024
 
@@ -43,15 +49,15 @@ def run(config: DictConfig) -> float | None:
         Class-IL average accuracy in percent on held-out validation images, for a search, the mean over the replicas;
         None where the run was measured on test images, which a search must not see.
     """
-    refuse_unread_keys(config, typed_overrides())
-    values = plain(config)
+    refuse_unread_keys(config, list_typed_overrides())
+    values = to_plain_dict(config)
     _refuse_false_names(values)
-    with threads(config.threads):
+    with limit_threads(config.threads):
         return _run(config, values)
 
 
 @contextmanager
-def threads(number: Any) -> Iterator[None]:
+def limit_threads(number: Any) -> Iterator[None]:
     """Within, torch computes with so many threads of the CPU; ``auto`` leaves their number to it."""
     require(
         number == "auto" or (type(number) is int and 0 < number <= MOST_THREADS),
@@ -75,38 +81,38 @@ def _run(config: DictConfig, values: dict[str, Any]) -> float | None:
     if values["dry_run"]:
         from cl_bench.runs.dry_run import dry_run
 
-        settings, scenario = identity(config, values)
+        settings, scenario = identify_run(config, values)
         parts = build(config, scenario)
-        with told_in_our_words(parts):
-            dry_run(parts, base_summary(values, settings))
+        with explain_errors(parts):
+            dry_run(parts, begin_summary(values, settings))
         return None
-    replicas = component(config.trainer, "trainer", list(config.allow_packages), KINDS["trainer"]).replicas
+    replicas = build_component(config.trainer, "trainer", list(config.allow_packages), KINDS["trainer"]).replicas
     seeds = range(values["seed"], values["seed"] + replicas)
-    with stop_signals() as caught:
+    with collect_stop_signals() as caught:
         try:
             if replicas == 1:
                 summaries = [follow(_course(config, caught))]
             else:
-                summaries = _side_by_side([_seeded(config, seed) for seed in seeds], caught)
+                summaries = _run_replicas([_copy_with_seed(config, seed) for seed in seeds], caught)
         except Interrupted:
             raise SystemExit(128 + caught[0]) from None
     if caught:  # all is written, but a sweep must not start its next job
         raise SystemExit(128 + caught[0])
-    objectives = [objective for summary in summaries if (objective := _objective(summary)) is not None]
+    objectives = [objective for summary in summaries if (objective := _read_objective(summary)) is not None]
     return sum(objectives) / len(objectives) if objectives else None
 
 
-def _seeded(config: DictConfig, seed: int) -> DictConfig:
+def _copy_with_seed(config: DictConfig, seed: int) -> DictConfig:
     config = copy.deepcopy(config)
     config.seed = seed
     return config
 
 
-def _side_by_side(configs: list[DictConfig], caught: list[int]) -> list[dict[str, Any]]:
+def _run_replicas(configs: list[DictConfig], caught: list[int]) -> list[dict[str, Any]]:
     """The summaries of several seeds, their steps computed as one where that can be."""
     from cl_bench.engine.replicas import lead, obstacle
 
-    with breakable():
+    with allow_interruption():
         parts = build(configs[0])
     reason, scenario = obstacle(parts.method, parts.device), parts.scenario
     del parts  # what it holds of the network; each replica builds its own
@@ -126,31 +132,31 @@ def _course(
         scenario: of a replica before, which is shared.
         terminal: whether its progress may be shown there.
     """
-    values = plain(config)
+    values = to_plain_dict(config)
     again = "the same command goes on from here"
     try:
-        with breakable():
-            settings, scenario = identity(config, values, scenario)
-        place = run_folder(values, settings)
+        with allow_interruption():
+            settings, scenario = identify_run(config, values, scenario)
+        place = choose_run_dir(values, settings)
         again = f"the same command goes on from here: {place}"
         finished = None if values["overwrite"] else files.read_summary(place)
         if finished:
             print(f"Already finished, nothing to do: {place} (overwrite=true starts afresh)", file=sys.stderr)
-            show(place, finished, report=not (place / "report.html").exists())
+            show_result(place, finished, report=not (place / "report.html").exists())
             return finished
-        with breakable():
+        with allow_interruption():
             parts = build(config, scenario)
-        chosen = {name: logger for name, logger in loggers(config).items() if terminal or name != "console"}
-        with files.locked(place), files.writing(place):
+        chosen = {name: logger for name, logger in build_loggers(config).items() if terminal or name != "console"}
+        with files.lock_run_dir(place), files.explain_write_errors(place):
             if values["overwrite"]:
                 _empty(place)
                 again = f"the same command without overwrite=true goes on from here: {place}"
             files.write_config(place, values)
             files.write_environment(place, parts.device)
-            summary = yield from _train(place, values, parts, chosen, base_summary(values, settings), caught)
+            summary = yield from _train(place, values, parts, chosen, begin_summary(values, settings), caught)
         again = f"this run is finished, and the same command writes its report: {place}"
-        with breakable():
-            show(place, summary, report=True)
+        with allow_interruption():
+            show_result(place, summary, report=True)
     except Interrupted:
         print(f"Stopped; {again}", file=sys.stderr)
         raise
@@ -173,7 +179,7 @@ def _refuse_false_names(values: dict[str, Any]) -> None:
             )
 
 
-def show(place: Path, summary: dict[str, Any], report: bool) -> None:
+def show_result(place: Path, summary: dict[str, Any], report: bool) -> None:
     """The report of a finished run, if it is to be made, and its table; training needs none of their packages."""
     try:
         if report:
@@ -210,7 +216,7 @@ def write_report(place: Path) -> None:
     page.write_report(place)
 
 
-def run_folder(values: dict[str, Any], settings: dict[str, Any]) -> Path:
+def choose_run_dir(values: dict[str, Any], settings: dict[str, Any]) -> Path:
     """``results/<experiment>/<name>-<fingerprint>/seed<seed>``."""
     for key in ("experiment", "name"):
         if not values[key].isprintable() or Path(values[key]).name != values[key] or values[key].startswith("."):
@@ -220,7 +226,7 @@ def run_folder(values: dict[str, Any], settings: dict[str, Any]) -> Path:
     if not values["results_dir"]:
         raise ConfigError("results_dir", expected="a folder", got="nothing", fix="results_dir=results is the default.")
     _refuse_unwritable_names(values)
-    name = f"{values['name']}-{fingerprint(settings)}"
+    name = f"{values['name']}-{compute_fingerprint(settings)}"
     return Path(values["results_dir"]) / values["experiment"] / name / f"seed{values['seed']}"
 
 
@@ -237,30 +243,30 @@ def _refuse_unwritable_names(values: dict[str, Any]) -> None:
             ) from error
 
 
-def base_summary(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def begin_summary(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The part of ``summary.json`` that is known before training."""
     scenario = values["scenario"]
     summary = {"schema": SCHEMA, "status": "running", "experiment": values["experiment"], "name": values["name"]}
-    summary["label"] = values["label"] or " ".join(_telling_overrides()) or None
+    summary["label"] = values["label"] or " ".join(_list_changes()) or None
     summary |= values["choices"]
     summary |= {"scale": values["scale"], "seed": values["seed"]}
     summary |= {key: scenario.get(key) for key in ("class_order_seed", "data_seed")}
-    summary |= {"fingerprint": fingerprint(settings), "comparable": settings}
-    return summary | {"published": values["published"] if _as_published(values) else None}
+    summary |= {"fingerprint": compute_fingerprint(settings), "comparable": settings}
+    return summary | {"published": values["published"] if _is_as_published(values) else None}
 
 
-def _as_published(values: dict[str, Any]) -> bool:
+def _is_as_published(values: dict[str, Any]) -> bool:
     """Whether nothing that matters differs from the experiment's file: else it is held to no published number."""
     if values["scale"] is not None or values["trainer"].get("evaluate_on") != "test":
         return False
-    return not _telling_overrides()
+    return not _list_changes()
 
 
-def _telling_overrides() -> list[str]:
+def _list_changes() -> list[str]:
     """What was typed that makes this run another one than the experiment's file says."""
     neutral = {*INCOMPARABLE, "scale"} - {"class_order_seed", "data_seed"}
     free = ("logger", "metrics", "hydra")
-    typed = [(text, split_override(text)[0]) for text in typed_overrides()]
+    typed = [(text, split_override(text)[0]) for text in list_typed_overrides()]
     return [text for text, key in typed if key not in neutral and key.split(".")[0] not in free]
 
 
@@ -289,12 +295,12 @@ def _train(
         reset_peak(parts.device)
         trainer = parts.trainer(logger, Checkpoint(place / "checkpoint"), stop=lambda: bool(caught))
         try:
-            with told_in_our_words(parts):
+            with explain_errors(parts):
                 record = yield from trainer.course()
         except Interrupted:
             status = "interrupted"
             raise
-        record.cost.peak_memory_bytes = peak_bytes(parts.device)
+        record.cost.peak_memory_bytes = get_peak_bytes(parts.device)
         record.cost.buffer_bytes = parts.buffer.nbytes
         record.write_csv(place / "accuracy_matrix.csv")
         assert trainer.answers is not None
@@ -302,9 +308,12 @@ def _train(
         summary = summary | parts.facts() | {"status": "finished"}
         for setting in SETTINGS:
             matrix = record.matrix(setting)
-            summary[setting] = {name: _number(metric(matrix)) for name, metric in parts.metrics.items()}
+            summary[setting] = {name: _drop_non_finite(metric(matrix)) for name, metric in parts.metrics.items()}
         areas = trainer.answers.auroc(scenario.tasks)
-        summary["task_il_auroc"] = {"mean": _number(math.fsum(areas) / len(areas)), "tasks": [*map(_number, areas)]}
+        summary["task_il_auroc"] = {
+            "mean": _drop_non_finite(math.fsum(areas) / len(areas)),
+            "tasks": [*map(_drop_non_finite, areas)],
+        }
         summary["cost"] = record.to_json()["cost"]
         summary["speed"] = trainer.speed.facts() | {"replicas": parts.settings.replicas}
         summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
@@ -316,19 +325,19 @@ def _train(
 
 
 @contextmanager
-def told_in_our_words(parts: Parts) -> Iterator[None]:
+def explain_errors(parts: Parts) -> Iterator[None]:
     """Within, errors of torch that a user can do something about become one message."""
     try:
         yield
     except Exception as error:
-        if ran_out(error):
-            raise RunError(_memory_message(error, parts)) from error
+        if is_out_of_memory(error):
+            raise RunError(_explain_memory(error, parts)) from error
         if "more than 1 value per channel" in str(error):
-            raise _single_value(parts) from error
+            raise _explain_single_value(parts) from error
         raise
 
 
-def _single_value(parts: Parts) -> ConfigError:
+def _explain_single_value(parts: Parts) -> ConfigError:
     """What is wrong where BatchNorm was given one value of each channel; what always does is refused before."""
     small = [str(task.id) for task in parts.scenario.tasks if len(task.train) == 1]
     return ConfigError(
@@ -340,7 +349,7 @@ def _single_value(parts: Parts) -> ConfigError:
     )
 
 
-def _memory_message(error: Exception, parts: Parts) -> str:
+def _explain_memory(error: Exception, parts: Parts) -> str:
     """What takes the memory, and three ways out."""
     named: dict[str, Tensor] = {f"method.{name}": tensor for name, tensor in parts.method.named_parameters()}
     named |= {f"method.{name}": tensor for name, tensor in parts.method.named_buffers()}
@@ -351,17 +360,17 @@ def _memory_message(error: Exception, parts: Parts) -> str:
     size = parts.settings.batch_size
     return (
         f"out of memory on {parts.device} ({str(error).splitlines()[0]}). "
-        f"The largest tensors: {'; '.join(largest_tensors(named))}. "
+        f"The largest tensors: {'; '.join(list_largest_tensors(named))}. "
         f"Ways out: trainer.batch_size={max(1, size // 2)} (and method.replay_size where there is one); "
         "a narrower backbone or a smaller buffer.capacity; precision=bf16 or another device."
     )
 
 
-def _number(value: float) -> float | None:
+def _drop_non_finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _objective(summary: dict[str, Any]) -> float | None:
+def _read_objective(summary: dict[str, Any]) -> float | None:
     return summary["class_il"]["average_accuracy"] if summary["evaluate_on"] == "val" else None
 
 

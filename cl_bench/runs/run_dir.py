@@ -34,10 +34,10 @@ def read_summary(folder: Path) -> Any:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _unusable(folder, error) from error
+        raise _explain_unusable(folder, error) from error
 
 
-def _unusable(folder: Path, error: OSError) -> ConfigError:
+def _explain_unusable(folder: Path, error: OSError) -> ConfigError:
     return ConfigError(
         "results_dir",
         expected="a folder that can be written to",
@@ -47,13 +47,13 @@ def _unusable(folder: Path, error: OSError) -> ConfigError:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_run_dir(folder: Path) -> Iterator[None]:
     """Make the folder and hold it; a second process is refused. The lock goes with the process, even when killed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise _unusable(folder, error) from error
+        raise _explain_unusable(folder, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def explain_write_errors(folder: Path) -> Iterator[None]:
     """What cannot be written stops the run with one message; files are whole or absent, so nothing finished is lost."""
     try:
         yield
@@ -103,14 +103,14 @@ def write_environment(folder: Path, device: torch.device) -> None:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cuda": cuda_facts() if device.type == "cuda" else None,
-        "versions": {name: version(name) for name in packages},
-        "commit": commit() or os.environ.get("CL_BENCH_COMMIT"),
+        "cuda": collect_cuda_facts() if device.type == "cuda" else None,
+        "versions": {name: find_version(name) for name in packages},
+        "commit": find_commit() or os.environ.get("CL_BENCH_COMMIT"),
     }
     write_json(folder / "env.json", facts)
 
 
-def cuda_facts() -> dict[str, Any]:
+def collect_cuda_facts() -> dict[str, Any]:
     """Versions of CUDA's libraries, and the switches that say how they round: torch's own unless a program sets them.
 
     With ``convolutions`` tf32, which is torch's way, ``precision=fp32`` keeps ten bits of a factor in a convolution.
@@ -125,7 +125,7 @@ def cuda_facts() -> dict[str, Any]:
     }
 
 
-def version(package: str) -> str | None:
+def find_version(package: str) -> str | None:
     """The installed version of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
@@ -133,7 +133,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
+def find_commit() -> str | None:
     """The checkout's commit, with ``+changes`` where files differ from it; None where git does not track this package.
 
     Installed into another project, e.g. its ``.venv``, the package lies inside that project's repository: the commit of

@@ -24,8 +24,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cl_bench.config.explain import explain, status_of
-from cl_bench.config.schema import typed_overrides
+from cl_bench.config.explain import choose_exit_status, explain
+from cl_bench.config.schema import list_typed_overrides
 from cl_bench.system.signals import handle_once
 from cl_bench.system.streams import outlive_readers
 
@@ -70,7 +70,7 @@ class Sweep:
         def stop(number: int) -> None:
             self._make_folder()
             (self.folder / "stop").touch()
-            while any(_alive(int(file.suffix[1:])) for file in self.folder.glob("job.*")):
+            while any(_is_alive(int(file.suffix[1:])) for file in self.folder.glob("job.*")):
                 time.sleep(POLL_SECONDS)
             raise SystemExit(128 + number)
 
@@ -117,19 +117,19 @@ class Sweep:
         try:
             return job(config)
         except Exception as error:
-            status = status_of(error)
+            status = choose_exit_status(error)
             if status is None or self.tracebacks:
                 traceback.print_exc()
             message = (
                 f"{type(error).__name__}: {error}"
                 if status is None
-                else explain(error, [*self.arguments, *typed_overrides()])
+                else explain(error, [*self.arguments, *list_typed_overrides()])
             )
             raise self._failed(message, status or 1) from None
 
     def _failed(self, message: str, status: int) -> JobFailed:
         """Tell the user of a failure now, and the command for its end."""
-        given = typed_overrides()
+        given = list_typed_overrides()
         own = [override for override in given if override not in self.arguments] or given
         failure = JobFailed(f"job {HydraConfig.get().job.num} ({' '.join(own)}): {message}", status)
         print(f"cl_bench: {failure.message}", file=sys.stderr)
@@ -181,7 +181,7 @@ class Sweep:
 _child = False  # of the command: known once, for after its death it cannot be told any more
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

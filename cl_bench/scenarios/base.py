@@ -11,7 +11,7 @@ import torch
 from cl_bench.core.images import HostImages
 from cl_bench.core.types import Data, Task
 from cl_bench.data.transform import Transform
-from cl_bench.system.memory import free_bytes
+from cl_bench.system.memory import get_free_bytes
 
 LARGEST_SHARE = 0.5
 """Part of the device's free memory that images may take; the rest is for the network and its activations."""
@@ -19,7 +19,7 @@ LARGEST_SHARE = 0.5
 CHUNK = 500
 """Images that are looked at together."""
 
-Place = Literal["device", "host"]
+Storage = Literal["device", "host"]
 
 
 class Scenario(ABC):
@@ -35,7 +35,7 @@ class Scenario(ABC):
         pretrain: training images of classes that are part of no task, for methods that train a network before the
             first task; labels are positions in ``pretrain_order``. Both are empty unless the scenario holds some out.
         pretrain_order: the data set's class id at each of those positions.
-        place: where the images lie: on the training device or on the host; None before they were put there.
+        storage: where the images lie: on the training device or on the host; None before they were put there.
     """
 
     shared_labels: ClassVar[bool] = False
@@ -46,7 +46,7 @@ class Scenario(ABC):
     transform: Transform
     pretrain: Data
     pretrain_order: list[int]
-    place: Place | None = None
+    storage: Storage | None = None
 
     @cached_property
     def data(self) -> str:
@@ -68,21 +68,21 @@ class Scenario(ABC):
         """K, over all tasks."""
         return len(self.class_order)
 
-    def to(self, device: torch.device, place: Place | Literal["auto"] = "auto") -> "Scenario":
-        """Put everything on ``device``, the images where they fit (``auto``) or as ``place`` says; returns self."""
-        if place == "auto":
-            fits = self.nbytes <= LARGEST_SHARE * free_bytes(device)
+    def to(self, device: torch.device, storage: Storage | Literal["auto"] = "auto") -> "Scenario":
+        """Put everything on ``device``, the images where they fit (``auto``) or as ``storage`` says; returns self."""
+        if storage == "auto":
+            fits = self.nbytes <= LARGEST_SHARE * get_free_bytes(device)
             resting = device.type == "cpu" and not any(isinstance(d.images, HostImages) for d in self._sets())
-            place = "device" if fits or resting else "host"  # resting: they are in its memory already
-        self.place = place
+            storage = "device" if fits or resting else "host"  # resting: they are in its memory already
+        self.storage = storage
         self.transform.to(device)
-        self.pretrain = _on(self.pretrain, device, place)
+        self.pretrain = _move(self.pretrain, device, storage)
         self.tasks = [
             replace(
                 t,
-                train=_on(t.train, device, place),
-                val=_on(t.val, device, place),
-                test=_on(t.test, device, place),
+                train=_move(t.train, device, storage),
+                val=_move(t.val, device, storage),
+                test=_move(t.test, device, storage),
             )
             for t in self.tasks
         ]
@@ -96,17 +96,17 @@ class Scenario(ABC):
     def _sets(self) -> list[Data]:
         return [self.pretrain, *(data for task in self.tasks for data in (task.train, task.val, task.test))]
 
-    def original(self, task: Task) -> list[int]:
+    def list_class_ids(self, task: Task) -> list[int]:
         """The data set's class ids of a task."""
         return [self.class_order[c] for c in task.classes]
 
 
-def _on(data: Data, device: torch.device, place: Place) -> Data:
+def _move(data: Data, device: torch.device, storage: Storage) -> Data:
     images = data.images
     if isinstance(images, HostImages):
         images = images.bound_for(device)
-        images = images[:] if place == "device" else images
-    elif place == "host":
+        images = images[:] if storage == "device" else images
+    elif storage == "host":
         images = HostImages.of(images, torch.arange(len(images)), device)
     else:
         images = images.to(device)

@@ -42,13 +42,13 @@ class SharedLabels(Scenario):
             replace(
                 task,
                 classes=range(sizes[0]),
-                train=_relabelled(task.train, task),
-                val=_relabelled(task.val, task),
-                test=_relabelled(task.test, task),
+                train=_relabel(task.train, task),
+                val=_relabel(task.val, task),
+                test=_relabel(task.test, task),
             )
             for task in disjoint.tasks
         ]
 
 
-def _relabelled(data: Data, task: Task) -> Data:
+def _relabel(data: Data, task: Task) -> Data:
     return replace(data, labels=data.labels - task.classes.start)

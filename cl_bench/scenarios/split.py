@@ -87,7 +87,7 @@ class Split(Scenario):
             got=pretrain_classes,
             fix="0 holds none out.",
         )
-        sizes = task_sizes(num_classes - pretrain_classes, num_tasks, classes_per_task)
+        sizes = choose_task_sizes(num_classes - pretrain_classes, num_tasks, classes_per_task)
         order = order_classes(source, class_order, class_order_seed)
         self.pretrain_order, self.class_order = order[:pretrain_classes], order[pretrain_classes:]
         self.class_names = source.class_names
@@ -109,8 +109,8 @@ class Split(Scenario):
             rand_augment=None if rand_augment is None else RandAugment.parse(rand_augment, fill),
         )
 
-        train = _first(source.train_labels, source.class_names, train_per_class, "train_per_class", data_seed)
-        test = _first(source.test_labels, source.class_names, test_per_class, "test_per_class", data_seed)
+        train = _draw_per_class(source.train_labels, source.class_names, train_per_class, "train_per_class", data_seed)
+        test = _draw_per_class(source.test_labels, source.class_names, test_per_class, "test_per_class", data_seed)
         held_out = [max(1, round(val_fraction * len(chosen))) if val_fraction else 0 for chosen in train]
         bare = [name for name, chosen, n in zip(source.class_names, train, held_out) if len(chosen) <= n]
         require(
@@ -144,7 +144,7 @@ class Split(Scenario):
             )
 
 
-def task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[int] | None) -> list[int]:
+def choose_task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[int] | None) -> list[int]:
     """Classes of each task."""
     if classes_per_task is not None:
         require(
@@ -152,7 +152,7 @@ def task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[int] | N
             "classes_per_task",
             expected=f"positive numbers that add up to {num_classes} classes",
             got=f"{list(classes_per_task)} (sum {sum(classes_per_task)})",
-            fix=f"For equal tasks set classes_per_task=null and num_tasks to one of {_divisors(num_classes)}.",
+            fix=f"For equal tasks set classes_per_task=null and num_tasks to one of {_list_divisors(num_classes)}.",
         )
         return list(classes_per_task)
     if not 0 < num_tasks <= num_classes or num_classes % num_tasks:
@@ -163,7 +163,7 @@ def task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[int] | N
             fix = f"Choose one of them, or unequal tasks: 'scenario.classes_per_task={unequal}'."
         raise ConfigError(
             "num_tasks",
-            expected=f"a number that divides {num_classes} classes, one of {_divisors(num_classes)}",
+            expected=f"a number that divides {num_classes} classes, one of {_list_divisors(num_classes)}",
             got=num_tasks,
             fix=fix,
         )
@@ -192,11 +192,13 @@ def order_classes(source: ImageSet, order: Any, seed: int) -> list[int]:
     )
 
 
-def _divisors(n: int) -> list[int]:
+def _list_divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _first(labels: np.ndarray, names: list[str], per_class: int | None, key: str, data_seed: int) -> list[np.ndarray]:
+def _draw_per_class(
+    labels: np.ndarray, names: list[str], per_class: int | None, key: str, data_seed: int
+) -> list[np.ndarray]:
     """For each class id the positions of its images, drawn by ``data_seed``; all of them, or ``per_class``."""
     counts = np.bincount(labels, minlength=len(names))
     smallest = int(counts.min())

@@ -15,7 +15,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def one_process(lock_file: Path, waiting: str) -> Iterator[None]:
+def hold_lock(lock_file: Path, waiting: str) -> Iterator[None]:
     """Hold a lock file; where another process holds it, say so and wait. The lock goes with its process, even killed.
 
     Args:

@@ -14,7 +14,7 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.counter = _counter(device) if device.type == "cuda" else None
+        self.counter = _open_counter(device) if device.type == "cuda" else None
         self._last = self._read()
 
     def start(self) -> float | None:
@@ -38,7 +38,7 @@ class Meter:
             return None
 
 
-def _counter(device: torch.device) -> tuple[Any, Any] | None:
+def _open_counter(device: torch.device) -> tuple[Any, Any] | None:
     """NVML and its handle of the device, known by its UUID: its index may be another one than torch's."""
     try:
         import pynvml

@@ -21,17 +21,17 @@ def reset_peak(device: torch.device) -> None:
         (PROCESS / "clear_refs").write_text("5")  # proc(5): resets the peak resident set size
 
 
-def free_bytes(device: torch.device) -> int:
+def get_free_bytes(device: torch.device) -> int:
     """Bytes that are still free: of the device, or of the host's memory where the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = PROCESS.parent / "meminfo"
     if meminfo.exists():
-        return _stated(meminfo, "MemAvailable")
+        return _read_bytes(meminfo, "MemAvailable")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def pass_bytes(device: torch.device, host: int) -> int:
+def get_pass_bytes(device: torch.device, host: int) -> int:
     """Bytes that the tensors of one pass may take which come once for each image: ``host``, or more on a large GPU.
 
     A part of all its memory, not of what is free: the same card cuts the same pieces in every run.
@@ -41,23 +41,23 @@ def pass_bytes(device: torch.device, host: int) -> int:
     return max(host, torch.cuda.get_device_properties(device).total_memory // 32)
 
 
-def peak_bytes(device: torch.device) -> int:
+def get_peak_bytes(device: torch.device) -> int:
     """Bytes at the peak: of the device's allocator, or of the whole process where the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if (PROCESS / "status").exists():
-        return _stated(PROCESS / "status", "VmHWM")
+        return _read_bytes(PROCESS / "status", "VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _stated(file: Path, key: str) -> int:
+def _read_bytes(file: Path, key: str) -> int:
     """Bytes of a line ``key: N kB`` in a file of /proc."""
     lines = dict(line.split(":", 1) for line in file.read_text().splitlines())
     return int(lines[key].split()[0]) * 1024
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is not enough memory, of a device or of the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -66,7 +66,7 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | TypeError | ValueError) and re.search(words, str(error)) is not None
 
 
-def largest_tensors(named: Mapping[str, torch.Tensor], count: int = 5) -> list[str]:
+def list_largest_tensors(named: Mapping[str, torch.Tensor], count: int = 5) -> list[str]:
     """The largest tensors that Python can reach, as ``name shape type size``; not all have a name."""
     names = {tensor.untyped_storage().data_ptr(): name for name, tensor in named.items()}
     gc.collect()  # what only a cycle holds is nothing to tell of

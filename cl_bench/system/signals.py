@@ -14,8 +14,8 @@ class Interrupted(BaseException):
     """The run was asked to stop, and leaves. No ``Exception``: whoever handles errors must not take it for one."""
 
 
-_caught: list[int] = []  # of the innermost stop_signals()
-_depth = 0  # of breakable() blocks
+_caught: list[int] = []  # of the innermost collect_stop_signals()
+_depth = 0  # of allow_interruption() blocks
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def handle_once(act: Callable[[int], None], words: str) -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def collect_stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them; the second one of a kind is not collected any more."""
     global _caught
     caught: list[int] = []
@@ -64,7 +64,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def breakable() -> Iterator[None]:
+def allow_interruption() -> Iterator[None]:
     """Here a request to stop is obeyed at once, by :class:`Interrupted`; elsewhere it is obeyed after the step.
 
     For what may take minutes and can be done anew: reading data, measuring, what a method does between its phases.
@@ -79,10 +79,10 @@ def breakable() -> Iterator[None]:
         _depth -= 1
 
 
-def breakable_items(items: Iterator[T]) -> Iterator[T]:
-    """The items, each of which is made inside of :func:`breakable`."""
+def allow_interruption_between(items: Iterator[T]) -> Iterator[T]:
+    """The items, each of which is made inside of :func:`allow_interruption`."""
     while True:
-        with breakable():
+        with allow_interruption():
             try:
                 item = next(items)
             except StopIteration:
