@@ -49,7 +49,7 @@ def main() -> None:
             failures.append(error)
 
     try:
-        with sweep.stoppable() if multirun else nullcontext():
+        with sweep.handle_signals() if multirun else nullcontext():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(task)()
         if failures:
             raise failures[0]

@@ -221,7 +221,7 @@ def verdicts(make: Callable[[Parts], ER], tmp_path, *more: str) -> dict[str, boo
         return replace(parts, method=make(parts))
 
     parts = rebuild()
-    trainer = parts.trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False)
+    trainer = parts.build_trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False)
     trainer.run()
     files.write_predictions(tmp_path, trainer.answers, parts.scenario)
     with np.load(tmp_path / "predictions.npz") as stored:

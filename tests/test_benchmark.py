@@ -109,7 +109,7 @@ def test_the_clock_leaves_the_first_epoch_out(tmp_path):
     )
     clock = Clock()
     clock.start(common.run_info(tmp_path, 2))
-    parts.trainer(Loggers([clock]), Checkpoint(tmp_path), stop=lambda: False).run()
+    parts.build_trainer(Loggers([clock]), Checkpoint(tmp_path), stop=lambda: False).run()
     clock.finish("finished", None)
     assert len(seconds_a_step(tmp_path)) == 2
     assert all(0 < seconds < 60 for seconds in seconds_a_step(tmp_path))

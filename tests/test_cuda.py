@@ -163,7 +163,7 @@ def test_every_method_learns_on_the_device(method, device, tmp_path, request):
     assert all(parameter.device == REAL for parameter in trainer.method.parameters())
     assert all(parameter.isfinite().all() for parameter in trainer.method.parameters())
     if pretence is None:
-        assert np.isfinite(record.matrix("task_il").correct[-1]).all()
+        assert np.isfinite(record.get_matrix("task_il").correct[-1]).all()
         return
     on_cpu = trainer_of(parts_of(method, "device=cpu", "trainer.epochs=1"), tmp_path / "cpu")
     on_cpu.run()

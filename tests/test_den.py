@@ -526,7 +526,7 @@ def test_resumes_bit_equal_in_every_phase(tmp_path):
         folder = tmp_path / str(begin)
         steps = iter(range(1, 10**6))
         with pytest.raises(Interrupted):
-            parts_of().trainer(Loggers([]), Checkpoint(folder), stop=lambda: next(steps) == begin + 3).run()  # noqa: B023
+            parts_of().build_trainer(Loggers([]), Checkpoint(folder), stop=lambda: next(steps) == begin + 3).run()  # noqa: B023
         resumed = parts_of()
         torch.manual_seed(99)
         trainer_of(resumed, folder).run()

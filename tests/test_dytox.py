@@ -499,7 +499,7 @@ def test_new_classes_lead_before_fine_tuning_and_old_ones_gain_by_it(tmp_path):
             "device=cpu",
         )
     )
-    trainer = parts.trainer(Loggers([]), Checkpoint(tmp_path), lambda: False)
+    trainer = parts.build_trainer(Loggers([]), Checkpoint(tmp_path), lambda: False)
     tasks, accuracy = parts.scenario.tasks, []
     for task in tasks[:2]:
         parts.method.eval()

@@ -67,7 +67,7 @@ EVENTS = [
 
 def tell(logger: Logger, first: int = 0, stop: int = len(EVENTS)) -> None:
     for number in range(first, stop):
-        logger.event(number, EVENTS[number])
+        logger.log_event(number, EVENTS[number])
 
 
 class Killed(BaseException):
@@ -101,7 +101,7 @@ def test_jsonl_line_is_on_disk_after_its_event(tmp_path):
     logger = JsonLines()
     logger.start(info(tmp_path))
     for number, event in enumerate(EVENTS):
-        logger.event(number, event)
+        logger.log_event(number, event)
         assert lines(tmp_path) == EVENTS[: number + 1]
     logger.finish("finished", None)
 
@@ -141,7 +141,7 @@ def test_jsonl_refuses_to_leave_a_gap(tmp_path):
     logger.start(info(tmp_path))
     tell(logger, stop=2)
     with pytest.raises(ConfigError, match=r"metrics\.jsonl: expected the 5 lines .* got 2 lines.*overwrite=true"):
-        logger.event(5, EVENTS[5])
+        logger.log_event(5, EVENTS[5])
     logger.finish("failed", None)
 
 
@@ -151,15 +151,15 @@ def test_pace_is_that_of_the_steps_after_the_first_of_each_epoch_that_ended(tmp_
     logger, step = Pace(), Progress(0, 2, 0, 0, 2, 0, 3)
     logger.start(info(tmp_path))
     for _ in range(3):
-        logger.step(step)
-    logger.event(0, EVENTS[1])  # two steps in two seconds
-    logger.event(1, EVENTS[3])
-    logger.step(step)
+        logger.log_step(step)
+    logger.log_event(0, EVENTS[1])  # two steps in two seconds
+    logger.log_event(1, EVENTS[3])
+    logger.log_step(step)
     logger.finish("interrupted", None)
     again = Pace()
     again.start(info(tmp_path))
     again.step(step)
-    again.event(1, EVENTS[2])
+    again.log_event(1, EVENTS[2])
     again.finish("finished", None)
     first, second = ([*json.loads(line).values()] for line in (tmp_path / "pace.jsonl").read_text().splitlines())
     assert first == [0, 0, 0, 10, 1.0]
@@ -169,7 +169,7 @@ def test_pace_is_that_of_the_steps_after_the_first_of_each_epoch_that_ended(tmp_
 def test_jsonl_writes_null_for_what_json_does_not_know(tmp_path):
     logger = JsonLines()
     logger.start(info(tmp_path))
-    logger.event(0, epoch(10, 0, 0, ce=float("nan"), kd=float("-inf"), ok=np.float64(1.5)) | {"name": "é"})
+    logger.log_event(0, epoch(10, 0, 0, ce=float("nan"), kd=float("-inf"), ok=np.float64(1.5)) | {"name": "é"})
     logger.finish("finished", None)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text
@@ -196,10 +196,10 @@ class Recorder(Logger):
     def start(self, run):
         self._call("start")
 
-    def event(self, number, event):
+    def log_event(self, number, event):
         self._call("event")
 
-    def step(self, progress):
+    def log_step(self, progress):
         self._call("step")
 
     def finish(self, status, summary):
@@ -212,8 +212,8 @@ PROGRESS = Progress(task=0, num_tasks=2, phase=0, epoch=0, epochs=2, step=0, ste
 def run_through(logger: Logger, folder: Path) -> None:
     logger.start(info(folder))
     for number in (0, 1):
-        logger.event(number, EVENTS[number])
-        logger.step(PROGRESS)
+        logger.log_event(number, EVENTS[number])
+        logger.log_step(PROGRESS)
     logger.finish("finished", None)
 
 
@@ -315,7 +315,7 @@ def test_tensorboard_starts_afresh_where_its_first_event_was_killed(tmp_path):
         logger = TensorBoard()
         logger.start(info(tmp_path))
         with killed_before_mark(2):
-            logger.event(1, EVENTS[1])
+            logger.log_event(1, EVENTS[1])
         logger.finish("failed", None)
     assert points(tmp_path / "tensorboard")["losses/ce"] == [(10, 2.0)]
 
@@ -327,8 +327,8 @@ def test_tensorboard_gets_from_metrics_what_it_missed(tmp_path):
     logger = TensorBoard()
     logger.start(info(tmp_path))
     for number in range(5, len(EVENTS)):
-        metrics.event(number, EVENTS[number])
-        logger.event(number, EVENTS[number])
+        metrics.log_event(number, EVENTS[number])
+        logger.log_event(number, EVENTS[number])
     metrics.finish("finished", None)
     logger.finish("finished", None)
     assert points(tmp_path / "tensorboard") == EXPECTED_POINTS
@@ -638,14 +638,14 @@ def test_summary_values_leave_out_the_unknown():
 def loop(logger: Logger, clock: SimpleNamespace) -> None:
     """Two tasks of two epochs of ten steps, each taking a second."""
     number = 0
-    logger.event(number, EVENTS[0])
+    logger.log_event(number, EVENTS[0])
     for event in EVENTS[1:-1]:
         if event["event"] == "epoch":
             for step in range(10):
                 clock.now += 1.0
-                logger.step(Progress(event["task"], 2, 0, event["epoch"], 2, step, 10))
+                logger.log_step(Progress(event["task"], 2, 0, event["epoch"], 2, step, 10))
         number += 1
-        logger.event(number, event)
+        logger.log_event(number, event)
 
 
 @pytest.fixture
@@ -704,7 +704,7 @@ try:
     for _ in range(1000):
         console.step(Progress(0, 2, 0, 1, 4, step, 3))
     accuracies = {{"class_il": [80.0], "task_il": [90.0], "class_il_average": 80.0, "task_il_average": 90.0}}
-    console.event(1, {{"event": "task", "step": 3, "task": 0}} | accuracies)
+    console.log_event(1, {{"event": "task", "step": 3, "task": 0}} | accuracies)
     print("a warning of some library", file=sys.stderr)
     if ending == "killed":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -304,7 +304,7 @@ def test_nearest_mean_against_numpy():
 def test_a_run_forgets_nothing_in_task_il_and_leaves_the_trunk_as_it_was(mode, tmp_path):
     parts = build(configure(*TINY, "backbone=memory_vit_digits", f"backbone.attention={mode}", "method.rule=energy",
                             "method.warm_up_epochs=1", "scenario.classes_per_task=[4,3,3]"))  # fmt: skip
-    trainer = parts.trainer(Loggers([]), Checkpoint(tmp_path), lambda: False)
+    trainer = parts.build_trainer(Loggers([]), Checkpoint(tmp_path), lambda: False)
     trunks = []
     learn = parts.method.learn
 

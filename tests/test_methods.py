@@ -86,7 +86,7 @@ def needs_id(parts: Parts) -> bool:
 
 
 def trainer_of(parts: Parts, folder, stop=lambda: False) -> Trainer:
-    return parts.trainer(Loggers([]), Checkpoint(folder), stop)
+    return parts.build_trainer(Loggers([]), Checkpoint(folder), stop)
 
 
 @pytest.mark.arithmetic
@@ -176,7 +176,7 @@ def test_resumes_bit_equal_wherever_it_is_stopped(method, precision, tmp_path):
         resumed = trainer_of(parts, folder)
         again = resumed.run()
         for setting in SETTINGS:
-            np.testing.assert_array_equal(again.matrix(setting).correct, record.matrix(setting).correct)
+            np.testing.assert_array_equal(again.get_matrix(setting).correct, record.get_matrix(setting).correct)
         assert resumed.steps == total
         expected = state(straight)
         for name, tensor in state(parts).items():

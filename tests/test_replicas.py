@@ -75,7 +75,7 @@ def test_each_replica_is_the_run_of_its_seed(method, overrides, tmp_path):
     for record, expected in zip(joint.side_by_side(), alone.one_by_one()):
         for setting in ("class_il", "task_il"):
             # an image on the border between two classes may fall to either side
-            ours, theirs = (r.matrix(setting).correct for r in (record, expected))
+            ours, theirs = (r.get_matrix(setting).correct for r in (record, expected))
             assert np.nanmax(np.abs(ours - theirs)) <= 1
     for seed in SEEDS:
         assert joint.trainers[seed].steps == alone.trainers[seed].steps > 0

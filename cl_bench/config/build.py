@@ -48,7 +48,7 @@ class Parts:
     device: torch.device
     autocast: torch.autocast
 
-    def trainer(self, logger: Logger, checkpoint: Checkpoint, stop: Callable[[], bool]) -> Trainer:
+    def build_trainer(self, logger: Logger, checkpoint: Checkpoint, stop: Callable[[], bool]) -> Trainer:
         """The loop over these parts."""
         return Trainer(
             method=self.method,

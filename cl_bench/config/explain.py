@@ -44,7 +44,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
         return str(error)
     line = CommandLine(arguments)
     if isinstance(error, ConfigError):
-        return f"{error}{line.place_of(error.key)}"
+        return f"{error}{line.find_place(error.key)}"
     return _explain_hydra(error, line)
 
 
@@ -63,10 +63,10 @@ def refuse_unread_keys(config: DictConfig, arguments: Sequence[str]) -> None:
                 key,
                 expected="a key of the configuration",
                 got=f"the unknown key {key}",
-                fix=_suggest_keys(_find_nearest(key, OmegaConf.masked_copy(config, known)), line.typed(key)),
+                fix=_suggest_keys(_find_nearest(key, OmegaConf.masked_copy(config, known)), line.get_typed(key)),
             )
     for key in ("class_order_seed", "data_seed"):
-        if line.typed(key) is not None and f"${{{key}}}" not in OmegaConf.to_yaml(config.scenario):
+        if line.get_typed(key) is not None and f"${{{key}}}" not in OmegaConf.to_yaml(config.scenario):
             raise ConfigError(
                 key,
                 expected=f"no value, since the scenario has a {key} of its own",
@@ -91,11 +91,11 @@ class CommandLine:
             elif not argument.startswith("-"):
                 self.overrides.append(argument)
 
-    def typed(self, key: str) -> str | None:
+    def get_typed(self, key: str) -> str | None:
         """The value that was typed for ``key``, None where it was not."""
         return next((value for name, value in map(split_override, reversed(self.overrides)) if name == key), None)
 
-    def without(self, key: str) -> DictConfig:
+    def compose_without(self, key: str) -> DictConfig:
         """The configuration that the rest of the command line describes; of a sweep, that of its first job."""
         searched = [f"file://{folder.resolve()}" for folder in self.folders[:-1]]
         others = [_keep_first_value(text) for text in self.overrides if split_override(text)[0] != key]
@@ -104,14 +104,14 @@ class CommandLine:
         except Exception:  # something else is wrong with it, too
             return compose_config([])
 
-    def files(self) -> Iterator[tuple[Path, str]]:
+    def list_files(self) -> Iterator[tuple[Path, str]]:
         """The files that were chosen here and those that they choose, with the package that each one fills."""
         for text in reversed(self.overrides):  # the last one counts
             group, options = split_override(text)
             for option in options.split(","):
-                yield from self._file_and_below(group.partition("@")[0], option)
+                yield from self._list_file_and_below(group.partition("@")[0], option)
 
-    def _file_and_below(self, group: str, option: str) -> Iterator[tuple[Path, str]]:
+    def _list_file_and_below(self, group: str, option: str) -> Iterator[tuple[Path, str]]:
         file = next((path for folder in self.folders if (path := folder / group / f"{option}.yaml").is_file()), None)
         if file is None:
             return
@@ -127,21 +127,21 @@ class CommandLine:
                 below = name.removeprefix("override").strip().partition("@")[0]
                 below = below[1:] if below.startswith("/") else f"{group}/{below}"
                 if (below, value) != (group, option):
-                    yield from self._file_and_below(below, str(value))
+                    yield from self._list_file_and_below(below, str(value))
 
-    def place_of(self, key: str) -> str:
+    def find_place(self, key: str) -> str:
         """Where in a chosen file ``key`` has its value, as a sentence; empty where it was typed or is in none."""
-        if self.typed(key) is not None:
+        if self.get_typed(key) is not None:
             return ""
-        for file, package in self.files():
+        for file, package in self.list_files():
             below = key.removeprefix(f"{package}.") if package else key
             if (not package or below != key) and (number := _find_line(file, below)):
                 return f" It stands in {_shorten_path(file)}, line {number}."
         return ""
 
-    def mention_of(self, pattern: str) -> str:
+    def find_mention(self, pattern: str) -> str:
         """The same for the first line of a chosen file that has something written in it."""
-        for file, _ in self.files():
+        for file, _ in self.list_files():
             for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
                 if re.search(pattern, line.partition("#")[0]):
                     return f" It stands in {_shorten_path(file)}, line {number}."
@@ -180,12 +180,10 @@ def _shorten_path(file: Path) -> str:
 def _explain_hydra(error: Exception, line: CommandLine) -> str:
     if isinstance(error, InterpolationResolutionError) and error.full_key:
         if ours := within(error):  # of a resolver, which does not know where it stands
-            return (
-                f"{error.full_key}: expected {ours.expected}; got {ours.got}. {ours.fix}{line.place_of(error.full_key)}"
-            )
-        got = str(error).splitlines()[0]
-        place = line.place_of(error.full_key)
-        return f"{error.full_key}: expected what can be resolved; got {got}. Correct the value.{place}"
+            expected, got, fix = ours.expected, ours.got, ours.fix
+        else:
+            expected, got, fix = "what can be resolved", str(error).splitlines()[0], "Correct the value."
+        return f"{error.full_key}: expected {expected}; got {got}. {fix}{line.find_place(error.full_key)}"
     if isinstance(error, OverrideParseException):
         return _explain_unreadable(error.override)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -266,30 +264,30 @@ def _explain_unreadable(override: str) -> str:
 
 def _explain_unknown_choice(group: str, name: str, options: list[str], line: CommandLine) -> str:
     close = difflib.get_close_matches(name, options, n=1)
-    sign = "" if group in _list_default_groups() or line.typed(group) is None else "+"
+    sign = "" if group in _list_default_groups() or line.get_typed(group) is None else "+"
     way = f"Did you mean {sign}{group}={close[0]}?" if close else "Choose one of them."
     if group in ("hydra/launcher", "hydra/sweeper"):
         way = "More come with pip install -e '.[sweep]'."
     if group == "experiment" and not close:
         way = f"Choose one of them; label={name} marks a run as yours."
-    place = "" if line.typed(group) else line.mention_of(rf"\b{re.escape(group)}\s*:\s*{re.escape(name)}\b")
+    place = "" if line.get_typed(group) else line.find_mention(rf"\b{re.escape(group)}\s*:\s*{re.escape(name)}\b")
     return f"{group}: expected one of {', '.join(options)}; got {name}. {way}{place}"
 
 
 def _explain_unknown_key(key: str, line: CommandLine) -> str:
-    value = line.typed(key)
+    value = line.get_typed(key)
     if key in _list_groups(line.folders) and key not in _list_default_groups():
         options = sorted(path.stem for folder in line.folders for path in (folder / key).glob("*.yaml"))
         if value and not set(value.split(",")) <= set(options):
             return _explain_unknown_choice(key, value, options, line)
         return f"{key}: expected a plus before a group without a default; got none. Write +{key}={value or 'NAME'}."
-    known = line.without(key)
+    known = line.compose_without(key)
     parent, _, leaf = key.rpartition(".")
     has_keys = parent and isinstance(_select(known, parent), DictConfig)
     expected = f"a key that {parent} has" if has_keys else "a key of the configuration"
     nearest = _find_nearest(key, known)
     way = _suggest_keys(nearest, value) if nearest or not parent else _suggest_other_choices(parent, leaf)
-    place = line.mention_of(rf"(^|[\s/.]){re.escape(leaf)}\s*:") if value is None else ""
+    place = line.find_mention(rf"(^|[\s/.]){re.escape(leaf)}\s*:") if value is None else ""
     return f"{key}: expected {expected}; got the unknown key {leaf}. {way}{place}"
 
 
@@ -301,11 +299,11 @@ def _explain_missing_package(name: str) -> str:
 def _explain_wrong_file(name: str, text: str, line: CommandLine) -> str:
     """What is wrong with the content of a file that Hydra names as ``group/option``."""
     key = (re.search(r"full_key: (\S+)", text) or ["", ""])[1]
-    place = line.place_of(key) or f" It stands in {name}.yaml."
+    place = line.find_place(key) or f" It stands in {name}.yaml."
     if "/" in name and key == name.partition("/")[0] and key not in _list_default_groups():
         return _explain_missing_package(name)
     if "not in 'Run'" in text or "not in struct" in text:
-        way = _suggest_keys(_find_nearest(key, line.without("")), None)
+        way = _suggest_keys(_find_nearest(key, line.compose_without("")), None)
         return f"{key}: expected a key of the configuration; got the unknown key {key}. {way}{place}"
     if key in _list_default_groups():
         way = f"Choose in the list of defaults: - override /{key}: NAME."

@@ -43,12 +43,12 @@ class HostImages:
         self.shape = torch.Size((len(where), *self.sources[0].shape[1:]))
 
     @classmethod
-    def of(cls, source: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    def from_rows(cls, source: Tensor, rows: Tensor, device: torch.device) -> Tensor:
         """The images at ``rows`` (N,) of one tensor; typed as what it stands for, as everywhere."""
         return cast(Tensor, cls([source], torch.stack([torch.zeros_like(rows), rows], dim=1), device))
 
     @classmethod
-    def joined(cls, parts: Sequence[Tensor]) -> Tensor:
+    def concatenate(cls, parts: Sequence[Tensor]) -> Tensor:
         """Several sets as one, in their order; nothing is copied."""
         sources: list[Tensor] = []
         where: list[Tensor] = []
@@ -64,7 +64,7 @@ class HostImages:
                 sources.append(part)
         return cast(Tensor, cls(sources, torch.cat(where), device))
 
-    def bound_for(self, device: torch.device) -> Tensor:
+    def move_to(self, device: torch.device) -> Tensor:
         """The same images, for another device."""
         return cast(Tensor, HostImages(self.sources, self.where, device))
 
@@ -84,18 +84,18 @@ class HostImages:
         where = self.where[which.cpu() if isinstance(which, Tensor) else which]
         source, row = where.unbind(1)
         if len(self.sources) == 1:
-            return self._sent(self.sources[0], row)
+            return self._send(self.sources[0], row)
         images = torch.empty((len(where), *self.shape[1:]), dtype=torch.uint8, device=self.device)
         for number, tensor in enumerate(self.sources):
             (places,) = torch.nonzero(source == number, as_tuple=True)
             if len(places):
-                images[send(places, self.device)] = self._sent(tensor, row[places])
+                images[send(places, self.device)] = self._send(tensor, row[places])
         return images
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         """Positions (B,) -> (B, C, H, W) on the device; ``dim`` is that of a tensor's method, always 0."""
         return self[index]
 
-    def _sent(self, source: Tensor, rows: Tensor) -> Tensor:
+    def _send(self, source: Tensor, rows: Tensor) -> Tensor:
         images = source.index_select(0, rows.to(source.device))  # whole images; source[rows] goes pixel by pixel
         return send(images, self.device)

@@ -96,20 +96,21 @@ class Record:
         """A record in which nothing has been measured yet."""
         return cls(Matrix.empty(num_tasks), Matrix.empty(num_tasks))
 
-    def matrix(self, setting: str) -> Matrix:
+    def get_matrix(self, setting: str) -> Matrix:
         """The matrix of ``class_il`` or ``task_il``."""
         return {"class_il": self.class_il, "task_il": self.task_il}[setting]
 
     def add(self, after_task: int, setting: str, correct: list[float], count: list[int]) -> None:
         """Enter one row: right answers a task (nan = not measured) and images a task."""
-        matrix = self.matrix(setting)
+        matrix = self.get_matrix(setting)
         matrix.correct[after_task] = correct  # BASELINE = -1 is the last row
         matrix.count[:] = count
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, None for nan."""
         matrices = {
-            s: {"correct": _to_lists(self.matrix(s).correct), "count": self.matrix(s).count.tolist()} for s in SETTINGS
+            s: {"correct": _to_lists(self.get_matrix(s).correct), "count": self.get_matrix(s).count.tolist()}
+            for s in SETTINGS
         }
         return matrices | {"cost": asdict(self.cost)}
 
@@ -127,7 +128,7 @@ class Record:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["setting", "after_task", "task", "correct", "count", "accuracy"])
             for setting in SETTINGS:
-                matrix = self.matrix(setting)
+                matrix = self.get_matrix(setting)
                 for row in [BASELINE, *range(matrix.num_tasks)]:
                     for task, correct in enumerate(matrix.correct[row]):
                         if not math.isnan(correct):

@@ -38,7 +38,7 @@ class Data:
         """The subset at positions (or mask, or slice) ``which``."""
         return Data(self.images[which], self.labels[which], self.index[which])
 
-    def chunks(self, size: int) -> Iterator["Data"]:
+    def split(self, size: int) -> Iterator["Data"]:
         """The set in order, in pieces of at most ``size`` images; for measuring passes, never for training."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
@@ -49,7 +49,7 @@ class Data:
         parts = list(parts)
         images = [p.images for p in parts]
         return Data(
-            HostImages.joined(images) if any(isinstance(i, HostImages) for i in images) else torch.cat(images),
+            HostImages.concatenate(images) if any(isinstance(i, HostImages) for i in images) else torch.cat(images),
             torch.cat([p.labels for p in parts]),
             torch.cat([p.index for p in parts]),
         )

@@ -32,7 +32,7 @@ class Feed:
         self._cpu, self._places = order, order.to(data.labels.device)
         self._coming: dict[int, Future[Tensor]] = {}
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def load_batch(self, step: int) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) uint8 images and (B,) labels of a step."""
         part = slice(step * self.size, (step + 1) * self.size)
         places = self._places[part]

@@ -269,7 +269,9 @@ class _Reader:
         size = self.decoder.size
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            images = load_or_make(self._place(cache), len(self.files), (3, size, size), self._rows, self._facts)
+            images = load_or_make(
+                self._choose_file(cache), len(self.files), (3, size, size), self._decode_rows, self._describe
+            )
         except ConfigError:
             raise
         except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
@@ -282,13 +284,13 @@ class _Reader:
         self.left_out = images.facts["left_out"]
         return images, np.delete(self.labels, self.left_out)
 
-    def _place(self, cache: Path) -> Path:
+    def _choose_file(self, cache: Path) -> Path:
         root, start = self.root.resolve(), len(str(self.root / self.split))
         known = [(file.path[start:], *file.state) for file in self.files]
         key = hashlib.sha256(json.dumps([VERSION, astuple(self.decoder), str(root), known]).encode()).hexdigest()
         return cache / f"{_to_text(root.name)[:50]}-{self.split}-{self.decoder.size}-{key[:16]}.images"
 
-    def _rows(self) -> Iterator[np.ndarray]:
+    def _decode_rows(self) -> Iterator[np.ndarray]:
         """The images in order; nothing more of them once a picture was damaged."""
         from rich.console import Console
         from rich.progress import track
@@ -296,7 +298,7 @@ class _Reader:
         console, positions = Console(stderr=True), range(len(self.files))
         bar = track(positions, f"decoding {self.split}", console=console, disable=not console.is_terminal)
         damaged: list[str] = []
-        for position, image in zip(bar, self._decoded()):
+        for position, image in zip(bar, self._decode_all()):
             if image is None:
                 self.left_out.append(position)
             elif isinstance(image, str):
@@ -307,13 +309,13 @@ class _Reader:
             raise _Damaged(damaged)
         self._refuse_empty_classes()
 
-    def _decoded(self) -> Iterator[np.ndarray | str | None]:
+    def _decode_all(self) -> Iterator[np.ndarray | str | None]:
         with ThreadPoolExecutor() as pool, warnings.catch_warnings():  # PIL decodes outside Python's lock
             warnings.simplefilter("ignore")  # of metadata that is odd, and of pictures that are large
             for start in range(0, len(self.files), CHUNK):
-                yield from pool.map(self._try, self.files[start : start + CHUNK])
+                yield from pool.map(self._decode, self.files[start : start + CHUNK])
 
-    def _try(self, file: _File) -> np.ndarray | str | None:
+    def _decode(self, file: _File) -> np.ndarray | str | None:
         """The image, None where there is none, or why it cannot be read."""
         try:
             return self.decoder.decode(Path(file.path))
@@ -323,7 +325,7 @@ class _Reader:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             return f"{_to_text(file.path)} ({' '.join(reason.split())})"
 
-    def _facts(self, images: np.ndarray) -> dict[str, Any]:
+    def _describe(self, images: np.ndarray) -> dict[str, Any]:
         mean, std = _measure_moments(images)
         return {"mean": mean, "std": std, "left_out": self.left_out}
 

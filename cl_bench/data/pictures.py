@@ -55,14 +55,14 @@ class Decoder:
             picture.load()  # a TIFF file is turned by this already
             shown = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":
-                shown = self._eight_bits(shown, picture)
+                shown = self._convert_to_eight_bits(shown, picture)
             if shown.has_transparency_data:
                 behind = Image.new("RGBA", shown.size, (*self.background, 255))
                 shown = Image.alpha_composite(behind, shown.convert("RGBA"))
             fitted = ImageOps.fit(shown.convert("RGB"), (self.size, self.size))
         return np.asarray(fitted).transpose(2, 0, 1)
 
-    def _eight_bits(self, shown: Image.Image, file: Image.Image) -> Image.Image:
+    def _convert_to_eight_bits(self, shown: Image.Image, file: Image.Image) -> Image.Image:
         """A picture of one deep channel; ``file`` says what its values are."""
         values, tags = np.asarray(shown), getattr(file, "tag_v2", {})
         bits = tags.get(BITS, (16,))[0]

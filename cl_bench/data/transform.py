@@ -88,14 +88,14 @@ class Transform:
         """
         left = iter(moves)
         if self.crop_padding:
-            images = self._windows(images).index_select(0, next(left))
+            images = self._view_windows(images).index_select(0, next(left))
         if self.flip:
             images = torch.cat([images, images.flip(3)]).index_select(0, next(left))
         if self.rand_augment is not None:
             images = self.rand_augment(images, generator)
         return self.normalise(images)
 
-    def _windows(self, images: Tensor) -> Tensor:
+    def _view_windows(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> a view of the padded images that has an H x W window starting at every pixel.
 
         One gather of whole windows out of it is several times as fast on the CPU as indexing by row and column, which

@@ -206,7 +206,7 @@ class Trainer:
                 group["lr"] = lr * schedule(epoch, epochs)
             with open_feed(phase.data, order, size) as images:
                 while step < steps:
-                    batch = self.batch(*images.batch(step), task)
+                    batch = self.batch(*images.load_batch(step), task)
                     losses = yield Step(
                         method=self.method,
                         phase=phase,
@@ -226,7 +226,7 @@ class Trainer:
                     step += 1
                     self.steps += 1
                     self.record.cost.samples_seen += len(batch)
-                    self.logger.step(progress)
+                    self.logger.log_step(progress)
                     stopping = self.stop()
                     every = self.settings.checkpoint_steps
                     if stopping or (every and self.steps % every == 0) or self._due(saved_at):
@@ -308,7 +308,7 @@ class Trainer:
         if after_task == 0:
             self.parameters_after_first_task = count_parameters(self.method)
         if after_task != BASELINE:
-            seen = {s: self.record.matrix(s).accuracy[after_task, : after_task + 1] for s in SETTINGS}
+            seen = {s: self.record.get_matrix(s).accuracy[after_task, : after_task + 1] for s in SETTINGS}
             averages = {f"{s}_average": float(row.mean()) for s, row in seen.items()}
             self._event("task", task=after_task, **{s: row.tolist() for s, row in seen.items()}, **averages)
 
@@ -317,7 +317,7 @@ class Trainer:
         record = Record.empty(len(self.scenario.tasks))
         for setting in SETTINGS:
             record.add(0, setting, answers.correct(setting, len(self.scenario.tasks)), self._asked())
-        means = {setting: float(record.matrix(setting).accuracy[0].mean()) for setting in SETTINGS}
+        means = {setting: float(record.get_matrix(setting).accuracy[0].mean()) for setting in SETTINGS}
         return {setting: mean if math.isfinite(mean) else None for setting, mean in means.items()}
 
     def _asked(self) -> list[int]:
@@ -338,7 +338,7 @@ class Trainer:
         return answers
 
     def _event(self, kind: str, **values: Any) -> None:
-        self.logger.event(self.events, {"event": kind, "step": self.steps, **values})
+        self.logger.log_event(self.events, {"event": kind, "step": self.steps, **values})
         self.events += 1
 
     def _fill_costs(self) -> None:

@@ -58,10 +58,10 @@ class Logger(ABC):
         """The run begins or goes on."""
 
     @abstractmethod
-    def event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
         """One event."""
 
-    def step(self, progress: Progress) -> None:  # noqa: B027 - most loggers look at epochs only
+    def log_step(self, progress: Progress) -> None:  # noqa: B027 - most loggers look at epochs only
         """One optimizer step was taken; called at every step, so it must cost next to nothing."""
 
     @abstractmethod

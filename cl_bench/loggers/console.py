@@ -42,30 +42,30 @@ class Console(Logger):
         self._view.start(run)
         self._look_at = 0.0
 
-    def step(self, progress: Progress) -> None:
+    def log_step(self, progress: Progress) -> None:
         """Remember where the loop stands, and now and then show it."""
         self._latest = progress
         if time.monotonic() >= self._look_at and self._view is not None:
-            self._times.look(progress)
-            self._look_at = self._view.step(progress)
+            self._times.update(progress)
+            self._look_at = self._view.show_step(progress)
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
         """Show an epoch's losses or a task's accuracies."""
         if self._view is None:
             return
         if self._latest is not None:
-            self._times.look(self._latest)
+            self._times.update(self._latest)
         if event["event"] == "epoch":
-            self._view.epoch(event, self._latest)
+            self._view.show_epoch(event, self._latest)
         elif event["event"] == "task":
-            self._view.task(event)
+            self._view.show_task(event)
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
         """Give the terminal back and say how the run ended."""
         view, self._view, self._look_at = self._view, None, math.inf
         if view is not None:
             view.stop()
-            line = f"{status} after {_format_seconds(self._times.elapsed())}"
+            line = f"{status} after {_format_seconds(self._times.get_elapsed())}"
             if status != "finished" and self._latest is not None:
                 line += f" in {_format_position(self._latest)}"
             _print(line)
@@ -83,7 +83,7 @@ class _TimeLeft:
         self._of: object = None
         self.left: float | None = None
 
-    def look(self, of: object, share: float) -> None:
+    def update(self, of: object, share: float) -> None:
         """``share`` (0 to 1) of the thing ``of`` is done by now."""
         now = time.monotonic()
         if of != self._of:
@@ -101,20 +101,20 @@ class _Times:
         self.share = {"run": 0.0, "phase": 0.0, "epoch": 0.0}
         self.pace = {name: _TimeLeft() for name in self.share}
 
-    def elapsed(self) -> float:
+    def get_elapsed(self) -> float:
         """Seconds since this process began the run."""
         return time.monotonic() - self._begun
 
-    def look(self, progress: Progress) -> None:
+    def update(self, progress: Progress) -> None:
         """Take in where the loop stands."""
         self._num_phases = max(self._num_phases, progress.phase + 1)
         epoch = (progress.step + 1) / progress.steps
         phase = (progress.epoch + epoch) / progress.epochs
         run = (progress.task + (progress.phase + phase) / self._num_phases) / progress.num_tasks
         self.share = {"run": run, "phase": phase, "epoch": epoch}
-        self.pace["run"].look(self._num_phases, run)
-        self.pace["phase"].look((progress.task, progress.phase), phase)
-        self.pace["epoch"].look((progress.task, progress.phase, progress.epoch), epoch)
+        self.pace["run"].update(self._num_phases, run)
+        self.pace["phase"].update((progress.task, progress.phase), phase)
+        self.pace["epoch"].update((progress.task, progress.phase, progress.epoch), epoch)
 
 
 class _View(ABC):
@@ -124,15 +124,15 @@ class _View(ABC):
     def start(self, run: RunInfo) -> None:
         """The run begins or goes on."""
 
-    def step(self, progress: Progress) -> float:
+    def show_step(self, progress: Progress) -> float:
         """The loop stands here; returns when to be told again."""
         return math.inf
 
     @abstractmethod
-    def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
+    def show_epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
         """An epoch is over."""
 
-    def task(self, event: dict[str, Any]) -> None:
+    def show_task(self, event: dict[str, Any]) -> None:
         """A task is over."""
         _print(_format_accuracies(event, self._num_tasks, self._times))
 
@@ -156,7 +156,7 @@ class _Lines(_View):
         self._num_tasks = run.num_tasks
         _print(f"{_format_title(run)}, in {run.folder}")
 
-    def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
+    def show_epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
         now = time.monotonic()
         if now < self._next:
             return
@@ -164,7 +164,7 @@ class _Lines(_View):
         place = f"task {_format_count(event['task'], self._num_tasks)}, epoch {event['epoch'] + 1}"
         if progress is not None:
             place = _format_position(progress)
-        times = f"{_format_seconds(self._times.elapsed())}, {_format_seconds(self._times.pace['run'].left)} left"
+        times = f"{_format_seconds(self._times.get_elapsed())}, {_format_seconds(self._times.pace['run'].left)} left"
         _print(f"{place}: {_format_losses(event)} [{times}]")
 
 
@@ -196,14 +196,14 @@ class _Bars(_View):
         self._live.start()
         self._terminal.show_cursor(True)  # so that not even a SIGKILL leaves the terminal without one
 
-    def step(self, progress: Progress) -> float:
+    def show_step(self, progress: Progress) -> float:
         self._progress = progress
         begun = time.monotonic()
         self._live.refresh()
         ended = time.monotonic()
         return ended + max(_SECONDS_BETWEEN_DRAWINGS, (ended - begun) / _LARGEST_SHARE_OF_TIME)
 
-    def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
+    def show_epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
         self._numbers = _format_losses(event)
 
     def stop(self) -> None:
@@ -225,7 +225,7 @@ class _Bars(_View):
         for label, name in zip(_format_labels(self._progress), ("run", "phase", "epoch")):
             left = f"{_format_seconds(self._times.pace[name].left)} left"
             grid.add_row(Text(label), ProgressBar(total=1.0, completed=self._times.share[name]), Text(left))
-        numbers = f"{_format_seconds(self._times.elapsed())}  {self._numbers}"
+        numbers = f"{_format_seconds(self._times.get_elapsed())}  {self._numbers}"
         return Group(grid, Text(numbers, no_wrap=True, overflow="ellipsis"))
 
 
@@ -268,7 +268,7 @@ def _format_losses(event: dict[str, Any]) -> str:
 def _format_accuracies(event: dict[str, Any], num_tasks: int, times: _Times) -> str:
     class_il, task_il = (_format_percent(event[f"{setting}_average"]) for setting in ("class_il", "task_il"))
     place = _format_count(event["task"], num_tasks)
-    return f"task {place} done: Class-IL {class_il}, Task-IL {task_il} [{_format_seconds(times.elapsed())}]"
+    return f"task {place} done: Class-IL {class_il}, Task-IL {task_il} [{_format_seconds(times.get_elapsed())}]"
 
 
 def _format_percent(value: float | None) -> str:

@@ -33,7 +33,7 @@ class Delivered:
             state = json.loads(self._path.read_text())
             self.count, self.note = state["events"], state["note"]
 
-    def due(self, number: int, event: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    def list_due(self, number: int, event: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
         """What to deliver when event ``number`` comes: nothing if it was delivered, else it and those missed before.
 
         Events are missed when a run was begun without this logger or went on without it; ``metrics.jsonl`` has them.
@@ -43,7 +43,7 @@ class Delivered:
         missed = read_events(self._folder, self.count, number)
         return [*enumerate(missed, self.count), (number, event)]
 
-    def rest(self) -> list[tuple[int, dict[str, Any]]]:
+    def list_undelivered(self) -> list[tuple[int, dict[str, Any]]]:
         """What is in ``metrics.jsonl`` and was not delivered."""
         return [*enumerate(read_events(self._folder, self.count, sys.maxsize), self.count)]
 

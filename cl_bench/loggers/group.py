@@ -27,13 +27,13 @@ class Loggers(Logger):
         """The run begins or goes on."""
         self._tell(self._loggers, "start", run)
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
         """One event."""
-        self._tell(self._loggers, "event", number, event)
+        self._tell(self._loggers, "log_event", number, event)
 
-    def step(self, progress: Progress) -> None:
+    def log_step(self, progress: Progress) -> None:
         """One optimizer step was taken."""
-        self._tell(self._steppers, "step", progress)
+        self._tell(self._steppers, "log_step", progress)
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
         """The process leaves the run; every logger learns of it, whatever another one raises."""
@@ -59,7 +59,7 @@ class Loggers(Logger):
     def _keep(self, loggers: Iterable[Logger]) -> None:
         self._loggers = tuple(loggers)
         # Most loggers do not look at steps; those are not even called.
-        self._steppers = tuple(logger for logger in self._loggers if type(logger).step is not Logger.step)
+        self._steppers = tuple(logger for logger in self._loggers if type(logger).log_step is not Logger.log_step)
 
     def _drop(self, logger: Logger, call: str, error: Exception) -> None:
         if not _is_harmless(logger, error):
@@ -77,5 +77,5 @@ def _is_harmless(logger: Logger, error: BaseException) -> bool:
 def _report(logger: Logger, call: str, error: BaseException) -> None:
     what = " ".join(f"{type(error).__name__}: {error}".split())
     with suppress(OSError, ValueError):  # stderr itself may be closed
-        name = type(logger).__name__
-        print(f"cl_bench: logger {name} failed in {call} ({what}); training goes on without it", file=sys.stderr)
+        where = f"{type(logger).__name__} failed in {call.removeprefix('log_')}"
+        print(f"cl_bench: logger {where} ({what}); training goes on without it", file=sys.stderr)

@@ -28,7 +28,7 @@ class JsonLines(Logger):
         self._ends = _find_line_ends(self._file)
         self._cut(len(self._ends))
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
         """Make the event line ``number``, the last of the file, and force it to the disk."""
         assert self._file is not None
         if number > len(self._ends):

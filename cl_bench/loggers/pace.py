@@ -27,13 +27,13 @@ class Pace(Logger):
         """Open the file at its end."""
         self._file = (run.folder / FILE).open("a", buffering=1)
 
-    def step(self, progress: Progress) -> None:
+    def log_step(self, progress: Progress) -> None:
         """Count the step."""
         if not self._steps:
             self._began = time.perf_counter()
         self._steps += 1
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
         """Write the rate of an epoch."""
         if event["event"] == "epoch":
             seconds, steps = time.perf_counter() - self._began, self._steps - 1

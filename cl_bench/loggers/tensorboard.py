@@ -38,10 +38,10 @@ class TensorBoard(Logger):
         self._file = path.open("ab")
         self._records = _Records(self._file)
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
         """Add the event's points, unless they are there."""
         assert self._file is not None
-        for due, content in self._delivered.due(number, event):
+        for due, content in self._delivered.list_due(number, event):
             if curves := extract_curves(content):
                 self._records.add(content["step"], curves)
             self._file.flush()  # before the mark: what is marked is written

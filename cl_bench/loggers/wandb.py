@@ -71,11 +71,11 @@ class Wandb(Logger):
         opened.define_metric("step")
         opened.define_metric("*", step_metric="step")
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
         """Log the event, unless it was."""
         if self._run is None:
             return
-        self._log(self._run, self._delivered.due(number, event))
+        self._log(self._run, self._delivered.list_due(number, event))
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
         """Add the summary and the accuracy matrix, and close the run."""
@@ -86,7 +86,7 @@ class Wandb(Logger):
             if summary is not None:
                 run.summary.update(flatten_summary(summary))
             if status == "finished":
-                self._log(run, self._delivered.rest())
+                self._log(run, self._delivered.list_undelivered())
                 _log_matrix(run, self._folder / "accuracy_matrix.csv", number=self._delivered.count)
         finally:
             run.finish(exit_code=EXIT_CODES.get(status, 1))

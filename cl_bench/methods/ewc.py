@@ -123,7 +123,7 @@ class EWC(FunctionalMethod):
             data = data.take(spread.to(data.labels.device))
         totals = {name: torch.zeros_like(p) for name, p in weights.items()}
         at_once = max(1, get_pass_bytes(data.labels.device, GRADIENT_BYTES) // sum(p.nbytes for p in weights.values()))
-        for chunk in data.chunks(at_once):
+        for chunk in data.split(at_once):
             x, y = self.transform.normalise(chunk.images), chunk.labels
             if self.fisher == "sampled":
                 y = torch.multinomial(torch.softmax(self.net(x).float(), dim=1), 1).squeeze(1)

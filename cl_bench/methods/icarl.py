@@ -97,7 +97,7 @@ class ICaRL(FunctionalMethod):
     def _measure_means(self) -> None:
         exemplars = self.buffer.data()
         features = torch.cat(
-            [self._features(self.buffer.transform.normalise(c.images)) for c in exemplars.chunks(CHUNK)]
+            [self._features(self.buffer.transform.normalise(c.images)) for c in exemplars.split(CHUNK)]
         )
         sums = torch.zeros_like(self.means).index_add_(0, exemplars.labels, features)
         self.means.copy_(F.normalize(sums, dim=1))

@@ -294,7 +294,7 @@ def check_rehearsal(rebuild: Callable[[], Parts]) -> list[Check]:
             scramble_test_images(parts)
         allowed = hash_images(Data.concatenate(task.train for task in parts.scenario.tasks).images)
         torch.manual_seed(0)
-        trainer = parts.trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
+        trainer = parts.build_trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
         trainer.settings = replace(parts.settings, checkpoint_seconds=math.inf, checkpoint_steps=None)
         for task in parts.scenario.tasks:
             parts.method.eval()

@@ -72,13 +72,13 @@ class Budget:
         self.seconds, self.clock = seconds, clock or time.perf_counter
         self._began = self.clock()
 
-    def left(self) -> float:
+    def get_left(self) -> float:
         """Seconds until its end, negative after it."""
         return self._began + self.seconds - self.clock()
 
-    def share(self, part: float, until: float = 1.0) -> "Budget":
+    def take_share(self, part: float, until: float = 1.0) -> "Budget":
         """A part of what is left of its first ``until``."""
-        return Budget(part * max(0.0, self.left() - (1 - until) * self.seconds), self.clock)
+        return Budget(part * max(0.0, self.get_left() - (1 - until) * self.seconds), self.clock)
 
 
 def dry_run(parts: Parts, summary: dict[str, Any], budget: Budget | None = None) -> None:
@@ -89,7 +89,7 @@ def dry_run(parts: Parts, summary: dict[str, Any], budget: Budget | None = None)
     budget = budget or Budget(SECONDS)
     probe = Probe(parts, budget)
     probe.run()
-    training, evaluation = probe.training(), probe.evaluation()
+    training, evaluation = probe.estimate_training(), probe.estimate_evaluation()
     cost = asdict(Record.empty(1).cost) | {
         "train_seconds": float(training[1]),
         "evaluate_seconds": float(evaluation[1]),
@@ -114,9 +114,9 @@ def dry_run(parts: Parts, summary: dict[str, Any], budget: Budget | None = None)
         "data_bytes": sum(d.images.numel() for t in parts.scenario.tasks for d in (t.train, t.val, t.test)),
         "expected_hours": expected,
         "expected_hours_range": [low / SLACK, high * SLACK],
-        "probe_seconds": budget.seconds - budget.left(),
+        "probe_seconds": budget.seconds - budget.get_left(),
         "probe_batches": [phase.step.size for phase in phases],
-        "assumptions": probe.assumptions(),
+        "assumptions": probe.list_assumptions(),
     }
     _print(parts, summary)
     print(json.dumps(summary, allow_nan=False))
@@ -210,8 +210,8 @@ def measure(
 
     def timed(size: int, part: float, slowest: float = 0.0) -> list[float]:
         taken: list[float] = []
-        until = (1 - part) * budget.left()
-        while len(taken) < TIMED and budget.left() - max([slowest, *taken]) > until:
+        until = (1 - part) * budget.get_left()
+        while len(taken) < TIMED and budget.get_left() - max([slowest, *taken]) > until:
             taken.append(seconds(size))
         return taken or [slowest or seconds(size)]
 
@@ -225,12 +225,12 @@ def measure(
     small_count, taken = 0, [first]
     if size == full:
         taken = timed(size, 1)
-    elif budget.left() > first:
+    elif budget.get_left() > first:
         small_count, taken = counted(size, 1 / 8)
     count, small_taken = small_count, taken
     images = (full + drawn) / (small + drawn)
     while small_count and size < full:
-        room = int(budget.left() / (1.5 * statistics.median(taken) / size))  # an image takes less in a larger batch
+        room = int(budget.get_left() / (1.5 * statistics.median(taken) / size))  # an image takes less in a larger batch
         if room < 1.25 * size:
             break
         size = min(room, full)
@@ -327,7 +327,9 @@ class Probe:
         unsaved = replace(parts.settings, checkpoint_seconds=math.inf, checkpoint_steps=None)
         self.eager = parts.device.type == "cpu"  # a compiler would take minutes, for steps that are no faster there
         settings = replace(unsaved, speed="eager") if self.eager else unsaved
-        self.trainer = replace(parts, settings=settings).trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
+        self.trainer = replace(parts, settings=settings).build_trainer(
+            Loggers([]), Checkpoint(Path()), stop=lambda: False
+        )
         self.probed: list[ProbedTask] = []
         self.alternatives: list[Span] = []
         self._step_gain = self._answer_gain = GAIN
@@ -345,19 +347,19 @@ class Probe:
         """Time the first two tasks, and the last one or one before it; nothing is begun after the budget's end."""
         for task in self.tasks:
             timed = any(probed.phases for probed in self.probed)  # joint training has steps in the last task only
-            if timed and self.budget.left() <= 0:
+            if timed and self.budget.get_left() <= 0:
                 break
-            third = len(self.probed) == 2 and timed and self.budget.share(1, WALK_UNTIL).seconds <= 0
+            third = len(self.probed) == 2 and timed and self.budget.take_share(1, WALK_UNTIL).seconds <= 0
             if len(self.probed) < 2 or third or task is self.tasks[-1]:
-                self.probed.append(self._task(task))
+                self.probed.append(self._probe_task(task))
             else:
                 for _ in self._learn(task, BETWEEN):
                     pass
             if len(self.probed) == 3:
                 break
         for rule in self.method.alternatives().values():
-            spare = self.budget.left() > 0
-            self.alternatives.append(self._answer(len(self.tasks), rule) if spare else self.probed[-1].answer)
+            spare = self.budget.get_left() > 0
+            self.alternatives.append(self._time_answers(len(self.tasks), rule) if spare else self.probed[-1].answer)
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -368,19 +370,19 @@ class Probe:
 
     # -- what a run comes to ---------------------------------------------------------------------------------------
 
-    def training(self) -> Span:
+    def estimate_training(self) -> Span:
         """Seconds of all training."""
-        return sum((self._over_tasks(t, self._training) for t in range(len(self.tasks))), np.zeros(3))
+        return sum((self._interpolate(t, self._estimate_task) for t in range(len(self.tasks))), np.zeros(3))
 
-    def evaluation(self) -> Span:
+    def estimate_evaluation(self) -> Span:
         """Seconds of all evaluations: before the first task, after each, and by the other rules at the end."""
         sizes = [len(task.get_split(self.parts.settings.evaluate_on)) for task in self.tasks]
         seconds = sum(sizes) * self.probed[0].answer
         for t in range(len(sizes)):
-            seconds = seconds + sum(sizes[: t + 2]) * self._over_tasks(t, lambda probed, t: probed.answer)
+            seconds = seconds + sum(sizes[: t + 2]) * self._interpolate(t, lambda probed, t: probed.answer)
         return sum(sizes) * sum(self.alternatives, np.zeros(3)) + seconds
 
-    def assumptions(self) -> list[str]:
+    def list_assumptions(self) -> list[str]:
         """What the hours rest on beside what was timed."""
         found = []
         phases = [phase for task in self.probed for phase in task.phases]
@@ -409,7 +411,7 @@ class Probe:
             found.append(f"Other work slowed it down: the load was {load:.1f} on {cores} processors.")
         return found
 
-    def _over_tasks(self, t: int, cost: Callable[[ProbedTask, int], Span]) -> Span:
+    def _interpolate(self, t: int, cost: Callable[[ProbedTask, int], Span]) -> Span:
         """The cost of task ``t``, by the probed tasks on both sides of it."""
         before = next(task for task in reversed(self.probed) if task.id <= t)
         after = next((task for task in self.probed if task.id >= t), before)
@@ -418,17 +420,17 @@ class Probe:
         weight = (t - before.id) / (after.id - before.id)
         return (1 - weight) * cost(before, t) + weight * cost(after, t)
 
-    def _training(self, probed: ProbedTask, t: int) -> Span:
+    def _estimate_task(self, probed: ProbedTask, t: int) -> Span:
         """Seconds of task ``t`` if it is as a probed one."""
         seconds = np.full(3, probed.fixed + probed.growing * len(self.tasks[t].train))
         for phase in probed.phases:
-            steps = self._images(phase, t) * phase.visited / phase.step.full
+            steps = self._count_images(phase, t) * phase.visited / phase.step.full
             epochs = np.array([1 if phase.may_end else phase.epochs, phase.epochs, phase.epochs])
             # the last step of an epoch has fewer images and takes at most as long as the others
             seconds = seconds + epochs * np.array([steps, steps, math.ceil(steps)]) * phase.step.seconds
         return seconds
 
-    def _images(self, phase: ProbedPhase, t: int) -> int:
+    def _count_images(self, phase: ProbedPhase, t: int) -> int:
         """Images of a phase if it is one of task ``t``."""
         images = len(self.tasks[t].train) if phase.stream is None else phase.stream
         if phase.remembered is not None:
@@ -444,7 +446,7 @@ class Probe:
         self._offered += images
         yield from self.method.learn(short)
 
-    def _task(self, task: Task) -> ProbedTask:
+    def _probe_task(self, task: Task) -> ProbedTask:
         """Open a task with few images, time the steps of its phases, close it, and time its evaluation."""
         phases: list[ProbedPhase] = []
         fixed = growing = 0.0
@@ -461,11 +463,11 @@ class Probe:
             else:
                 fixed += seconds
             if phase is None:
-                return ProbedTask(task.id, phases, fixed, growing, self._answer(task.id + 1))
-            phases.append(self._phase(task, len(phases), phase, before))
+                return ProbedTask(task.id, phases, fixed, growing, self._time_answers(task.id + 1))
+            phases.append(self._probe_phase(task, len(phases), phase, before))
             self.method.eval()
 
-    def _phase(self, task: Task, number: int, phase: Phase, before: int) -> ProbedPhase:
+    def _probe_phase(self, task: Task, number: int, phase: Phase, before: int) -> ProbedPhase:
         """Time the steps of a phase; the memory had been offered ``before`` images when the task was opened."""
         settings = self.parts.settings
         remembered = int((phase.data.index < 0).sum())  # a buffer does not keep where an image stood
@@ -479,17 +481,17 @@ class Probe:
             remembered=int(remembered > before) if remembered else None,
         )
         steps = Steps(self, task, phase)
-        whole = min(settings.batch_size, self._images(found, task.id))
+        whole = min(settings.batch_size, self._count_images(found, task.id))
         only_full = not self.eager  # a batch is quick, every size might be compiled
         share = 1 / 2 if len(self.probed) < 2 else 1 / max(1, len(self.probed[1].phases) - number)
-        budget = self.budget.share(share, STEPS_UNTIL[len(self.probed)])
+        budget = self.budget.take_share(share, STEPS_UNTIL[len(self.probed)])
         step = measure(steps, whole, budget, gain=self._step_gain, only_full=only_full)
         self._step_gain = step.gain
         steps.close()
         may_end = phase.after_epoch is not None and phase.after_epoch(0) is not None
         return replace(found, step=step, may_end=may_end)
 
-    def _answer(self, learned: int, rule: Predict | None = None) -> Span:
+    def _time_answers(self, learned: int, rule: Predict | None = None) -> Span:
         """Seconds an image of an evaluation after ``learned`` tasks."""
         split = self.parts.settings.evaluate_on
         sizes = [len(task.get_split(split)) for task in self.tasks[: learned + 1]]
@@ -504,7 +506,7 @@ class Probe:
             evaluate(self.method, probe, learned=learned, split=split, autocast=self.parts.autocast, rule=rule)
             return 0
 
-        budget = self.budget.share(1 / 2, ANSWERS_UNTIL[min(len(self.probed), 2)])
+        budget = self.budget.take_share(1 / 2, ANSWERS_UNTIL[min(len(self.probed), 2)])
         found = measure(ask, full, budget, gain=self._answer_gain)
         self._answer_gain = found.gain
         return found.seconds / full

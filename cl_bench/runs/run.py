@@ -293,7 +293,7 @@ def _train(
     try:
         logger.start(info)
         reset_peak(parts.device)
-        trainer = parts.trainer(logger, Checkpoint(place / "checkpoint"), stop=lambda: bool(caught))
+        trainer = parts.build_trainer(logger, Checkpoint(place / "checkpoint"), stop=lambda: bool(caught))
         try:
             with explain_errors(parts):
                 record = yield from trainer.course()
@@ -307,7 +307,7 @@ def _train(
         files.write_predictions(place, trainer.answers, scenario)
         summary = summary | parts.facts() | {"status": "finished"}
         for setting in SETTINGS:
-            matrix = record.matrix(setting)
+            matrix = record.get_matrix(setting)
             summary[setting] = {name: _drop_non_finite(metric(matrix)) for name, metric in parts.metrics.items()}
         areas = trainer.answers.auroc(scenario.tasks)
         summary["task_il_auroc"] = {

@@ -64,7 +64,7 @@ class Sweep:
     # -- the command ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def stoppable(self) -> Iterator[None]:
+    def handle_signals(self) -> Iterator[None]:
         """On SIGINT or SIGTERM the jobs leave, each after a checkpoint, and then this process; the second kills it."""
 
         def stop(number: int) -> None:
@@ -93,27 +93,27 @@ class Sweep:
             JobFailed: it failed; the user has been told why.
         """
         if os.getpid() == self.pid:
-            return self._told(job, config)
+            return self._run_and_report(job, config)
         outlive_readers()
         self._make_folder()
         mine = self.folder / f"job.{os.getpid()}"
         mine.touch()  # before it looks for `stop`: who writes that waits for those that came before it
         try:
-            with self._watched():
-                return None if self._stopped() else self._told(job, config)
+            with self._watch_for_stop():
+                return None if self._is_stopped() else self._run_and_report(job, config)
         except SystemExit:  # a signal; passed on it would make the launcher kill the other jobs in mid-step
-            time.sleep(0 if self._stopped() else 1)  # Ctrl-C comes to all processes, perhaps to the command last
-            if not self._stopped():
-                raise self._failed("stopped by a signal; the same command goes on from there", 1) from None
+            time.sleep(0 if self._is_stopped() else 1)  # Ctrl-C comes to all processes, perhaps to the command last
+            if not self._is_stopped():
+                raise self._report_failure("stopped by a signal; the same command goes on from there", 1) from None
             return None
         finally:
             mine.unlink(missing_ok=True)
-            if self._orphaned():  # nobody is there to end this process, or to remove the folder
+            if self._is_orphaned():  # nobody is there to end this process, or to remove the folder
                 if not list(self.folder.glob("job.*")):
                     self.close()
                 os._exit(1)
 
-    def _told(self, job: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+    def _run_and_report(self, job: Callable[[DictConfig], Any], config: DictConfig) -> Any:
         try:
             return job(config)
         except Exception as error:
@@ -125,9 +125,9 @@ class Sweep:
                 if status is None
                 else explain(error, [*self.arguments, *list_typed_overrides()])
             )
-            raise self._failed(message, status or 1) from None
+            raise self._report_failure(message, status or 1) from None
 
-    def _failed(self, message: str, status: int) -> JobFailed:
+    def _report_failure(self, message: str, status: int) -> JobFailed:
         """Tell the user of a failure now, and the command for its end."""
         given = list_typed_overrides()
         own = [override for override in given if override not in self.arguments] or given
@@ -142,17 +142,17 @@ class Sweep:
     def _make_folder(self) -> None:
         self.folder.mkdir(mode=0o700, exist_ok=True)
 
-    def _stopped(self) -> bool:
-        return (self.folder / "stop").exists() or self._orphaned()
+    def _is_stopped(self) -> bool:
+        return (self.folder / "stop").exists() or self._is_orphaned()
 
-    def _orphaned(self) -> bool:
+    def _is_orphaned(self) -> bool:
         """Whether the command has died that this process was a child of."""
         global _child
         _child = _child or os.getppid() == self.pid
         return _child and os.getppid() != self.pid
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watch_for_stop(self) -> Iterator[None]:
         """Within, a stopped sweep makes this process catch SIGTERM, as often as it takes."""
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to the command, which writes `stop`
@@ -165,7 +165,7 @@ class Sweep:
 
         def watch() -> None:
             while not over.wait(POLL_SECONDS):
-                if self._stopped():
+                if self._is_stopped():
                     os.kill(os.getpid(), signal.SIGTERM)
 
         thread = threading.Thread(target=watch, daemon=True)

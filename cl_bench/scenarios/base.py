@@ -56,9 +56,9 @@ class Scenario(ABC):
         image, is for those that do not.
         """
         content = hashlib.sha256(repr(self.class_names).encode())
-        for data in self._sets():
+        for data in self._list_sets():
             content.update(repr(tuple(data.images.shape)).encode())
-            for part in data.chunks(CHUNK):
+            for part in data.split(CHUNK):
                 content.update(part.images.cpu().contiguous().numpy().data)
                 content.update(part.labels.cpu().numpy().data)
         return content.hexdigest()[:16]
@@ -72,7 +72,7 @@ class Scenario(ABC):
         """Put everything on ``device``, the images where they fit (``auto``) or as ``storage`` says; returns self."""
         if storage == "auto":
             fits = self.nbytes <= LARGEST_SHARE * get_free_bytes(device)
-            resting = device.type == "cpu" and not any(isinstance(d.images, HostImages) for d in self._sets())
+            resting = device.type == "cpu" and not any(isinstance(d.images, HostImages) for d in self._list_sets())
             storage = "device" if fits or resting else "host"  # resting: they are in its memory already
         self.storage = storage
         self.transform.to(device)
@@ -91,9 +91,9 @@ class Scenario(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of all images."""
-        return sum(data.images.numel() for data in self._sets())
+        return sum(data.images.numel() for data in self._list_sets())
 
-    def _sets(self) -> list[Data]:
+    def _list_sets(self) -> list[Data]:
         return [self.pretrain, *(data for task in self.tasks for data in (task.train, task.val, task.test))]
 
     def list_class_ids(self, task: Task) -> list[int]:
@@ -104,10 +104,10 @@ class Scenario(ABC):
 def _move(data: Data, device: torch.device, storage: Storage) -> Data:
     images = data.images
     if isinstance(images, HostImages):
-        images = images.bound_for(device)
+        images = images.move_to(device)
         images = images[:] if storage == "device" else images
     elif storage == "host":
-        images = HostImages.of(images, torch.arange(len(images)), device)
+        images = HostImages.from_rows(images, torch.arange(len(images)), device)
     else:
         images = images.to(device)
     return Data(images, data.labels.to(device), data.index.to(device))

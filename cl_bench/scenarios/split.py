@@ -227,7 +227,7 @@ def _gather(images: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray], cl
     position[class_order] = np.arange(len(class_order))
     rows = torch.from_numpy(which)
     if isinstance(images, np.memmap):  # perhaps larger than the memory: nothing is read yet
-        pixels = HostImages.of(torch.from_numpy(images), rows, torch.device("cpu"))
+        pixels = HostImages.from_rows(torch.from_numpy(images), rows, torch.device("cpu"))
     else:
         pixels = torch.from_numpy(images[which])
     return Data(pixels, torch.from_numpy(position[labels[which]]), rows)

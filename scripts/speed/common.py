@@ -163,7 +163,7 @@ def looping(parts: Parts, *others: Logger) -> Iterator[Trainer]:
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         logger = Loggers([JsonLines(), Console(min_seconds=1e9), *others])
         logger.start(run_info(Path(folder), len(parts.scenario.tasks)))
-        yield parts.trainer(logger, Checkpoint(Path(folder)), stop=lambda: False)
+        yield parts.build_trainer(logger, Checkpoint(Path(folder)), stop=lambda: False)
         logger.finish("finished", None)
 
 

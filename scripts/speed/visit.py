@@ -161,13 +161,13 @@ def rates(method: str, speed: str, steps: str, device: str, *overrides: str) -> 
         def start(self, run: Any) -> None:
             pass
 
-        def event(self, number: int, event: Facts) -> None:
+        def log_event(self, number: int, event: Facts) -> None:
             pass
 
         def finish(self, status: str, summary: Facts | None) -> None:
             pass
 
-        def step(self, progress: Progress) -> None:
+        def log_step(self, progress: Progress) -> None:
             if progress.step + 1 in self.after:
                 wait()
                 self.at.append(time.perf_counter())
