@@ -158,7 +158,7 @@ def test_pace_is_that_of_the_steps_after_the_first_of_each_epoch_that_ended(tmp_
     logger.finish("interrupted", None)
     again = Pace()
     again.start(info(tmp_path))
-    again.step(step)
+    again.log_step(step)
     again.log_event(1, EVENTS[2])
     again.finish("finished", None)
     first, second = ([*json.loads(line).values()] for line in (tmp_path / "pace.jsonl").read_text().splitlines())
@@ -683,7 +683,7 @@ def test_console_lines_without_a_terminal(tmp_path, capsys, clock, min_seconds, 
 def test_console_says_where_it_was_interrupted(tmp_path, capsys, clock):
     console = Console(min_seconds=0.0)
     console.start(info(tmp_path))
-    console.step(Progress(3, 10, 1, 4, 20, 0, 10))
+    console.log_step(Progress(3, 10, 1, 4, 20, 0, 10))
     console.finish("interrupted", None)
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted after 0:00:00 in task 4/10, phase 2 epoch 5/20"
 
@@ -699,10 +699,10 @@ console.start(RunInfo(Path("."), "exp [bold]", "er", 0, "f", {{}}, 2))
 ending = {ending!r}
 try:
     for step in range(3):
-        console.step(Progress(0, 2, 0, 1, 4, step, 3))
+        console.log_step(Progress(0, 2, 0, 1, 4, step, 3))
         time.sleep(0.21)
     for _ in range(1000):
-        console.step(Progress(0, 2, 0, 1, 4, step, 3))
+        console.log_step(Progress(0, 2, 0, 1, 4, step, 3))
     accuracies = {{"class_il": [80.0], "task_il": [90.0], "class_il_average": 80.0, "task_il_average": 90.0}}
     console.log_event(1, {{"event": "task", "step": 3, "task": 0}} | accuracies)
     print("a warning of some library", file=sys.stderr)
@@ -773,11 +773,11 @@ def test_step_costs_next_to_nothing(tmp_path, capsys, monkeypatch):
     console = Console(min_seconds=2.0)
     group = Loggers([JsonLines(), console])
     group.start(info(tmp_path))
-    group.step(PROGRESS)
+    group.log_step(PROGRESS)
     with monkeypatch.context() as patch:
         patch.setattr(console, "_times", None)  # looking at the step would fail
-        console.step(PROGRESS)
-    for step, limit in [(console.step, 1e-6), (group.step, 1.5e-6)]:
+        console.log_step(PROGRESS)
+    for step, limit in [(console.log_step, 1e-6), (group.log_step, 1.5e-6)]:
         seconds = min(timeit.repeat(lambda step=step: step(PROGRESS), number=10_000, repeat=7)) / 10_000
         assert seconds < limit
     group.finish("finished", None)

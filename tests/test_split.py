@@ -325,7 +325,7 @@ def test_shared_labels_are_places_within_the_tasks():
     [
         (["method=lwf"], "method: expected one that can learn tasks with shared labels"),
         (["backbone=den_mlp", "method=den"], "method: expected one that can learn tasks with shared labels"),
-        (["method=er", "buffer=herding"], "buffer: expected one without a share a class"),
+        (["method=er", "buffer=herding"], "buffer: expected one without a quota per class"),
     ],
 )
 def test_what_counts_on_new_classes_is_refused_where_labels_are_shared(overrides, message):

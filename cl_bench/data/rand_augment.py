@@ -275,9 +275,9 @@ def _compute_centres(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sample_bicubic(images: Tensor, x: Tensor, y: Tensor, fill: list[int]) -> Tensor:
-    """The images at places (b or 1, 1, H, W), PIL's cubic (slope parameter -1), ``fill`` outside."""
+    """The images at positions (b or 1, 1, H, W), PIL's cubic (slope parameter -1), ``fill`` outside."""
     batch, channels, height, width = images.shape
-    x, y = (place.expand(batch, 1, height, width) for place in (x, y))
+    x, y = (position.expand(batch, 1, height, width) for position in (x, y))
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     columns, across = _find_neighbours(x, width)
     rows, down = _find_neighbours(y, height)
@@ -293,10 +293,10 @@ def _sample_bicubic(images: Tensor, x: Tensor, y: Tensor, fill: list[int]) -> Te
     return torch.where(inside, value.clamp(0, 255).to(torch.uint8), colour)
 
 
-def _find_neighbours(place: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
-    """The four pixels around each place along one axis, the rim repeated, and the way from the second one."""
-    second = (place - 0.5).floor()
-    return [(second.long() + i).clamp(0, size - 1) for i in (-1, 0, 1, 2)], place - 0.5 - second
+def _find_neighbours(position: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
+    """The four pixels around each position along one axis, the rim repeated, and the way from the second one."""
+    second = (position - 0.5).floor()
+    return [(second.long() + i).clamp(0, size - 1) for i in (-1, 0, 1, 2)], position - 0.5 - second
 
 
 def _interpolate_cubic(v: list[Tensor], d: Tensor) -> Tensor:

@@ -137,26 +137,26 @@ def _course(
     try:
         with allow_interruption():
             settings, scenario = identify_run(config, values, scenario)
-        place = choose_run_dir(values, settings)
-        again = f"the same command goes on from here: {place}"
-        finished = None if values["overwrite"] else files.read_summary(place)
+        run_dir = choose_run_dir(values, settings)
+        again = f"the same command goes on from here: {run_dir}"
+        finished = None if values["overwrite"] else files.read_summary(run_dir)
         if finished:
-            print(f"Already finished, nothing to do: {place} (overwrite=true starts afresh)", file=sys.stderr)
-            show_result(place, finished, report=not (place / "report.html").exists())
+            print(f"Already finished, nothing to do: {run_dir} (overwrite=true starts afresh)", file=sys.stderr)
+            show_result(run_dir, finished, report=not (run_dir / "report.html").exists())
             return finished
         with allow_interruption():
             parts = build(config, scenario)
         chosen = {name: logger for name, logger in build_loggers(config).items() if terminal or name != "console"}
-        with files.lock_run_dir(place), files.explain_write_errors(place):
+        with files.lock_run_dir(run_dir), files.explain_write_errors(run_dir):
             if values["overwrite"]:
-                _empty(place)
-                again = f"the same command without overwrite=true goes on from here: {place}"
-            files.write_config(place, values)
-            files.write_environment(place, parts.device)
-            summary = yield from _train(place, values, parts, chosen, begin_summary(values, settings), caught)
-        again = f"this run is finished, and the same command writes its report: {place}"
+                _empty(run_dir)
+                again = f"the same command without overwrite=true goes on from here: {run_dir}"
+            files.write_config(run_dir, values)
+            files.write_environment(run_dir, parts.device)
+            summary = yield from _train(run_dir, values, parts, chosen, begin_summary(values, settings), caught)
+        again = f"this run is finished, and the same command writes its report: {run_dir}"
         with allow_interruption():
-            show_result(place, summary, report=True)
+            show_result(run_dir, summary, report=True)
     except Interrupted:
         print(f"Stopped; {again}", file=sys.stderr)
         raise
@@ -179,41 +179,41 @@ def _refuse_false_names(values: dict[str, Any]) -> None:
             )
 
 
-def show_result(place: Path, summary: dict[str, Any], report: bool) -> None:
+def show_result(run_dir: Path, summary: dict[str, Any], report: bool) -> None:
     """The report of a finished run, if it is to be made, and its table; training needs none of their packages."""
     try:
         if report:
-            _write_whole_report(place)
-        print_result(place, summary)
+            _write_whole_report(run_dir)
+        print_result(run_dir, summary)
     except OSError as error:
         raise RunError(
-            f"{place}: the run is finished, but its table could not be written: {error.strerror or error}. "
+            f"{run_dir}: the run is finished, but its table could not be written: {error.strerror or error}. "
             "Make room; the same command writes it."
         ) from error
     except ModuleNotFoundError as error:
         print(f"No report: {error.name} is not installed. The same command writes it where it is.", file=sys.stderr)
 
 
-def _write_whole_report(place: Path) -> None:
+def _write_whole_report(run_dir: Path) -> None:
     try:
-        write_report(place)
+        write_report(run_dir)
     except OSError as error:
         raise RunError(
-            f"{place}: the run is finished, but its report could not be written: {error.strerror or error}. "
+            f"{run_dir}: the run is finished, but its report could not be written: {error.strerror or error}. "
             "Make room or mend the folder; the same command writes it."
         ) from error
     except ModuleNotFoundError:
         raise
     except Exception as error:  # whatever is wrong with a page, the run is finished and its results are whole
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"No report ({why}). The run is finished: {place}", file=sys.stderr)
+        print(f"No report ({why}). The run is finished: {run_dir}", file=sys.stderr)
 
 
-def write_report(place: Path) -> None:
+def write_report(run_dir: Path) -> None:
     """Plots and page of a finished run; matplotlib is loaded here and not before."""
     from cl_bench.report import page
 
-    page.write_report(place)
+    page.write_report(run_dir)
 
 
 def choose_run_dir(values: dict[str, Any], settings: dict[str, Any]) -> Path:
@@ -271,7 +271,7 @@ def _list_changes() -> list[str]:
 
 
 def _train(
-    place: Path,
+    run_dir: Path,
     values: dict[str, Any],
     parts: Parts,
     chosen: dict[str, Logger],
@@ -282,7 +282,7 @@ def _train(
     scenario = parts.scenario
     status, done = "failed", None
     info = RunInfo(
-        folder=place,
+        folder=run_dir,
         experiment=values["experiment"],
         name=values["name"],
         seed=values["seed"],
@@ -293,7 +293,7 @@ def _train(
     try:
         logger.start(info)
         reset_peak(parts.device)
-        trainer = parts.build_trainer(logger, Checkpoint(place / "checkpoint"), stop=lambda: bool(caught))
+        trainer = parts.build_trainer(logger, Checkpoint(run_dir / "checkpoint"), stop=lambda: bool(caught))
         try:
             with explain_errors(parts):
                 record = yield from trainer.course()
@@ -302,9 +302,9 @@ def _train(
             raise
         record.cost.peak_memory_bytes = get_peak_bytes(parts.device)
         record.cost.buffer_bytes = parts.buffer.nbytes
-        record.write_csv(place / "accuracy_matrix.csv")
+        record.write_csv(run_dir / "accuracy_matrix.csv")
         assert trainer.answers is not None
-        files.write_predictions(place, trainer.answers, scenario)
+        files.write_predictions(run_dir, trainer.answers, scenario)
         summary = summary | parts.facts() | {"status": "finished"}
         for setting in SETTINGS:
             matrix = record.get_matrix(setting)
@@ -317,7 +317,7 @@ def _train(
         summary["cost"] = record.to_json()["cost"]
         summary["speed"] = trainer.speed.facts() | {"replicas": parts.settings.replicas}
         summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
-        files.write_json(place / "summary.json", summary)  # from here on the run is finished
+        files.write_json(run_dir / "summary.json", summary)  # from here on the run is finished
         status, done = "finished", summary
     finally:
         logger.finish(status, done)
@@ -374,17 +374,17 @@ def _read_objective(summary: dict[str, Any]) -> float | None:
     return summary["class_il"]["average_accuracy"] if summary["evaluate_on"] == "val" else None
 
 
-def _empty(place: Path) -> None:
-    (place / "summary.json").unlink(missing_ok=True)  # first: from here on the run is not finished any more
-    shutil.rmtree(place / "checkpoint", ignore_errors=True)
-    for path in place.iterdir():
+def _empty(run_dir: Path) -> None:
+    (run_dir / "summary.json").unlink(missing_ok=True)  # first: from here on the run is not finished any more
+    shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)
+    for path in run_dir.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
 
 
-def print_result(place: Path, summary: dict[str, Any]) -> None:
+def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     """The accuracy table and where the report is, on standard output."""
     from rich.console import Console
     from rich.table import Table
@@ -398,4 +398,4 @@ def print_result(place: Path, summary: dict[str, Any]) -> None:
         table.add_row(metric.replace("_", " "), *("-" if cell is None else f"{cell:.2f}" for cell in cells))
     console = Console()
     console.print(table)
-    console.print(f"report: {place / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True, highlight=False)
