@@ -30,7 +30,7 @@ FLOORS = [
 ORDER = {
     "core": ["images", "types"],
     "engine": ["checkpoint evaluate step", "trainer", "replicas"],
-    "config": ["schema", "build explain"],
+    "config": ["schema", "build command_line", "explain"],
     "report": ["plots published", "page", "compare", "reproduction"],
     "runs": ["run_dir sweep", "dry_run audit", "run"],
 }

@@ -1,7 +1,7 @@
-"""What is wrong with a command line or a configuration file, as a :class:`~cl_bench.core.errors.ConfigError` says it.
+"""One message for each error of a command line or configuration file, like a :class:`~cl_bench.core.errors.ConfigError`.
 
-Hydra says it in its own way and does not know what was meant. Here each kind of its errors is one message: key,
-expected, got, way out; the way out is the nearest key, with the value that was typed.
+Hydra's own messages do not know what the user meant. Here each kind of its errors becomes: key, expected, got, fix.
+The fix names the nearest key, with the value that was typed.
 """
 
 import difflib
@@ -20,25 +20,26 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from cl_bench.config.schema import CONFIGS, Run, compose_config, split_override
+from cl_bench.config.command_line import CommandLine, shorten_path
+from cl_bench.config.schema import CONFIGS, Run, split_override
 from cl_bench.core.errors import ConfigError, RunError, within
 
 ANYWHERE = "--cfg job prints every key."
 
 
 def choose_exit_status(error: Exception) -> int | None:
-    """The exit status of an error that one message tells of: 2 wrong configuration or data, 1 else; None for a bug."""
+    """The exit status of an error: 2 wrong configuration or data, 1 another error with a message, None a bug."""
     if isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)):
         return 2
     return 1 if isinstance(error, (FloatingPointError, RunError)) else None
 
 
 def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
-    """One message: key, expected, got, way out.
+    """One message for an error: key, expected, got, fix.
 
     Args:
-        error: what the command failed of.
-        arguments: the command line; what was typed there is told apart from what stands in a file.
+        error: why the command failed.
+        arguments: the command line. If a wrong value was not typed there, the message names its file and line.
     """
     if isinstance(error, (FloatingPointError, RunError)):
         return str(error)
@@ -49,7 +50,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
 
 
 def refuse_unread_keys(config: DictConfig, arguments: Sequence[str]) -> None:
-    """Refuse what was typed at the top and nothing reads: Hydra takes any key with a plus."""
+    """Refuse typed top-level keys that nothing reads: Hydra accepts any key with a plus."""
     line, known = CommandLine(arguments), [f.name for f in fields(Run)]
     hydras = [f.name for f in fields(HydraConf)]
     for text in HydraConfig.get().overrides.hydra:
@@ -75,121 +76,22 @@ def refuse_unread_keys(config: DictConfig, arguments: Sequence[str]) -> None:
             )
 
 
-class CommandLine:
-    """The overrides of a command line, and the configuration files that they choose."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        rest = list(arguments)
-        self.folders = [CONFIGS]
-        self.overrides: list[str] = []
-        while rest:
-            argument = rest.pop(0)
-            if argument in ("--config-dir", "-cd") and rest:
-                self.folders.insert(0, Path(rest.pop(0)))
-            elif argument.startswith("--config-dir="):
-                self.folders.insert(0, Path(argument.partition("=")[2]))
-            elif not argument.startswith("-"):
-                self.overrides.append(argument)
-
-    def get_typed(self, key: str) -> str | None:
-        """The value that was typed for ``key``, None where it was not."""
-        return next((value for name, value in map(split_override, reversed(self.overrides)) if name == key), None)
-
-    def compose_without(self, key: str) -> DictConfig:
-        """The configuration that the rest of the command line describes; of a sweep, that of its first job."""
-        searched = [f"file://{folder.resolve()}" for folder in self.folders[:-1]]
-        others = [_keep_first_value(text) for text in self.overrides if split_override(text)[0] != key]
-        try:
-            return compose_config([f"hydra.searchpath=[{','.join(searched)}]", *others])
-        except Exception:  # something else is wrong with it, too
-            return compose_config([])
-
-    def list_files(self) -> Iterator[tuple[Path, str]]:
-        """The files that were chosen here and those that they choose, with the package that each one fills."""
-        for text in reversed(self.overrides):  # the last one counts
-            group, options = split_override(text)
-            for option in options.split(","):
-                yield from self._list_file_and_below(group.partition("@")[0], option)
-
-    def _list_file_and_below(self, group: str, option: str) -> Iterator[tuple[Path, str]]:
-        file = next((path for folder in self.folders if (path := folder / group / f"{option}.yaml").is_file()), None)
-        if file is None:
-            return
-        text = file.read_text(encoding="utf-8", errors="replace")
-        header = re.search(r"^#\s*@package\s+(\S+)", text, flags=re.M)
-        yield file, header[1].replace("_global_", "") if header else group.replace("/", ".")
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError:
-            return
-        for entry in content.get("defaults", []) if isinstance(content, dict) else []:
-            for name, value in entry.items() if isinstance(entry, dict) else [(f"/{group}", entry)]:
-                below = name.removeprefix("override").strip().partition("@")[0]
-                below = below[1:] if below.startswith("/") else f"{group}/{below}"
-                if (below, value) != (group, option):
-                    yield from self._list_file_and_below(below, str(value))
-
-    def find_place(self, key: str) -> str:
-        """Where in a chosen file ``key`` has its value, as a sentence; empty where it was typed or is in none."""
-        if self.get_typed(key) is not None:
-            return ""
-        for file, package in self.list_files():
-            below = key.removeprefix(f"{package}.") if package else key
-            if (not package or below != key) and (number := _find_line(file, below)):
-                return f" It stands in {_shorten_path(file)}, line {number}."
-        return ""
-
-    def find_mention(self, pattern: str) -> str:
-        """The same for the first line of a chosen file that has something written in it."""
-        for file, _ in self.list_files():
-            for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-                if re.search(pattern, line.partition("#")[0]):
-                    return f" It stands in {_shorten_path(file)}, line {number}."
-        return ""
-
-
-def _keep_first_value(override: str) -> str:
-    """An override of a sweep with its first value only."""
-    return re.sub(r"^([^=]+=)(?:(?:choice|range|interval)\()?([^\[{'\",]+),.*", r"\1\2", override)
-
-
-def _find_line(file: Path, key: str) -> int | None:
-    """The line of a YAML file that holds ``key``; None where it holds none, or one that refers to another key."""
-    try:
-        node = yaml.compose(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError):
-        return None
-    number = None
-    for part in key.split("."):
-        entries = node.value if isinstance(node, yaml.MappingNode) else []
-        found = next(((name, value) for name, value in entries if name.value == part), None)
-        if found is None:
-            return None
-        number, node = found[0].start_mark.line + 1, found[1]
-    refers = isinstance(node, yaml.ScalarNode) and re.fullmatch(r"\$\{[\w.]+\}", node.value)
-    return None if refers else number
-
-
-def _shorten_path(file: Path) -> str:
-    return os.path.relpath(file) if file.resolve().is_relative_to(Path.cwd()) else str(file)
-
-
 # -- Hydra's errors ------------------------------------------------------------------------------------------------
 
 
 def _explain_hydra(error: Exception, line: CommandLine) -> str:
     if isinstance(error, InterpolationResolutionError) and error.full_key:
-        if ours := within(error):  # of a resolver, which does not know where it stands
+        if ours := within(error):  # raised by a resolver, which does not know its key
             expected, got, fix = ours.expected, ours.got, ours.fix
         else:
-            expected, got, fix = "what can be resolved", str(error).splitlines()[0], "Correct the value."
+            expected, got, fix = "a value that can be resolved", str(error).splitlines()[0], "Correct the value."
         return f"{error.full_key}: expected {expected}; got {got}. {fix}{line.find_place(error.full_key)}"
     if isinstance(error, OverrideParseException):
         return _explain_unreadable(error.override)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         what = " ".join(filter(None, [error.problem, error.context]))
-        where = f"{_shorten_path(Path(mark.name))}, line {mark.line + 1}"
+        where = f"{shorten_path(Path(mark.name))}, line {mark.line + 1}"
         return f"{where}: expected YAML; got something else ({what}). Correct it."
     text = str(error)
     chain = f"{text}\n{error.__cause__ or ''}"
@@ -201,14 +103,13 @@ def _explain_hydra(error: Exception, line: CommandLine) -> str:
         way = f"Add -m for a run with each of them{_suggest_one_value(key, values, line)}."
         return f"{key}: expected one value; got {values}. {way}"
     if found := re.search(r"Could not append to config. An item is already at '(.+?)'", text):
-        return f"{found[1]}: expected no plus before a key that is there; got +{found[1]}. Leave it out."
+        return f"{found[1]}: expected no plus before a key that exists; got +{found[1]}. Leave it out."
     if found := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+ (\S+)'", text):
         return (
             f"{found[1]}: expected no plus before a group with a default; got +{found[1]}. Write {found[1]}={found[2]}."
         )
-    if (found := re.search(r"In '(\w+/[^']+)': Could not override '\w+@(\w+)\.", text)) and found[
-        2
-    ] not in _list_default_groups():
+    found = re.search(r"In '(\w+/[^']+)': Could not override '\w+@(\w+)\.", text)
+    if found and found[2] not in _list_default_groups():
         return _explain_missing_package(found[1])
     if found := re.search(r"Could not override '([^']+)'", text):
         return _explain_unknown_key(found[1], line)
@@ -220,16 +121,18 @@ def _explain_hydra(error: Exception, line: CommandLine) -> str:
         return _explain_wrong_file(found[1], text, line)
     if found := re.search(r"Cannot find primary config '(.+?)'|irectory '(.+?)' (?:not found|exists)", text):
         which = "--config-name" if found[1] else "--config-dir"
-        return f"{which}: expected one that is there; got {found[1] or found[2]}. Correct the path."
+        return f"{which}: expected one that exists; got {found[1] or found[2]}. Correct the path."
     if "Unexpected type for root" in text:
         below = next((key for key, _ in map(split_override, line.overrides) if "." in key), "a key")
-        return f"{below}: expected no key below one that holds nothing; got {below}. {ANYWHERE}"
+        return f"{below}: expected no key below one without a value; got {below}. {ANYWHERE}"
     words = " ".join(text.split())
-    return f"command line: expected group=NAME and key=VALUE; got what Hydra cannot read ({words}). See --help."
+    return (
+        f"command line: expected group=NAME and key=VALUE; got something that Hydra cannot read ({words}). See --help."
+    )
 
 
 def _suggest_one_value(key: str, values: str, line: CommandLine) -> str:
-    """How to write several values as one; nothing where there is no such thing."""
+    """How to write several values as one value; empty if that is not possible."""
     if key in _list_groups(line.folders) or re.match(r"\w+\(", values):
         return ""
     if re.fullmatch(r"[-+.\deE, ]+", values):
@@ -238,13 +141,13 @@ def _suggest_one_value(key: str, values: str, line: CommandLine) -> str:
 
 
 def _quote(key: str, value: str) -> str:
-    """An override quoted for the shell and for Hydra."""
+    """An override, quoted for the shell and for Hydra."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return shlex.quote(f'{key}="{escaped}"')
 
 
 def _explain_unreadable(override: str) -> str:
-    """An override that Hydra's grammar does not take, and how to quote it."""
+    """A message for an override that Hydra's grammar does not accept, and how to quote it."""
     key, value = split_override(override)
     whole = f"command line: expected group=NAME and key=VALUE; got {override}."
     if "=" not in override:
@@ -292,14 +195,14 @@ def _explain_unknown_key(key: str, line: CommandLine) -> str:
 
 
 def _explain_missing_package(name: str) -> str:
-    """Of a file whose keys Hydra takes for those of its group, as of every file without a header."""
-    return f"{name}.yaml: expected # @package _global_ at its top, since it has whole keys; got none. Add it."
+    """A message for a file without a header: Hydra takes its keys for keys of its group."""
+    return f"{name}.yaml: expected # @package _global_ at its top, since its keys are top-level keys; got none. Add it."
 
 
 def _explain_wrong_file(name: str, text: str, line: CommandLine) -> str:
-    """What is wrong with the content of a file that Hydra names as ``group/option``."""
+    """A message for the content of a file that Hydra names as ``group/option``."""
     key = (re.search(r"full_key: (\S+)", text) or ["", ""])[1]
-    place = line.find_place(key) or f" It stands in {name}.yaml."
+    place = line.find_place(key) or f" It is in {name}.yaml."
     if "/" in name and key == name.partition("/")[0] and key not in _list_default_groups():
         return _explain_missing_package(name)
     if "not in 'Run'" in text or "not in struct" in text:
@@ -329,7 +232,7 @@ def _suggest_keys(keys: Sequence[str], value: str | None) -> str:
 
 
 def _suggest_other_choices(group: str, leaf: str) -> str:
-    """Which choices of a group have a key that the chosen one has not."""
+    """The choices of a group that have a key which the chosen one lacks."""
     content = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONFIGS / group).glob("*.yaml")}
     keys = {name: list(keys.get(group, keys) or ()) for name, keys in content.items() if isinstance(keys, dict)}
     close = difflib.get_close_matches(leaf, {key for own in keys.values() for key in own}, n=1)
@@ -339,7 +242,7 @@ def _suggest_other_choices(group: str, leaf: str) -> str:
 
 
 def _find_nearest(key: str, config: DictConfig) -> list[str]:
-    """What is there under a name like ``key``, as it is to be typed: beside it, else of the same name elsewhere."""
+    """Existing keys with a name like ``key``, as they are typed: in the same group, else with the same name elsewhere."""
     parent, _, leaf = key.rpartition(".")
     leaf = leaf.lower()
     every = list(_list_keys(config))
@@ -367,7 +270,7 @@ def _select(config: DictConfig, key: str) -> Any:
 
 
 def _list_keys(config: DictConfig) -> Iterator[str]:
-    """Every key that holds a value of its own, none that refers to another."""
+    """Every key with its own value; no key that refers to another one."""
 
     def below(prefix: str, node: Any) -> Iterator[str]:
         for name, value in node.items():
@@ -385,6 +288,6 @@ def _list_groups(folders: Sequence[Path]) -> list[str]:
 
 
 def _list_default_groups() -> set[str]:
-    """The groups that always have a choice."""
+    """The groups that have a default choice."""
     entries = yaml.safe_load((CONFIGS / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     return {str(name) for entry in entries if isinstance(entry, dict) for name in entry}

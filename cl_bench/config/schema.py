@@ -1,6 +1,6 @@
-"""The typed skeleton of a run, and the check of every component against the signature of what it builds.
+"""The typed top level of a configuration, and the check of every component against its constructor.
 
-No schema is written twice: a component's keys and types are those of its constructor.
+A component's keys and types are those of its constructor, so no schema is written twice.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.par
 """The configuration folder: inside the package when installed from a wheel, beside it in a checkout."""
 
 ALLOWED_PACKAGES = ("cl_bench", "torch.optim")
-"""Packages whose own classes and functions a ``_target_`` may name (decision 15); ``allow_packages`` adds to them."""
+"""Packages whose own classes and functions a ``_target_`` may name (decision 15); ``allow_packages`` adds more."""
 
 VARIABLES = "CL_BENCH_"
-"""What the names of the environment variables begin with that a configuration may read."""
+"""A configuration may read only environment variables with this prefix."""
 
 INCOMPARABLE = (
     "seed", "experiment", "name", "scale", "device", "images", "results_dir", "data_dir", "overwrite", "dry_run",
@@ -45,13 +45,14 @@ INCOMPARABLE = (
     "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
     "trainer.cudnn_benchmark",
 )  # fmt: skip
-"""Keys in which two runs of one row may differ: they change no result, or (``seed``) are what a row averages over.
-The two scenario seeds count where they are used, as ``scenario.class_order_seed`` and ``scenario.data_seed``."""
+"""Keys in which two runs of one row may differ: they change no result, or, like ``seed``, a row averages over them.
+The two scenario seeds count under the keys where they are used, ``scenario.class_order_seed`` and
+``scenario.data_seed``."""
 
 
 OLD_PATHS = {"cl_bench.engine.trainer.Settings": "cl_bench.trainer.Settings"}
-"""Where a component was before it moved. A fingerprint takes the old path, and a ``_target_`` may name it: older runs
-stay in their row, are found as finished, and can be audited. Whoever moves a component enters it here."""
+"""New path -> old path of each component that has moved. A fingerprint uses the old path, and a ``_target_`` may still
+name it. So older runs stay in their row, are found as finished, and can be audited. If you move a component, add it."""
 
 LATER_KEYS = {
     "method.finetune_steps": None,
@@ -59,23 +60,23 @@ LATER_KEYS = {
     "method.mean_over": "seen",
     "trainer.cudnn_benchmark": False,
 }
-"""Keys that were added after runs had been recorded, with the value that does what was done before. A fingerprint
-leaves them out at this value, and a ``config.yaml`` without them gets it: older runs stay in their row and can be
+"""Keys that were added after runs had been recorded, with the value that keeps the old behaviour. A fingerprint leaves
+out a key with this value, and a ``config.yaml`` without the key gets it. So older runs stay in their row and can be
 read."""
 
 FILES = ("backbone.checkpoint",)
-"""Keys that name a file. What makes two runs comparable is its content, not its name."""
+"""Keys that name a file. Two runs are compared by its content, not by its name."""
 
 
 class Precision(Enum):
-    """Arithmetic of forward and backward passes; weights are always fp32."""
+    """Number format of forward and backward passes; weights are always fp32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Images(Enum):
-    """Where the images lie: on the training device, or on the host, from where they come a batch at a time."""
+    """Where the images are kept: on the training device, or on the host, which sends them batch by batch."""
 
     auto = "auto"
     device = "device"
@@ -84,7 +85,7 @@ class Images(Enum):
 
 @dataclass
 class Run:
-    """Everything a run is configured by; the groups are typed by what they build (:func:`read_arguments`)."""
+    """All top-level keys of a configuration; :func:`read_arguments` checks the keys of each group."""
 
     experiment: str = MISSING
     name: str = MISSING
@@ -120,16 +121,16 @@ ConfigStore.instance().store("run", Run)
 
 def _choose_by_scale(options: dict[str, Any], *, _root_: DictConfig) -> Any:
     chosen = options.get(_root_.scale, options["full"])
-    # as OmegaConf's own: a plain list could not take the expression's place under --cfg job --resolve
+    # OmegaConf's own types: --cfg job --resolve could not replace the expression by a plain list
     return OmegaConf.create(chosen) if isinstance(chosen, (dict, list)) else chosen
 
 
-# In a YAML file ${by_scale:{full:64,mini:20}} is 64, or 20 under +scale=mini: a part states its small size itself.
+# In a YAML file ${by_scale:{full:64,mini:20}} is 64, or 20 with +scale=mini: each part states its own small size.
 OmegaConf.register_new_resolver("by_scale", _choose_by_scale, replace=True)
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """The configuration that the command would run with; for a program that is not the command itself."""
+    """The configuration that the command would use for these overrides; for any other program."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         config = compose("config", overrides=list(overrides), return_hydra_config=True)
@@ -140,20 +141,20 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
 
 
 def list_typed_overrides() -> list[str]:
-    """The overrides of this job as they were typed; to go through Hydra's own list would resolve what they refer to."""
+    """The overrides of this job as they were typed; Hydra's list itself would resolve their interpolations."""
     typed = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     assert isinstance(typed, list)
     return [str(text) for text in typed]
 
 
 def split_override(text: str) -> tuple[str, str]:
-    """Key and value of an override as typed, without the signs before the key."""
+    """Key and value of an override as typed, without the ``+`` or ``~`` before the key."""
     key, _, value = text.partition("=")
     return key.lstrip("+~"), value
 
 
 def _read_variable(name: str, *default: str | None) -> str | None:
-    if not name.startswith(VARIABLES):  # the value would stand in config.yaml, reports and logs (decision 15)
+    if not name.startswith(VARIABLES):  # config.yaml, reports and logs would show the value (decision 15)
         raise ConfigError(
             "oc.env",
             expected=f"an environment variable whose name begins with {VARIABLES}",
@@ -173,7 +174,7 @@ OmegaConf.register_new_resolver("oc.env", _read_variable, replace=True)
 
 
 def import_target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..., Any]:
-    """What ``node._target_`` names; refused before anything is imported unless its package is allowed."""
+    """The class or function that ``node._target_`` names; its package must be allowed, else nothing is imported."""
     path = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(path, str):
         raise ConfigError(
@@ -186,7 +187,7 @@ def import_target(node: DictConfig, key: str, allow_packages: list[str]) -> Call
 
 
 def import_allowed(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
-    """The class or function that an allowed package defines at a dotted path; what it imported is refused."""
+    """The class or function at a dotted path. An allowed package must define it; what it only imports is refused."""
     allowed = (*ALLOWED_PACKAGES, *allow_packages)
     if not _is_inside(path, allowed):
         raise ConfigError(
@@ -209,8 +210,8 @@ def import_allowed(path: str, key: str, allow_packages: list[str]) -> Callable[.
         raise ConfigError(
             key,
             expected=f"something that one of the packages {', '.join(allowed)} defines itself",
-            got=f"{path}, which is of {found.__module__}",
-            fix="Name what it is for, or write a class of your own.",
+            got=f"{path}, which is defined in {found.__module__}",
+            fix="Name another class, or write one of your own.",
         )
     return found
 
@@ -226,12 +227,12 @@ def read_arguments(
 
     Args:
         node: the component's configuration.
-        key: where it stands, for messages.
-        built: the class or function it names.
-        runtime: names of arguments that are handed over when building and may not be configured.
+        key: its key, for messages.
+        built: the class or function that it names.
+        runtime: names of arguments that are passed when it is built and may not be configured.
 
     Raises:
-        ConfigError: a surplus or missing key, or a value of another type.
+        ConfigError: an unknown or missing key, or a value of another type.
     """
     parameters = {
         name: parameter
@@ -265,10 +266,10 @@ def read_arguments(
 
 
 def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: dict[str, Any]) -> None:
-    """Refuse what was typed on the command line and does nothing beside the other ``values`` of ``built``.
+    """Refuse a key that was typed on the command line but has no effect with the other ``values`` of ``built``.
 
-    Not what stands in a file, where a default or an experiment's value may well do nothing; nor what another key
-    refers to.
+    A value in a file may have no effect: it may be a default or belong to an experiment. A key that another key refers
+    to is not refused either.
     """
     raw = OmegaConf.to_container(node, resolve=False)
     assert isinstance(raw, dict)
@@ -284,7 +285,7 @@ def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: d
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:
-    """``value`` as OmegaConf converts it to the annotation ``hint``, without its leniency towards odd numbers."""
+    """``value`` converted by OmegaConf to the annotation ``hint``; stricter than OmegaConf about numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, expected="a finite number", got=value, fix="Correct the value.")
     if any(isinstance(number, int) and abs(number) >= 2**63 for number in _list_numbers(value)):
@@ -315,7 +316,7 @@ def _list_numbers(value: Any) -> list[Any]:
 
 
 def _find_omegaconf_type(hint: Any) -> Any:
-    """The part of an annotation that OmegaConf can check; Any where there is none."""
+    """The part of an annotation that OmegaConf can check; Any if there is none."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         members = typing.get_args(hint)
         known = [m for m in map(_find_omegaconf_type, members) if m not in (Any, type(None))]
@@ -328,11 +329,11 @@ def _find_omegaconf_type(hint: Any) -> Any:
 
 
 def _resolve(node: DictConfig, name: str, key: str) -> Any:
-    """One value, interpolations resolved, as plain Python."""
+    """One value as plain Python, with its interpolations resolved."""
     try:
         value = node[name]
     except OmegaConfBaseException as error:
-        if ours := within(error):  # of a resolver
+        if ours := within(error):  # raised by a resolver
             raise ConfigError(key, expected=ours.expected, got=ours.got, fix=ours.fix) from error
         reason = str(error).splitlines()[0]
         raise ConfigError(key, expected="a value", got=reason, fix=f"Set {key}=VALUE.") from error
@@ -340,17 +341,17 @@ def _resolve(node: DictConfig, name: str, key: str) -> Any:
 
 
 def to_plain_dict(config: DictConfig) -> dict[str, Any]:
-    """The whole resolved configuration as plain values: what ``config.yaml`` records."""
+    """The whole resolved configuration as plain values, as ``config.yaml`` records it."""
     for name in (f.name for f in dataclasses.fields(Run)):
         if name not in config:
-            raise ConfigError(name, expected="a value", got="nothing", fix=f"Leave {name} be, or set it.")
+            raise ConfigError(name, expected="a value", got="nothing", fix=f"Do not remove {name}, or set it.")
     resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
 
 def select_comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make two runs comparable: flat keys and values, without :data:`INCOMPARABLE`.
+    """The settings that two comparable runs share: flat keys and values, without :data:`INCOMPARABLE`.
 
     If the settings do not say what the images are, :func:`cl_bench.config.build.identify_run` adds a digest of them.
     """
@@ -376,7 +377,7 @@ def select_comparable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hash_content(file: str) -> str:
-    """The hash of a file's content; its name where it cannot be read, which is refused when it is needed."""
+    """The hash of a file's content. A file that cannot be read gives its name: it is refused when it is needed."""
     try:
         with open(file, "rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
@@ -385,6 +386,6 @@ def _hash_content(file: str) -> str:
 
 
 def compute_fingerprint(settings: dict[str, Any]) -> str:
-    """Ten hexadecimal digits of the hash of :func:`select_comparable` settings."""
+    """The fingerprint of comparable settings: ten hexadecimal digits of their hash."""
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
