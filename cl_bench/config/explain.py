@@ -1,4 +1,4 @@
-"""One message for each error of a command line or configuration file, like a :class:`~cl_bench.core.errors.ConfigError`.
+"""One message for each error of a command line or configuration file, like that of a ``ConfigError``.
 
 Hydra's own messages do not know what the user meant. Here each kind of its errors becomes: key, expected, got, fix.
 The fix names the nearest key, with the value that was typed.
@@ -242,7 +242,7 @@ def _suggest_other_choices(group: str, leaf: str) -> str:
 
 
 def _find_nearest(key: str, config: DictConfig) -> list[str]:
-    """Existing keys with a name like ``key``, as they are typed: in the same group, else with the same name elsewhere."""
+    """Existing keys with a similar name, as they are typed: in the same group, else with the same name elsewhere."""
     parent, _, leaf = key.rpartition(".")
     leaf = leaf.lower()
     every = list(_list_keys(config))
