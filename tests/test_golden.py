@@ -16,9 +16,9 @@ import pytest
 import torch
 from test_methods import METHODS, parts_of
 
+from cl_bench.core.record import replace_non_finite
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.base import Logger
-from cl_bench.loggers.jsonl import replace_non_finite
 
 pytestmark = pytest.mark.arithmetic
 

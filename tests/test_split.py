@@ -337,4 +337,4 @@ def test_what_counts_on_new_classes_is_refused_where_labels_are_shared(overrides
 def test_what_does_not_is_built(method):
     buffer = "reservoir" if method in ("er", "derpp") else "none"
     keys = ["scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", f"method={method}", f"buffer={buffer}"]
-    assert build(configure(*keys, "device=cpu")).facts()["tasks"] == [list(range(10))] * 2
+    assert build(configure(*keys, "device=cpu")).describe()["tasks"] == [list(range(10))] * 2

@@ -64,7 +64,7 @@ class Parts:
             stop=stop,
         )
 
-    def facts(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """The entries of ``summary.json`` about the scenario and how it is measured."""
         return {
             "class_order": list(self.scenario.class_order),

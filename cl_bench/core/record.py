@@ -109,7 +109,10 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, None for nan."""
         matrices = {
-            s: {"correct": _to_lists(self.get_matrix(s).correct), "count": self.get_matrix(s).count.tolist()}
+            s: {
+                "correct": replace_non_finite(self.get_matrix(s).correct.tolist()),
+                "count": self.get_matrix(s).count.tolist(),
+            }
             for s in SETTINGS
         }
         return matrices | {"cost": asdict(self.cost)}
@@ -136,5 +139,10 @@ class Record:
                             writer.writerow([setting, row, task, int(correct), count, round(100 * correct / count, 4)])
 
 
-def _to_lists(array: np.ndarray) -> list[list[float | None]]:
-    return [[None if math.isnan(v) else v for v in row] for row in array.tolist()]
+def replace_non_finite(value: Any) -> Any:
+    """The value with None for every nan and infinity, which JSON does not have; in dictionaries and lists too."""
+    if isinstance(value, dict):
+        return {key: replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

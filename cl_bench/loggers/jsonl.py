@@ -1,12 +1,12 @@
 """``metrics.jsonl``: the events of a run, one JSON object a line. Always there; everything else can be made from it."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cl_bench.core.errors import ConfigError
+from cl_bench.core.record import replace_non_finite
 from cl_bench.loggers.base import Logger, RunInfo
 
 METRICS = "metrics.jsonl"
@@ -84,12 +84,3 @@ def _is_whole(line: bytes) -> bool:
         return line.endswith(b"\n") and isinstance(json.loads(line), dict)
     except ValueError:
         return False
-
-
-def replace_non_finite(value: Any) -> Any:
-    """The value with null for every nan and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: replace_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [replace_non_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

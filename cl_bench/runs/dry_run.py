@@ -104,7 +104,7 @@ def dry_run(parts: Parts, summary: dict[str, Any], budget: Budget | None = None)
     if probe.probed[-1].id == 0 < len(probe.tasks) - 1:
         high *= LATER
     phases = [phase for task in probe.probed for phase in task.phases]
-    summary = summary | parts.facts()
+    summary = summary | parts.describe()
     summary |= {
         "status": "dry_run",
         "class_il": None,

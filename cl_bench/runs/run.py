@@ -25,7 +25,7 @@ from cl_bench.config.schema import (
     to_plain_dict,
 )
 from cl_bench.core.errors import ConfigError, RunError, require
-from cl_bench.core.record import SCHEMA, SETTINGS, TITLES
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, replace_non_finite
 from cl_bench.core.types import Losses
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.step import Step
@@ -43,11 +43,11 @@ MOST_THREADS = 1024
 
 
 def run(config: DictConfig) -> float | None:
-    """Run, resume or find finished what ``config`` describes; ``trainer.replicas`` seeds of it, from ``seed`` on.
+    """Run what ``config`` describes, or resume it, or find it finished; with replicas, the seeds from ``seed`` on.
 
     Returns:
-        Class-IL average accuracy in percent on held-out validation images, for a search, the mean over the replicas;
-        None where the run was measured on test images, which a search must not see.
+        For a search: the Class-IL average accuracy in percent on validation images, as a mean over the replicas. None
+        if the run was measured on test images, which a search must not see.
     """
     refuse_unread_keys(config, list_typed_overrides())
     values = to_plain_dict(config)
@@ -58,7 +58,7 @@ def run(config: DictConfig) -> float | None:
 
 @contextmanager
 def limit_threads(number: Any) -> Iterator[None]:
-    """Within, torch computes with so many threads of the CPU; ``auto`` leaves their number to it."""
+    """Inside, torch uses this number of CPU threads; ``auto`` leaves the number to torch."""
     require(
         number == "auto" or (type(number) is int and 0 < number <= MOST_THREADS),
         "threads",
@@ -109,13 +109,13 @@ def _copy_with_seed(config: DictConfig, seed: int) -> DictConfig:
 
 
 def _run_replicas(configs: list[DictConfig], caught: list[int]) -> list[dict[str, Any]]:
-    """The summaries of several seeds, their steps computed as one where that can be."""
+    """The summaries of several seeds, with their steps computed together if that is possible."""
     from cl_bench.engine.replicas import lead, obstacle
 
     with allow_interruption():
         parts = build(configs[0])
     reason, scenario = obstacle(parts.method, parts.device), parts.scenario
-    del parts  # what it holds of the network; each replica builds its own
+    del parts  # frees its network; each replica builds its own
     if reason is None:
         return lead([_course(config, caught, scenario, terminal=n == 0) for n, config in enumerate(configs)])
     print(f"Replicas run one after the other: {reason}", file=sys.stderr)
@@ -128,9 +128,9 @@ def _course(
     """One run to its summary, step by step.
 
     Args:
-        caught: signals to stop that have come in.
-        scenario: of a replica before, which is shared.
-        terminal: whether its progress may be shown there.
+        caught: the signals received so far.
+        scenario: of an earlier replica, to be shared.
+        terminal: whether this run may show its progress on the terminal.
     """
     values = to_plain_dict(config)
     again = "the same command goes on from here"
@@ -149,7 +149,7 @@ def _course(
         chosen = {name: logger for name, logger in build_loggers(config).items() if terminal or name != "console"}
         with files.lock_run_dir(run_dir), files.explain_write_errors(run_dir):
             if values["overwrite"]:
-                _empty(run_dir)
+                _clear(run_dir)
                 again = f"the same command without overwrite=true goes on from here: {run_dir}"
             files.write_config(run_dir, values)
             files.write_environment(run_dir, parts.device)
@@ -164,23 +164,23 @@ def _course(
 
 
 def _refuse_false_names(values: dict[str, Any]) -> None:
-    """``choices`` is a record of what was chosen; set by hand, a run would go under another method's name."""
+    """Refuse a ``choices`` entry that was set by hand: the run would get the name of another method."""
     chosen = HydraConfig.get().runtime.choices
     for group, name in values["choices"].items():
         require(
-            group in chosen, f"choices.{group}", expected="what was chosen", got="no such group", fix="Leave it out."
+            group in chosen, f"choices.{group}", expected="a group of the configuration", got=group, fix="Leave it out."
         )
         if name != chosen.get(group):
             raise ConfigError(
                 f"choices.{group}",
-                expected=f"{chosen.get(group)}, the {group} that was chosen",
+                expected=f"{chosen.get(group)}, the chosen {group}",
                 got=name,
                 fix=f"Choose with {group}={name}.",
             )
 
 
 def show_result(run_dir: Path, summary: dict[str, Any], report: bool) -> None:
-    """The report of a finished run, if it is to be made, and its table; training needs none of their packages."""
+    """Print the table of a finished run, and write its report if asked; training does not need their packages."""
     try:
         if report:
             _write_whole_report(run_dir)
@@ -191,7 +191,7 @@ def show_result(run_dir: Path, summary: dict[str, Any], report: bool) -> None:
             "Make room; the same command writes it."
         ) from error
     except ModuleNotFoundError as error:
-        print(f"No report: {error.name} is not installed. The same command writes it where it is.", file=sys.stderr)
+        print(f"No report: {error.name} is not installed. Install it; the same command writes it.", file=sys.stderr)
 
 
 def _write_whole_report(run_dir: Path) -> None:
@@ -200,28 +200,28 @@ def _write_whole_report(run_dir: Path) -> None:
     except OSError as error:
         raise RunError(
             f"{run_dir}: the run is finished, but its report could not be written: {error.strerror or error}. "
-            "Make room or mend the folder; the same command writes it."
+            "Make room or fix the folder; the same command writes it."
         ) from error
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # whatever is wrong with a page, the run is finished and its results are whole
+    except Exception as error:  # the results of the run are complete, whatever is wrong with the page
         why = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"No report ({why}). The run is finished: {run_dir}", file=sys.stderr)
 
 
 def write_report(run_dir: Path) -> None:
-    """Plots and page of a finished run; matplotlib is loaded here and not before."""
+    """Write plots and page of a finished run; matplotlib is loaded only here."""
     from cl_bench.report import page
 
     page.write_report(run_dir)
 
 
 def choose_run_dir(values: dict[str, Any], settings: dict[str, Any]) -> Path:
-    """``results/<experiment>/<name>-<fingerprint>/seed<seed>``."""
+    """The run folder, ``results/<experiment>/<name>-<fingerprint>/seed<seed>``."""
     for key in ("experiment", "name"):
         if not values[key].isprintable() or Path(values[key]).name != values[key] or values[key].startswith("."):
             raise ConfigError(
-                key, expected="a plain name, a single folder", got=values[key], fix=f"Set {key}=NAME without slashes."
+                key, expected="the name of a single folder", got=values[key], fix=f"Set {key}=NAME without slashes."
             )
     if not values["results_dir"]:
         raise ConfigError("results_dir", expected="a folder", got="nothing", fix="results_dir=results is the default.")
@@ -256,14 +256,14 @@ def begin_summary(values: dict[str, Any], settings: dict[str, Any]) -> dict[str,
 
 
 def _is_as_published(values: dict[str, Any]) -> bool:
-    """Whether nothing that matters differs from the experiment's file: else it is held to no published number."""
+    """Whether the run may be compared with the published number: nothing that matters differs from its experiment."""
     if values["scale"] is not None or values["trainer"].get("evaluate_on") != "test":
         return False
     return not _list_changes()
 
 
 def _list_changes() -> list[str]:
-    """What was typed that makes this run another one than the experiment's file says."""
+    """The typed overrides that change what the experiment's file describes."""
     neutral = {*INCOMPARABLE, "scale"} - {"class_order_seed", "data_seed"}
     free = ("logger", "metrics", "hydra")
     typed = [(text, split_override(text)[0]) for text in list_typed_overrides()]
@@ -305,15 +305,12 @@ def _train(
         record.write_csv(run_dir / "accuracy_matrix.csv")
         assert trainer.answers is not None
         files.write_predictions(run_dir, trainer.answers, scenario)
-        summary = summary | parts.facts() | {"status": "finished"}
+        summary = summary | parts.describe() | {"status": "finished"}
         for setting in SETTINGS:
             matrix = record.get_matrix(setting)
-            summary[setting] = {name: _drop_non_finite(metric(matrix)) for name, metric in parts.metrics.items()}
+            summary[setting] = replace_non_finite({name: metric(matrix) for name, metric in parts.metrics.items()})
         areas = trainer.answers.auroc(scenario.tasks)
-        summary["task_il_auroc"] = {
-            "mean": _drop_non_finite(math.fsum(areas) / len(areas)),
-            "tasks": [*map(_drop_non_finite, areas)],
-        }
+        summary["task_il_auroc"] = replace_non_finite({"mean": math.fsum(areas) / len(areas), "tasks": areas})
         summary["cost"] = record.to_json()["cost"]
         summary["speed"] = trainer.speed.facts() | {"replicas": parts.settings.replicas}
         summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
@@ -326,7 +323,7 @@ def _train(
 
 @contextmanager
 def explain_errors(parts: Parts) -> Iterator[None]:
-    """Within, errors of torch that a user can do something about become one message."""
+    """Inside, errors of torch that a user can fix become one message."""
     try:
         yield
     except Exception as error:
@@ -338,7 +335,7 @@ def explain_errors(parts: Parts) -> Iterator[None]:
 
 
 def _explain_single_value(parts: Parts) -> ConfigError:
-    """What is wrong where BatchNorm was given one value of each channel; what always does is refused before."""
+    """The error for a batch of one value per channel; settings that always lead to one are refused earlier."""
     small = [str(task.id) for task in parts.scenario.tasks if len(task.train) == 1]
     return ConfigError(
         "scenario",
@@ -350,7 +347,7 @@ def _explain_single_value(parts: Parts) -> ConfigError:
 
 
 def _explain_memory(error: Exception, parts: Parts) -> str:
-    """What takes the memory, and three ways out."""
+    """The message for missing memory: the largest tensors, and three ways out."""
     named: dict[str, Tensor] = {f"method.{name}": tensor for name, tensor in parts.method.named_parameters()}
     named |= {f"method.{name}": tensor for name, tensor in parts.method.named_buffers()}
     named |= {f"buffer.{name}": tensor for name, tensor in parts.buffer.named_buffers()}
@@ -366,16 +363,12 @@ def _explain_memory(error: Exception, parts: Parts) -> str:
     )
 
 
-def _drop_non_finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _read_objective(summary: dict[str, Any]) -> float | None:
     return summary["class_il"]["average_accuracy"] if summary["evaluate_on"] == "val" else None
 
 
-def _empty(run_dir: Path) -> None:
-    (run_dir / "summary.json").unlink(missing_ok=True)  # first: from here on the run is not finished any more
+def _clear(run_dir: Path) -> None:
+    (run_dir / "summary.json").unlink(missing_ok=True)  # first: from here on the run is unfinished
     shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)
     for path in run_dir.iterdir():
         if path.is_dir():
@@ -385,7 +378,7 @@ def _empty(run_dir: Path) -> None:
 
 
 def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
-    """The accuracy table and where the report is, on standard output."""
+    """Print the accuracy table and the path of the report."""
     from rich.console import Console
     from rich.table import Table
 
