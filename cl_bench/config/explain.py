@@ -22,7 +22,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from cl_bench.config.command_line import CommandLine, shorten_path
 from cl_bench.config.schema import CONFIGS, Run, split_override
-from cl_bench.core.errors import ConfigError, RunError, within
+from cl_bench.core.errors import ConfigError, RunError, find_config_error
 
 ANYWHERE = "--cfg job prints every key."
 
@@ -81,7 +81,7 @@ def refuse_unread_keys(config: DictConfig, arguments: Sequence[str]) -> None:
 
 def _explain_hydra(error: Exception, line: CommandLine) -> str:
     if isinstance(error, InterpolationResolutionError) and error.full_key:
-        if ours := within(error):  # raised by a resolver, which does not know its key
+        if ours := find_config_error(error):  # raised by a resolver, which does not know its key
             expected, got, fix = ours.expected, ours.got, ours.fix
         else:
             expected, got, fix = "a value that can be resolved", str(error).splitlines()[0], "Correct the value."

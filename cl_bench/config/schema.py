@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_bench.core.errors import ConfigError, within
+from cl_bench.core.errors import ConfigError, find_config_error
 
 PACKAGE = Path(__file__).parent.parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
@@ -333,7 +333,7 @@ def _resolve(node: DictConfig, name: str, key: str) -> Any:
     try:
         value = node[name]
     except OmegaConfBaseException as error:
-        if ours := within(error):  # raised by a resolver
+        if ours := find_config_error(error):  # raised by a resolver
             raise ConfigError(key, expected=ours.expected, got=ours.got, fix=ours.fix) from error
         reason = str(error).splitlines()[0]
         raise ConfigError(key, expected="a value", got=reason, fix=f"Set {key}=VALUE.") from error
