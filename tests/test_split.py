@@ -144,7 +144,7 @@ def test_sizes_of_tasks():
         ({"train_per_class": 7}, "train_per_class: expected 1 to 6 images a class"),
         ({"test_per_class": 0}, "test_per_class: expected 1 to 6"),
         ({"val_fraction": 1.0}, r"val_fraction: expected a number in \[0, 1\)"),
-        ({"val_fraction": 0.95}, "at least one training image a class left .*none left of class 0, class 1"),
+        ({"val_fraction": 0.95}, "at least one training image per class .*none left of class 0, class 1"),
         (
             {"val_fraction": 0.1, "train_per_class": 1},
             "val_fraction: .*none left of class 0, class 1, class 2, class 3 at 0.1",

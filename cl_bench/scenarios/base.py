@@ -1,8 +1,7 @@
-"""What a scenario is: a data set cut into a sequence of tasks."""
+"""The base class of a scenario: a data set cut into a sequence of tasks."""
 
 import hashlib
 from abc import ABC
-from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
@@ -14,10 +13,10 @@ from cl_bench.data.transform import Transform
 from cl_bench.system.memory import get_free_bytes
 
 LARGEST_SHARE = 0.5
-"""Part of the device's free memory that images may take; the rest is for the network and its activations."""
+"""Largest part of the free device memory for images; the rest is for the network and its activations."""
 
 CHUNK = 500
-"""Images that are looked at together."""
+"""Images that are hashed together."""
 
 Storage = Literal["device", "host"]
 
@@ -26,16 +25,16 @@ class Scenario(ABC):
     """A sequence of tasks over K classes.
 
     Attributes:
-        shared_labels: whether every task has all K classes; else each class belongs to one task.
+        shared_labels: whether every task has all K classes; otherwise each class belongs to one task.
         tasks: in the order of learning.
         class_order: (K) the data set's class id at each position; tasks hold positions.
-        class_names: a name a class id of the data set.
+        class_names: one name per class id of the data set.
         image_shape: (C, H, W).
         transform: augmentation and normalisation.
-        pretrain: training images of classes that are part of no task, for methods that train a network before the
-            first task; labels are positions in ``pretrain_order``. Both are empty unless the scenario holds some out.
+        pretrain: training images of classes that are in no task, for methods that train a network before the first
+            task; labels are positions in ``pretrain_order``. Both are empty if the scenario holds no classes out.
         pretrain_order: the data set's class id at each of those positions.
-        storage: where the images lie: on the training device or on the host; None before they were put there.
+        storage: where the images are kept, on the training device or on the host; None before :meth:`to`.
     """
 
     shared_labels: ClassVar[bool] = False
@@ -50,10 +49,10 @@ class Scenario(ABC):
 
     @cached_property
     def data(self) -> str:
-        """16 hexadecimal digits of a hash of images, labels and class names: a run goes on on the same data only.
+        """16 hexadecimal digits of a hash of images, labels and class names: a run resumes only on the same data.
 
-        A scenario over an :class:`~cl_bench.data.base.ImageSet` sets that one's digest; this one, which looks at every
-        image, is for those that do not.
+        A scenario over an :class:`~cl_bench.data.base.ImageSet` sets the digest of that. Others use this default, which
+        reads every image.
         """
         content = hashlib.sha256(repr(self.class_names).encode())
         for data in self._list_sets():
@@ -69,23 +68,15 @@ class Scenario(ABC):
         return len(self.class_order)
 
     def to(self, device: torch.device, storage: Storage | Literal["auto"] = "auto") -> "Scenario":
-        """Put everything on ``device``, the images where they fit (``auto``) or as ``storage`` says; returns self."""
+        """This scenario on ``device``; the images are kept as ``storage`` says, or, with ``auto``, where they fit."""
         if storage == "auto":
             fits = self.nbytes <= LARGEST_SHARE * get_free_bytes(device)
-            resting = device.type == "cpu" and not any(isinstance(d.images, HostImages) for d in self._list_sets())
-            storage = "device" if fits or resting else "host"  # resting: they are in its memory already
+            in_ram = device.type == "cpu" and not any(isinstance(d.images, HostImages) for d in self._list_sets())
+            storage = "device" if fits or in_ram else "host"
         self.storage = storage
         self.transform.to(device)
         self.pretrain = _move(self.pretrain, device, storage)
-        self.tasks = [
-            replace(
-                t,
-                train=_move(t.train, device, storage),
-                val=_move(t.val, device, storage),
-                test=_move(t.test, device, storage),
-            )
-            for t in self.tasks
-        ]
+        self.tasks = [task.change_data(lambda data: _move(data, device, storage)) for task in self.tasks]
         return self
 
     @property
@@ -97,7 +88,7 @@ class Scenario(ABC):
         return [self.pretrain, *(data for task in self.tasks for data in (task.train, task.val, task.test))]
 
     def list_class_ids(self, task: Task) -> list[int]:
-        """The data set's class ids of a task."""
+        """The class ids of a task in the data set's own numbering."""
         return [self.class_order[c] for c in task.classes]
 
 
