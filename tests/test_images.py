@@ -96,11 +96,11 @@ def test_images_that_do_not_fit_stay_in_their_file(tmp_path, monkeypatch):
     config = configure(*settings, "method=er", "buffer=reservoir", "buffer.capacity=20", "trainer.epochs=1")
     fits = build(config)
     assert isinstance(fits.scenario.tasks[0].train.images, torch.Tensor)
-    assert fits.facts()["images"] == "device"
+    assert fits.describe()["images"] == "device"
     monkeypatch.setattr(base, "get_free_bytes", lambda device: 1000)
     large = build(config)
     assert isinstance(large.scenario.tasks[0].train.images, HostImages)
-    assert large.facts()["images"] == "host"
+    assert large.describe()["images"] == "host"
     records = [trainer_of(parts, tmp_path / str(n)).run() for n, parts in enumerate((fits, large))]
     assert records[0].to_json()["class_il"] == records[1].to_json()["class_il"]
 

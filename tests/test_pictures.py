@@ -701,7 +701,7 @@ def test_what_is_made_of_pictures_is_told_by_them(tmp_path):
         config = configure("scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", "device=cpu")
         config.scenario.disjoint.source.digits = source
         settings, scenario = identify_run(config, to_plain_dict(config))
-        assert build(config, scenario).facts()["data"] == settings["data"]
+        assert build(config, scenario).describe()["data"] == settings["data"]
         return settings["data"]
 
     before = data()
@@ -745,7 +745,7 @@ def test_a_scenario_of_ones_own_is_told_by_its_images(tmp_path, monkeypatch):
     for value in ("1", "1", "2"):
         (tmp_path / "value").write_text(value)
         settings, scenario = identify_run(config, to_plain_dict(config))
-        assert build(config, scenario).facts()["data"] == settings["data"]
+        assert build(config, scenario).describe()["data"] == settings["data"]
         found.append(settings["data"])
     assert found[0] == found[1] != found[2]
     config = configure("allow_packages=[own_scenario]", "scenario._target_=own_scenario.Derived", "device=cpu")

@@ -141,7 +141,7 @@ def test_sizes_of_tasks():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"train_per_class": 7}, "train_per_class: expected 1 to 6 images a class"),
+        ({"train_per_class": 7}, "train_per_class: expected 1 to 6 images per class"),
         ({"test_per_class": 0}, "test_per_class: expected 1 to 6"),
         ({"val_fraction": 1.0}, r"val_fraction: expected a number in \[0, 1\)"),
         ({"val_fraction": 0.95}, "at least one training image per class .*none left of class 0, class 1"),
@@ -316,7 +316,7 @@ def test_shared_labels_are_places_within_the_tasks():
             assert torch.equal(a.images, b.images)
             assert torch.equal(a.index, b.index)
             assert torch.equal(a.labels + 2 * theirs.id, b.labels)
-    with pytest.raises(ConfigError, match=r"disjoint: expected tasks of equally many classes.*got tasks of 1 and 3"):
+    with pytest.raises(ConfigError, match=r"disjoint: expected tasks with equally many classes.*got tasks of 1 and 3"):
         SharedLabels(disjoint=split(classes_per_task=[1, 3]))
 
 
