@@ -13,7 +13,8 @@ from cl_bench.config.build import Parts, build
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.group import Loggers
 from cl_bench.runs import dry_run as module
-from cl_bench.runs.dry_run import SMALLEST, Budget, Measured, Operations, Probe, dry_run, measure
+from cl_bench.runs.dry_run import Probe, dry_run
+from cl_bench.runs.timing import SMALLEST, Budget, Measured, Operations, measure
 from cl_bench.scenarios.split import Split
 
 
