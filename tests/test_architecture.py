@@ -36,7 +36,7 @@ ORDER = {
 }
 """Inside these folders a file imports from the earlier ones."""
 
-SHARED = {"base", "layers", "delivered", "jsonl", "cache", "pictures"}
+SHARED = {"base", "layers", "delivered", "jsonl", "cache", "pictures", "picture_files"}
 """In the other folders one variant does not know another: only these may be imported by their siblings. Of them
 metrics.jsonl is what the other loggers catch up from, and a folder of pictures is decoded and stored by modules of
 their own."""

@@ -460,7 +460,7 @@ def test_a_damaged_file_of_decoded_images_is_made_again_once(case, tmp_path, mon
     assert len(decoded) == 18
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if "took" not in line] == [
-        f"cl_bench: {path.with_suffix('.images')} is damaged; it is made again"
+        f"cl_bench: {path.with_suffix('.images')} is damaged; it is created again"
     ]
     assert opened(root).digest == digest
     assert len(decoded) == 18

@@ -1,21 +1,20 @@
 """RandAugment in batches (Cubuk, Zoph, Shlens, Le, 2020), the variant of timm's ``rand-m9-mstd0.5-inc1``.
 
-Every image gets two operations of its own, drawn with replacement from fifteen; each is applied with probability 1/2,
-at a magnitude of its own, N(m, s^2) cut to [0, 10]. "inc1" means that operations distort more as the magnitude grows.
-The images that drew the same operation are changed together, on the device; nothing waits for it, since all draws are
-made on the CPU.
+Every image gets its own two operations, drawn with replacement from fifteen. Each is applied with probability 1/2, at
+its own magnitude, N(m, s^2) clipped to [0, 10]. "inc1" means that operations distort more as the magnitude grows. The
+images with the same operation are changed together, on the device. The CPU draws, so nothing waits for the device.
 
 Shapes: b images that drew an operation, C = 1 or 3 channels, H x W pixels; images are uint8. An argument is what the
-magnitude means to an operation: degrees, pixels, a threshold, (b, 1, 1, 1) float32.
+magnitude means for an operation: degrees, pixels, a threshold, (b, 1, 1, 1) float32.
 
-The operations are PIL's, as timm calls them with bicubic interpolation, in PIL's integer arithmetic where it has any.
+The operations are PIL's, as timm calls them with bicubic interpolation; where PIL uses integers, they do too.
 Departures from timm, tested in tests/test_rand_augment.py:
 
-- autocontrast divides integers exactly where PIL multiplies by a rounded quotient: at most one grey level apart, and
-  only where the quotient is whole;
-- bicubic interpolation is computed in float32 instead of float64: at most one grey level apart, and a pixel that falls
-  onto the image's edge within rounding may count as outside;
-- posterize to 0 bits gives a black image, as PIL did when the method's results were made; PIL refuses it now.
+- autocontrast divides integers exactly, PIL multiplies by a rounded quotient: at most one grey level of difference, and
+  only if the quotient is an integer;
+- bicubic interpolation uses float32 instead of float64: at most one grey level of difference, and a pixel on the edge
+  of the image, within rounding, may count as outside;
+- posterize to 0 bits gives a black image, as in the PIL of the method's published results; PIL refuses it now.
 """
 
 import math
@@ -32,7 +31,7 @@ from cl_bench.core.images import send
 OPERATIONS_PER_IMAGE = 2
 PROBABILITY = 0.5
 HIGHEST = 10.0
-"""timm's defaults: n, p, and the magnitude at which an operation has its strongest argument."""
+"""timm's defaults: n, p, and the largest magnitude."""
 
 Argument = Callable[[Tensor, Tensor, int], Tensor]
 """Magnitudes (b,) in [0, 10], signs (b,) of -1 or 1, the image's side in pixels -> (b,) arguments, in float64."""
@@ -40,11 +39,11 @@ Argument = Callable[[Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Operation:
-    """One of the fifteen.
+    """One of the fifteen operations.
 
     Attributes:
-        name: timm's.
-        argument: what a magnitude means.
+        name: in timm.
+        argument: magnitude -> argument.
         apply: images (b, C, H, W), arguments (b, 1, 1, 1), fill (C) -> (b, C, H, W).
     """
 
@@ -54,11 +53,11 @@ class Operation:
 
 
 class RandAugment:
-    """Two random operations an image.
+    """Applies two random operations to each image.
 
     Args:
         magnitude, deviation: m and s of the magnitude's N(m, s^2).
-        fill: (C) grey levels of what a shear, shift or rotation brings into view.
+        fill: (C) grey levels of pixels that a shear, shift or rotation brings into the image.
     """
 
     def __init__(self, *, magnitude: float, deviation: float, fill: list[int]) -> None:
@@ -66,14 +65,14 @@ class RandAugment:
 
     @classmethod
     def parse(cls, policy: str, fill: list[int]) -> "RandAugment":
-        """What timm's string ``rand-m{M}-mstd{S}-inc1`` describes."""
+        """The RandAugment that timm's string ``rand-m{M}-mstd{S}-inc1`` describes."""
         match = re.fullmatch(r"rand-m(\d+)-mstd(\d+(?:\.\d+)?)-inc1", policy)
         if match is None or len(fill) not in (1, 3):
             raise ConfigError(
                 "rand_augment",
                 expected="null, or rand-m{M}-mstd{S}-inc1 with numbers M and S, for images of 1 or 3 channels",
                 got=f"{policy}, for images of {len(fill)} channels",
-                fix="DeiT and DyTox have rand-m9-mstd0.5-inc1.",
+                fix="DeiT and DyTox use rand-m9-mstd0.5-inc1.",
             )
         return cls(magnitude=float(match[1]), deviation=float(match[2]), fill=fill)
 
@@ -82,13 +81,13 @@ class RandAugment:
         images = images.clone()
         for _ in range(OPERATIONS_PER_IMAGE):
             chosen, magnitude, sign = self.draw(len(images), generator)
-            places = [torch.nonzero(chosen == number).flatten() for number in range(len(OPERATIONS))]
+            positions = [torch.nonzero(chosen == number).flatten() for number in range(len(OPERATIONS))]
             arguments = [
                 operation.argument(magnitude[which], sign[which], images.shape[-1]).float()
-                for operation, which in zip(OPERATIONS, places)
+                for operation, which in zip(OPERATIONS, positions)
             ]
-            sizes = [len(which) for which in places]
-            on_device = (send(torch.cat(parts), images.device).split(sizes) for parts in (places, arguments))
+            sizes = [len(which) for which in positions]
+            on_device = (send(torch.cat(parts), images.device).split(sizes) for parts in (positions, arguments))
             for operation, which, argument in zip(OPERATIONS, *on_device):
                 if len(which):
                     images[which] = operation.apply(images[which], argument.view(-1, 1, 1, 1), self.fill)
@@ -104,7 +103,7 @@ class RandAugment:
         return torch.where(applied, chosen, -1), magnitude, sign
 
 
-# -- what a magnitude means ------------------------------------------------------------------------------------------
+# -- magnitude -> argument ---------------------------------------------------------------------------------------------
 
 
 def _to_zero(magnitude: Tensor, sign: Tensor, side: int) -> Tensor:
@@ -127,7 +126,7 @@ def _to_bits(magnitude: Tensor, sign: Tensor, side: int) -> Tensor:
 
 
 def _to_threshold(magnitude: Tensor, sign: Tensor, side: int) -> Tensor:
-    """Grey level from which on pixels are inverted, 256 to 0."""
+    """Smallest grey level that is inverted, 256 to 0."""
     return 256 - (magnitude / HIGHEST * 256).floor().clamp(max=256)
 
 
