@@ -1,6 +1,6 @@
-"""What a person sees of a run, on stderr: bars with the time left on a terminal, plain lines elsewhere.
+"""The progress of a run on stderr: bars with the time left on a terminal, plain lines elsewhere.
 
-Tasks, phases, epochs and batches count from 1 here, as people do, and from 0 everywhere else.
+Tasks, phases, epochs and batches are counted from 1 here, as people do, and from 0 everywhere else.
 """
 
 import math
@@ -16,34 +16,34 @@ from cl_bench.loggers.base import Logger, Progress, RunInfo
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_WIDEST = 100  # columns; longer bars say no more
+_WIDEST = 100  # columns; longer bars are no clearer
 _SECONDS_BETWEEN_DRAWINGS = 0.2
-_LARGEST_SHARE_OF_TIME = 0.01  # that drawing may take from training
+_LARGEST_SHARE_OF_TIME = 0.01  # of drawing in the time of a run
 
 
 class Console(Logger):
-    """Shows how far the run is and what came out so far.
+    """Shows the progress of the run and its results so far.
 
     Args:
-        min_seconds: where stderr is no terminal, the least time between two lines about epochs.
+        min_seconds: if stderr is not a terminal, the least time between two lines about epochs.
     """
 
     def __init__(self, *, min_seconds: float) -> None:
-        require(min_seconds >= 0, "min_seconds", expected="a number >= 0", got=min_seconds, fix="Take 2.0 if unsure.")
+        require(min_seconds >= 0, "min_seconds", expected="a number >= 0", got=min_seconds, fix="Use 2.0 if unsure.")
         self._min_seconds = min_seconds
         self._latest: Progress | None = None
-        self._look_at = math.inf  # time.monotonic() when step() is to do more than to remember
+        self._look_at = math.inf  # time.monotonic() when log_step() shows the next step
         self._view: _View | None = None
 
     def start(self, run: RunInfo) -> None:
-        """Say what runs."""
+        """Print which run starts."""
         self._times = _Times()
         self._view = _Bars(self._times) if has_terminal() else _Lines(self._times, self._min_seconds)
         self._view.start(run)
         self._look_at = 0.0
 
     def log_step(self, progress: Progress) -> None:
-        """Remember where the loop stands, and now and then show it."""
+        """Store the position of the loop, and show it now and then."""
         self._latest = progress
         if time.monotonic() >= self._look_at and self._view is not None:
             self._times.update(progress)
@@ -61,7 +61,7 @@ class Console(Logger):
             self._view.show_task(event)
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
-        """Give the terminal back and say how the run ended."""
+        """Restore the terminal and print how the run ended."""
         view, self._view, self._look_at = self._view, None, math.inf
         if view is not None:
             view.stop()
@@ -72,19 +72,19 @@ class Console(Logger):
 
 
 def has_terminal() -> bool:
-    """Whether stderr is a terminal that can move its cursor."""
+    """Whether stderr is a terminal with a movable cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class _TimeLeft:
-    """Time left of something, from how much of it was done since it was first looked at."""
+    """The time left of something, estimated from the share done since its first update."""
 
     def __init__(self) -> None:
         self._of: object = None
         self.left: float | None = None
 
     def update(self, of: object, share: float) -> None:
-        """``share`` (0 to 1) of the thing ``of`` is done by now."""
+        """Take in that ``share`` (0 to 1) of the thing ``of`` is done now."""
         now = time.monotonic()
         if of != self._of:
             self._of, self._share, self._since = of, share, now
@@ -93,20 +93,20 @@ class _TimeLeft:
 
 
 class _Times:
-    """Shares done of the run, the phase and the epoch, and the time they will still take."""
+    """The shares done of the run, the phase and the epoch, and the time left of each."""
 
     def __init__(self) -> None:
         self._begun = time.monotonic()
-        self._num_phases = 1  # the most that a task has had; how many are to come, nobody knows
+        self._num_phases = 1  # the most that a task had so far; the number to come is unknown
         self.share = {"run": 0.0, "phase": 0.0, "epoch": 0.0}
         self.pace = {name: _TimeLeft() for name in self.share}
 
     def get_elapsed(self) -> float:
-        """Seconds since this process began the run."""
+        """Seconds since this process started the run."""
         return time.monotonic() - self._begun
 
     def update(self, progress: Progress) -> None:
-        """Take in where the loop stands."""
+        """Take in the position of the loop."""
         self._num_phases = max(self._num_phases, progress.phase + 1)
         epoch = (progress.step + 1) / progress.steps
         phase = (progress.epoch + epoch) / progress.epochs
@@ -125,19 +125,19 @@ class _View(ABC):
         """The run begins or goes on."""
 
     def show_step(self, progress: Progress) -> float:
-        """The loop stands here; returns when to be told again."""
+        """Show the position of the loop; the time of the next call is returned."""
         return math.inf
 
     @abstractmethod
     def show_epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
-        """An epoch is over."""
+        """Show a finished epoch."""
 
     def show_task(self, event: dict[str, Any]) -> None:
-        """A task is over."""
+        """Show a finished task."""
         _print(_format_accuracies(event, self._num_tasks, self._times))
 
-    def stop(self) -> None:  # noqa: B027 - plain lines leave nothing behind
-        """Leave the terminal as it was."""
+    def stop(self) -> None:  # noqa: B027 - plain lines change nothing
+        """Restore the terminal."""
 
     def __init__(self, times: _Times) -> None:
         self._times = times
@@ -169,7 +169,7 @@ class _Lines(_View):
 
 
 class _Bars(_View):
-    """Bars that are drawn anew in their place; what is printed meanwhile goes above them."""
+    """Bars that are drawn again and again at the same place; other output appears above them."""
 
     def __init__(self, times: _Times) -> None:
         from rich.console import Console as Terminal
@@ -182,9 +182,9 @@ class _Bars(_View):
         self._live = Live(
             console=self._terminal,
             get_renderable=self._draw,
-            auto_refresh=False,  # drawn from step(): no thread beside the training
+            auto_refresh=False,  # drawn from show_step(): no thread beside the training
             transient=True,
-            # Where stdout is the terminal, too, it must not write into the bars; a file or a pipe gets what is its own.
+            # If stdout is the terminal too, it must not write into the bars; a file or a pipe gets its own output.
             redirect_stdout=sys.stdout.isatty(),
             vertical_overflow="crop",
         )
@@ -194,7 +194,7 @@ class _Bars(_View):
         _print(_format_title(run))
         _print(f"in {run.folder}")
         self._live.start()
-        self._terminal.show_cursor(True)  # so that not even a SIGKILL leaves the terminal without one
+        self._terminal.show_cursor(True)  # so that the terminal keeps its cursor even after SIGKILL
 
     def show_step(self, progress: Progress) -> float:
         self._progress = progress
@@ -230,7 +230,7 @@ class _Bars(_View):
 
 
 def _print(line: str) -> None:
-    """One line on stderr; above the bars if there are any, because they have put themselves in its place."""
+    """Print one line on stderr; rich puts it above the bars, if there are any."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -249,7 +249,7 @@ def _format_labels(progress: Progress) -> tuple[str, str, str]:
 
 
 def _format_count(number: int, total: int) -> str:
-    """A number from 0 as a person counts, as wide as the total: what stands beside it does not move."""
+    """A number from 0, counted from 1 and as wide as the total, so that the text beside it does not move."""
     return f"{number + 1:{len(str(total))}}/{total}"
 
 
@@ -280,7 +280,7 @@ def _format_number(value: float | None, form: str) -> str:
 
 
 def _format_seconds(seconds: float | None) -> str:
-    """h:mm:ss."""
+    """Seconds as h:mm:ss."""
     if seconds is None:
         return "-:--:--"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,7 +1,7 @@
-"""Whether a finished run can be trusted: leaks of the task id, of test images, of labels, and hidden memory.
+"""The audit of a finished run: leaks of task id, test images or labels, and images hidden outside the buffer.
 
-Each check states what it looked at and how many; none of them trusts what the run says of itself. Training is looked
-at through a rehearsal of a few steps a phase, once with the test set as it is and once with another one in its place.
+Each check states what it examined. No check trusts what the run reports about itself. Training is checked by a
+rehearsal of a few steps per phase, once with the real test set and once with another one instead.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from cl_bench.engine.evaluate import Arrange, Evaluation, evaluate, mixed
 from cl_bench.loggers.group import Loggers
 
 ONE_BY_ONE = 400
-"""Images that are asked about in batches of one."""
+"""Images that are predicted in batches of one."""
 
 ROUNDING = 0.005
-"""Part of the answers that another order of summation may change: near ties."""
+"""Part of the predictions that another order of summation may change, where two scores are almost equal."""
 
 STEPS = 2
-"""Steps of each phase in the rehearsal."""
+"""Steps per phase in the rehearsal."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Check:
     """One line of an audit.
 
     Attributes:
-        name: what should hold.
-        passed: whether it does; None where this run could not fail it, so that passing would say nothing.
-        found: the figures it was judged by, or why it could not fail.
+        name: what should be true.
+        passed: whether it is; None if this run could not fail the check, so that passing would say nothing.
+        found: the figures behind the verdict, or why the check could not fail.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Check:
 
     @classmethod
     def skip_if(cls, cannot_fail: str | None, name: str, passed: bool, found: str) -> "Check":
-        """The check, skipped where there is a reason why it could not fail."""
+        """A check that is skipped if there is a reason why it could not fail."""
         return cls(name, passed, found) if cannot_fail is None else cls(name, None, cannot_fail)
 
     @property
@@ -64,7 +64,7 @@ def audit(
     """Every check of a run.
 
     Args:
-        rebuild: builds the run's parts anew, in the same way every time.
+        rebuild: builds the run's parts again, in the same way every time.
         learned: the method's state after the last task, from the checkpoint.
         predictions: the columns of ``predictions.npz``.
     """
@@ -82,7 +82,7 @@ def audit(
 
 
 def check_answers(parts: Parts, predictions: Mapping[str, np.ndarray]) -> list[Check]:
-    """The stored answers come again, whatever batches the images come in, and answering changes nothing."""
+    """Checks that the stored predictions are reproduced, in any batches, and that predicting changes nothing."""
     before = cloned(parts.method.state_dict())
     gradients = [p.grad for p in parts.method.parameters()]
     with watch_batchnorms(parts.method) as in_training:
@@ -113,7 +113,7 @@ def check_answers(parts: Parts, predictions: Mapping[str, np.ndarray]) -> list[C
 
 
 def check_labels_unknown(parts: Parts) -> Check:
-    """With test labels exchanged inside each task the Task-IL accuracy falls to chance: nothing looks labels up."""
+    """Check that shuffling the test labels inside each task brings Task-IL accuracy down to chance."""
     tasks = parts.scenario.tasks
     kept = [task.get_split(parts.settings.evaluate_on).labels.clone() for task in tasks]
     generator = torch.Generator().manual_seed(0)
@@ -133,7 +133,7 @@ def check_labels_unknown(parts: Parts) -> Check:
         f"{100 * right / images:.2f} % right, chance {100 * expected / images:.2f} %, "
         f"limit {100 * limit / images:.2f} % (five standard deviations)"
     )
-    few = limit >= images  # which a method that looks every label up does not exceed
+    few = limit >= images  # not even a method that looks up every label exceeds it
     return Check.skip_if(
         f"{images:.0f} test images are too few to tell: {figures}" if few else None,
         "exchanged test labels bring the accuracy down to chance",
@@ -143,7 +143,7 @@ def check_labels_unknown(parts: Parts) -> Check:
 
 
 def ask(parts: Parts, arrange: Arrange, learned: int | None = None) -> Evaluation:
-    """The run's own evaluation, with other batches."""
+    """The predictions of the run's own evaluation, in other batches."""
     learned = len(parts.scenario.tasks) if learned is None else learned
     split = parts.settings.evaluate_on
     return evaluate(
@@ -152,26 +152,26 @@ def ask(parts: Parts, arrange: Arrange, learned: int | None = None) -> Evaluatio
 
 
 def draw_few_images(images: int, size: int = 1) -> list[Tensor]:
-    """Batches of ``size`` of at most ``ONE_BY_ONE`` images, drawn over all tasks."""
+    """Batches of ``size`` images, at most ``ONE_BY_ONE`` in all, drawn from all tasks."""
     return list(torch.cat(mixed(images))[:ONE_BY_ONE].split(size))
 
 
 def split_by_task(task: Tensor) -> list[Tensor]:
-    """Batches of one task each."""
+    """Batches that each have images of one task only."""
     return [which for t in task.unique() for which in torch.nonzero(task == t).flatten().split(100)]
 
 
 def compare_answers(name: str, first: Evaluation, second: Evaluation) -> Check:
-    """Both settings' answers on the images that both were asked about."""
-    place = {int(index): i for i, index in enumerate(first.index)}
-    at = torch.tensor([place[int(index)] for index in second.index])
+    """Check that two evaluations agree, in both settings, on the images that both have."""
+    rows = {int(index): i for i, index in enumerate(first.index)}
+    at = torch.tensor([rows[int(index)] for index in second.index])
     unlike = int(((first.class_il[at] != second.class_il) | (first.task_il[at] != second.task_il)).sum())
     return Check(name, unlike <= ROUNDING * len(at), f"{unlike} of {len(at)} differ")
 
 
 @contextmanager
 def watch_batchnorms(method: nn.Module) -> Iterator[set[str]]:
-    """Collect the names of BatchNorm layers that answer in training mode."""
+    """Collect the names of BatchNorm layers that predict in training mode."""
     names: set[str] = set()
 
     def note(name: str) -> Callable[..., None]:
@@ -197,7 +197,7 @@ def watch_batchnorms(method: nn.Module) -> Iterator[set[str]]:
 
 
 def check_contents(parts: Parts) -> list[Check]:
-    """What is remembered was in the training set, is within its budget, and is nowhere but in the buffer."""
+    """Checks that stored images are training images, within the budget, and only in the buffer."""
     tasks, buffer = parts.scenario.tasks, parts.buffer
     train = hash_images(Data.concatenate(task.train for task in tasks).images)
     held_out = {"test": hash_images(Data.concatenate(task.test for task in tasks).images)}
@@ -222,26 +222,26 @@ def check_contents(parts: Parts) -> list[Check]:
 
 
 def check_budget(parts: Parts) -> Check:
-    """Images and bytes of the buffer are those of its capacity.
+    """Check that the images and bytes of the buffer are within its capacity.
 
-    A place is an image, its label, and at most a confidence and a logit a class beside them.
+    A slot is an image, its label, and at most a confidence and one logit per class.
     """
     buffer = parts.buffer
     rows = max([len(buffer.images), len(buffer.labels), *map(len, buffer.columns.values())])
     held = sum(tensor.nbytes for tensor in flatten_state(buffer.state_dict()).values())
-    place = math.prod(parts.scenario.image_shape) + 8 + 4 * (1 + parts.scenario.num_classes)
+    slot = math.prod(parts.scenario.image_shape) + 8 + 4 * (1 + parts.scenario.num_classes)
     return Check(
         "the buffer is within its budget",
-        len(buffer) <= buffer.capacity and rows <= buffer.capacity and held <= buffer.capacity * place,
-        f"{len(buffer)} images in {rows} places of {buffer.capacity}, {held:,} bytes of at most "
-        f"{buffer.capacity * place:,}",
+        len(buffer) <= buffer.capacity and rows <= buffer.capacity and held <= buffer.capacity * slot,
+        f"{len(buffer)} images in {rows} slots of {buffer.capacity}, {held:,} bytes of at most "
+        f"{buffer.capacity * slot:,}",
     )
 
 
 def find_hidden_images(parts: Parts, train: set[bytes]) -> list[str]:
-    """Tensors of the method outside the buffer's images that hold training images, in any shape.
+    """The tensors of the method, beside the buffer's images, that hold training images in any shape.
 
-    Looked for as bytes, as floating-point pixels of 0 to 255 or 0 to 1, and normalised.
+    They are searched as bytes, as floating-point pixels of 0 to 255 or 0 to 1, and as normalised images.
     """
     shape = parts.scenario.image_shape
     found = []
@@ -263,13 +263,13 @@ def find_hidden_images(parts: Parts, train: set[bytes]) -> list[str]:
 
 
 def hash_images(images: Tensor) -> set[bytes]:
-    """A fingerprint of each image's pixels."""
+    """The set of hashes of the images' pixels."""
     rows = images.cpu().numpy().astype(np.uint8)
     return {hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows}
 
 
 def flatten_state(state: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Every tensor of a nested state, by its path."""
+    """All tensors of a nested state, by their paths."""
     if isinstance(state, Tensor):
         return {prefix: state}
     items = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, list | tuple) else ()
@@ -282,7 +282,7 @@ def flatten_state(state: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def check_rehearsal(rebuild: Callable[[], Parts]) -> list[Check]:
-    """A few steps of every phase: on training images only, and the same whatever the test set is."""
+    """Checks that a few steps of every phase use only training images, and do not depend on the test set."""
     strangers: list[str] = []
     over: list[str] = []
     early: list[str] = []
@@ -328,7 +328,7 @@ def check_rehearsal(rebuild: Callable[[], Parts]) -> list[Check]:
 
 
 def scramble_test_images(parts: Parts) -> None:
-    """Put other images and labels in the place of those that the run is measured on, and of the test set."""
+    """Replace the images and labels on which the run is measured, and the test set, by others."""
     generator = torch.Generator().manual_seed(1)
     for task in parts.scenario.tasks:
         for data in {id(data): data for data in (task.test, task.get_split(parts.settings.evaluate_on))}.values():
@@ -337,6 +337,6 @@ def scramble_test_images(parts: Parts) -> None:
 
 
 def are_equal(first: Any, second: Any) -> bool:
-    """Whether two states hold the same tensors, bit by bit."""
+    """Whether two states have the same tensors, bit by bit."""
     a, b = flatten_state(first), flatten_state(second)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
