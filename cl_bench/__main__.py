@@ -1,6 +1,6 @@
 """The command: ``python -m cl_bench``.
 
-Nothing heavy is imported before a run is really wanted, so that ``--help`` and typing errors are answered at once.
+Heavy packages are imported only when a run starts, so that ``--help`` and wrong keys are answered at once.
 """
 
 import os
@@ -13,15 +13,15 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from cl_bench.config.explain import explain, status_of
+from cl_bench.config.explain import choose_exit_status, explain
 from cl_bench.config.schema import CONFIGS
 from cl_bench.core.errors import ConfigError
 from cl_bench.runs.sweep import JobFailed, Sweep
 from cl_bench.system.streams import outlive_readers
 
 
-def job(config: DictConfig) -> Any:
-    """One job: the run itself, or one of a sweep."""
+def run_job(config: DictConfig) -> Any:
+    """Run one job: the run itself, or one of a sweep."""
     from cl_bench.runs.run import run
 
     _refuse_search_on_test(config)
@@ -31,7 +31,7 @@ def job(config: DictConfig) -> Any:
 def main() -> None:
     """Run the command line; exit status 0 finished, 2 wrong configuration or data, 130/143 stopped, 1 anything else."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises errors instead of printing them
     wait_passively()
     outlive_readers()
     multirun = bool({"-m", "--multirun"} & set(sys.argv)) and not {"--cfg", "-c", "--info", "-i"} & set(sys.argv)
@@ -41,15 +41,15 @@ def main() -> None:
 
     def task(config: DictConfig) -> Any:
         started.append(True)
-        if _sweeping():
-            return sweep.perform(job, config)  # Hydra keeps the failure of a job until the other jobs have run
+        if _is_sweeping():
+            return sweep.perform(run_job, config)  # Hydra keeps its error until the other jobs have run
         try:
-            return job(config)
-        except Exception as error:  # kept from Hydra, which would print a line of its own
+            return run_job(config)
+        except Exception as error:  # not raised: Hydra would print a line of its own
             failures.append(error)
 
     try:
-        with sweep.stoppable() if multirun else nullcontext():
+        with sweep.handle_signals() if multirun else nullcontext():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(task)()
         if failures:
             raise failures[0]
@@ -58,11 +58,11 @@ def main() -> None:
     except Exception as error:
         if isinstance(error, JobFailed):
             failed = sweep.close() or [error]
-            _tell_again(failed)
+            _repeat_failures(failed)
             sys.exit(2 if all(job.status == 2 for job in failed) else 1)
-        # What fails before a job starts is the command line; the jobs of a sweep may start in other processes.
+        # If no job has started, the command line is wrong; the jobs of a sweep may start in other processes.
         composing = not started and not multirun
-        status = 2 if composing else status_of(error)
+        status = 2 if composing else choose_exit_status(error)
         if status is None:
             raise
         if wants_traceback:
@@ -71,28 +71,28 @@ def main() -> None:
             print(f"cl_bench: {explain(error, sys.argv[1:])}", file=sys.stderr)
         sys.exit(status)
     finally:
-        _tell_again(sweep.close())
+        _repeat_failures(sweep.close())
 
 
 def wait_passively() -> None:
-    """Let threads that wait for others sleep: those that spin take the cores from whom they wait for.
+    """Let waiting threads sleep. A thread that spins takes the core from the thread that it waits for.
 
-    Read by OpenMP when torch is loaded. It changes no result, and where cores are shared it is five times as fast
-    (docs/speed.md); whoever sets these variables has the last word.
+    OpenMP reads these variables when torch is loaded. They change no result, and on shared cores a run is five times as
+    fast (docs/speed.md). Variables that are set already stay as they are.
     """
     for name, value in {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}.items():  # GNU's OpenMP, and Intel's
         os.environ.setdefault(name, value)
 
 
-def _tell_again(failed: Sequence[JobFailed]) -> None:
-    """What the jobs of a sweep failed of, at its end: it may be hours ago."""
+def _repeat_failures(failed: Sequence[JobFailed]) -> None:
+    """Print the failures of a sweep again at its end: they may be hours old."""
     if failed:
         print(f"cl_bench: {len(failed)} job{'s' if len(failed) > 1 else ''} of this sweep failed:", file=sys.stderr)
     for failure in failed:
         print(f"cl_bench: {failure.message}", file=sys.stderr)
 
 
-def _sweeping() -> bool:
+def _is_sweeping() -> bool:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -100,7 +100,7 @@ def _sweeping() -> bool:
 
 
 def _refuse_search_on_test(config: DictConfig) -> None:
-    """A search would choose settings by the test images; and it must look for the largest accuracy."""
+    """Refuse a search that would choose settings by test images, or look for the smallest accuracy."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra_config = HydraConfig.get()

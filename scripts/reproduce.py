@@ -22,12 +22,12 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from cl_bench.config.explain import explain
-from cl_bench.config.schema import comparable, composed, fingerprint, plain
+from cl_bench.config.schema import compose_config, compute_fingerprint, select_comparable, to_plain_dict
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.report.published import Group, chosen, read_groups
-from cl_bench.runs.run import run_folder
+from cl_bench.runs.run import choose_run_dir
 from cl_bench.runs.run_dir import read_summary
-from cl_bench.system.signals import stop_signals
+from cl_bench.system.signals import collect_stop_signals
 from cl_bench.system.streams import outlive_readers
 
 ROWS = Path(__file__).parent / "reproduction"
@@ -100,19 +100,21 @@ def plan(
         for variant in group.variants(row):
             own = [f"name={name}", f"results_dir={records}"]
             base = [*variant, *([f"+scale={scale}"] if scale else [])]
-            values = plain(composed([*base, *extra, *own]))
-            settings = comparable(values)
+            values = to_plain_dict(compose_config([*base, *extra, *own]))
+            settings = select_comparable(values)
             if extra:
-                _refuse_other_settings(extra, settings, comparable(plain(composed([*base, *own]))))
+                _refuse_other_settings(extra, settings, select_comparable(to_plain_dict(compose_config([*base, *own]))))
             for seed in range(seeds or row.seeds):
                 overrides = [*base, f"seed={seed}", *extra, *own]
-                jobs.setdefault(seed, []).append(Job(name, overrides, run_folder(values | {"seed": seed}, settings)))
+                jobs.setdefault(seed, []).append(
+                    Job(name, overrides, choose_run_dir(values | {"seed": seed}, settings))
+                )
     return [job for seed in sorted(jobs) for job in jobs[seed]]
 
 
 def _refuse_other_settings(extra: Sequence[str], settings: dict[str, object], published: dict[str, object]) -> None:
     require(
-        fingerprint(settings) == fingerprint(published),
+        compute_fingerprint(settings) == compute_fingerprint(published),
         "--set",
         expected="keys that change no result, such as device or trainer.checkpoint_seconds",
         got=" ".join(extra),
@@ -126,7 +128,7 @@ def run(jobs: Sequence[Job], deadline: float, grace: float = GRACE_SECONDS) -> i
     A run in progress is then asked to save and leave, and killed after ``grace`` seconds; its last checkpoint counts.
     """
     failures: list[int] = []
-    with stop_signals() as caught:
+    with collect_stop_signals() as caught:
         for number, job in enumerate(jobs, start=1):
             if job.state == "finished":
                 continue

@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Context
-from cl_bench.config.build import partial_component
-from cl_bench.config.schema import composed
+from cl_bench.config.build import prepare_component
+from cl_bench.config.schema import compose_config
 from cl_bench.core.types import Batch
 from cl_bench.data.base import ImageSet
 from cl_bench.data.transform import Transform
@@ -58,13 +58,13 @@ TINY = [
 
 def configure(*overrides: str) -> DictConfig:
     """The configuration that the command would run with."""
-    return composed(overrides)
+    return compose_config(overrides)
 
 
 def network_of(*overrides: str, num_classes: int = 100, image_shape: tuple[int, int, int] = (3, 32, 32)) -> Backbone:
     """The network that these overrides choose."""
     shape = {"num_classes": num_classes, "image_shape": image_shape}
-    return partial_component(configure(*overrides).backbone, "backbone", [], Backbone)(**shape)
+    return prepare_component(configure(*overrides).backbone, "backbone", [], Backbone)(**shape)
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -127,7 +127,7 @@ def buffer_context(num_classes: int = 4, shape: tuple[int, int, int] = (1, 8, 8)
 
 def batch_of(raw: torch.Tensor, y: torch.Tensor, task: int = 0) -> Batch:
     """A stream batch of un-augmented images."""
-    return Batch(x=identity_transform(raw.shape[1]).plain(raw), y=y, raw=raw, task=task)
+    return Batch(x=identity_transform(raw.shape[1]).normalise(raw), y=y, raw=raw, task=task)
 
 
 def describe_machine() -> str:

@@ -38,7 +38,7 @@ import cl_bench.engine.evaluate as evaluation
 from cl_bench import __main__ as main_module
 from cl_bench.core.record import Record
 from cl_bench.data import digits  # noqa: F401 - loaded before the forks
-from cl_bench.data.pictures import Decoder, kinds
+from cl_bench.data.pictures import Decoder, list_kinds
 from cl_bench.engine.trainer import Trainer
 from cl_bench.report import page
 from cl_bench.runs import run as run_module
@@ -544,7 +544,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="cl_bench_soak_"))
     soak = Soak(folder, options.seed)
     own = pictures(folder / "pictures", classes=[f"class {c}" for c in range(10)], train=10, test=4)
-    kinds()  # loads PIL's decoders before the forks
+    list_kinds()  # loads PIL's decoders before the forks
     order = soak.rng.sample(METHODS, len(METHODS))
     extra: dict[str, Any] = {}
     number = 0

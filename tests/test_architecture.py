@@ -9,7 +9,7 @@ from conftest import ROOT, configure
 from omegaconf import OmegaConf
 
 from cl_bench.config.build import RUNTIME
-from cl_bench.config.schema import arguments, named, plain, target
+from cl_bench.config.schema import import_allowed, import_target, read_arguments, to_plain_dict
 
 PACKAGE = ROOT / "cl_bench"
 GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
@@ -30,13 +30,13 @@ FLOORS = [
 ORDER = {
     "core": ["images", "types"],
     "engine": ["checkpoint evaluate step", "trainer", "replicas"],
-    "config": ["schema", "build explain"],
+    "config": ["schema", "build command_line", "explain"],
     "report": ["plots published", "page", "compare", "reproduction"],
-    "runs": ["run_dir sweep", "dry_run audit", "run"],
+    "runs": ["run_dir sweep timing", "dry_run audit", "run"],
 }
 """Inside these folders a file imports from the earlier ones."""
 
-SHARED = {"base", "layers", "delivered", "jsonl", "cache", "pictures"}
+SHARED = {"base", "layers", "delivered", "jsonl", "cache", "pictures", "picture_files"}
 """In the other folders one variant does not know another: only these may be imported by their siblings. Of them
 metrics.jsonl is what the other loggers catch up from, and a folder of pictures is decoded and stored by modules of
 their own."""
@@ -96,16 +96,18 @@ def test_every_variant_has_its_yaml_and_builds_from_it(group):
     for path in sorted((ROOT / "configs" / group).glob("*.yaml")):
         text = path.read_text()
         config = configure(f"{group}={path.stem}")
-        built = target(config[group], group, [])
+        built = import_target(config[group], group, [])
         assert built.__module__.startswith(f"cl_bench.{GROUPS[group]}."), path
-        assert arguments(config[group], group, built, RUNTIME[group]).keys() == set(config[group]) - {"_target_"}, text
+        assert read_arguments(config[group], group, built, RUNTIME[group]).keys() == set(config[group]) - {
+            "_target_"
+        }, text
 
 
 def test_every_metric_loads():
     for path in (ROOT / "configs" / "metrics").glob("*.yaml"):
         config = configure(f"metrics={path.stem}")
         for name, dotted in config.metrics.items():
-            assert named(dotted, name, []).__name__ == name
+            assert import_allowed(dotted, name, []).__name__ == name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
@@ -118,11 +120,11 @@ def test_experiments_say_what_they_are(path):
     config = configure(f"+experiment={path.stem}")
     assert config.experiment == path.stem
     for group in GROUPS:
-        built = target(config[group], group, [])
-        arguments(config[group], group, built, RUNTIME[group])
+        built = import_target(config[group], group, [])
+        read_arguments(config[group], group, built, RUNTIME[group])
     if config.published is not None:
         assert {"tolerance", "source"} < set(config.published)
-    values = plain(config)
+    values = to_plain_dict(config)
     OmegaConf.resolve(config)  # what --cfg job --resolve prints, lists of ${by_scale:...} among it
     assert OmegaConf.to_container(config, enum_to_str=True) == values
 
@@ -137,8 +139,8 @@ def test_the_backbone_brings_its_method_and_the_command_line_wins():
 
 
 def test_mini_is_smaller_and_never_held_to_a_published_number():
-    from cl_bench.config.schema import comparable, plain
-    from cl_bench.runs.run import base_summary
+    from cl_bench.config.schema import select_comparable, to_plain_dict
+    from cl_bench.runs.run import begin_summary
 
     for name, full, mini in (("lvt", 64, 16), ("resnet18", 64, 20)):
         assert configure(f"backbone={name}").backbone.width == full
@@ -146,8 +148,8 @@ def test_mini_is_smaller_and_never_held_to_a_published_number():
         assert configure(f"backbone={name}", "+scale=mini", "backbone.width=8").backbone.width == 8
 
     def published(*overrides):
-        values = plain(configure("+experiment=resnet18_derpp_cifar100_10split", *overrides))
-        return base_summary(values, comparable(values))["published"]
+        values = to_plain_dict(configure("+experiment=resnet18_derpp_cifar100_10split", *overrides))
+        return begin_summary(values, select_comparable(values))["published"]
 
     for changed in ("buffer.capacity=200", "trainer.epochs=1", "class_order_seed=3", "optimizer=adamw"):
         assert published(changed) is None
@@ -190,19 +192,19 @@ ABLATIONS = sorted(p for p in (ROOT / "configs" / "ablation").glob("*.yaml") if 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
 def test_an_ablation_changes_its_experiment_and_its_name_only(path):
-    from cl_bench.config.schema import comparable, plain
+    from cl_bench.config.schema import select_comparable, to_plain_dict
 
     method = path.stem.split("_without_")[0]
     (experiment,) = [p.stem for p in (ROOT / "configs" / "experiment").glob(f"{method}_cifar100_10s*.yaml")]
     whole, without = (
-        plain(configure(f"+experiment={experiment}", f"+ablation={name}")) for name in ("none", path.stem)
+        to_plain_dict(configure(f"+experiment={experiment}", f"+ablation={name}")) for name in ("none", path.stem)
     )
-    assert whole["name"] == plain(configure(f"+experiment={experiment}"))["name"]
+    assert whole["name"] == to_plain_dict(configure(f"+experiment={experiment}"))["name"]
     assert without["name"] == path.stem.replace("_", "-")
-    before, after = comparable(whole), comparable(without)
+    before, after = select_comparable(whole), select_comparable(without)
     changed = {key for key in before | after if before.get(key) != after.get(key)}
     assert 1 <= len(changed) <= 2
     assert {key.split(".")[0] for key in changed} <= {"method", "backbone", "buffer"}
     for group in GROUPS:
         config = configure(f"+experiment={experiment}", f"+ablation={path.stem}")
-        arguments(config[group], group, target(config[group], group, []), RUNTIME[group])
+        read_arguments(config[group], group, import_target(config[group], group, []), RUNTIME[group])

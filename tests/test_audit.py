@@ -16,7 +16,7 @@ from cl_bench.engine.checkpoint import Checkpoint, cloned
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.er import ER
 from cl_bench.runs import run_dir as files
-from cl_bench.runs.audit import audit, contents_are_training_images, rehearsal_is_clean
+from cl_bench.runs.audit import audit, check_contents, check_rehearsal
 
 RUN = [*TINY, "scenario.test_per_class=20", "backbone=mlp", "backbone.hidden=[16]", "method=er", "method.replay_size=8"]
 RUN += ["buffer=reservoir", "buffer.capacity=20"]
@@ -43,7 +43,7 @@ class LooksLabelsUp(Honest):
 
     def predict(self, x, task_id):
         everything = Data.concatenate(task.test for task in self.scenario.tasks)
-        known = self.scenario.transform.plain(everything.images).flatten(1)
+        known = self.scenario.transform.normalise(everything.images).flatten(1)
         return torch.nn.functional.one_hot(
             everything.labels[torch.cdist(x.flatten(1), known).argmin(dim=1)], 10
         ).float()
@@ -63,7 +63,7 @@ class PeeksAtTestImages(Honest):
 
     def observe(self, batch):
         test = self.scenario.tasks[batch.task].test
-        loss = torch.nn.functional.cross_entropy(self.net(self.scenario.transform.plain(test.images)), test.labels)
+        loss = torch.nn.functional.cross_entropy(self.net(self.scenario.transform.normalise(test.images)), test.labels)
         return super().observe(batch) | {"peek": loss}
 
 
@@ -76,7 +76,7 @@ class KeepsImagesAside(Honest):
 
     def learn(self, task):
         yield from super().learn(task)
-        self.statistics.copy_(self.scenario.transform.plain(task.train.images[:5]))
+        self.statistics.copy_(self.scenario.transform.normalise(task.train.images[:5]))
 
 
 class KeepsImagesAsideInDisguise(KeepsImagesAside):
@@ -113,8 +113,10 @@ class ChoosesOnTheImagesItIsMeasuredOn(Honest):
 
     def learn(self, task):
         yield from super().learn(task)
-        asked = task.asked("val")
-        loss = torch.nn.functional.cross_entropy(self.net(self.scenario.transform.plain(asked.images)), asked.labels)
+        asked = task.get_split("val")
+        loss = torch.nn.functional.cross_entropy(
+            self.net(self.scenario.transform.normalise(asked.images)), asked.labels
+        )
         self.net.head.weight.data *= 1 + loss.item()
 
 
@@ -219,14 +221,14 @@ def verdicts(make: Callable[[Parts], ER], tmp_path, *more: str) -> dict[str, boo
         return replace(parts, method=make(parts))
 
     parts = rebuild()
-    trainer = parts.trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False)
+    trainer = parts.build_trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False)
     trainer.run()
     files.write_predictions(tmp_path, trainer.answers, parts.scenario)
     with np.load(tmp_path / "predictions.npz") as stored:
         predictions = dict(stored)
     learned = cloned(parts.method.state_dict())
     if make is OverfillsItsBuffer:  # a state of another shape does not load into fresh parts: look at these ones
-        checks = [*contents_are_training_images(parts), *rehearsal_is_clean(rebuild)]
+        checks = [*check_contents(parts), *check_rehearsal(rebuild)]
     else:
         checks = audit(rebuild, learned, predictions)
     return {check.name: check.passed for check in checks}
@@ -251,7 +253,7 @@ def test_a_check_that_could_not_fail_is_skipped(tmp_path):
 
 def test_a_run_that_remembers_nothing_is_not_praised_for_it(tmp_path):
     parts = build(configure(*TINY, "backbone.hidden=[16]"))
-    [check, *_] = contents_are_training_images(parts)
+    [check, *_] = check_contents(parts)
     assert (check.name, check.passed) == ("every remembered image was in the training set", None)
 
 

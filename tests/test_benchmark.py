@@ -87,7 +87,7 @@ def test_both_data_paths_normalise_alike():
     for step in steps:
         theirs = step(theirs)
     ours = common.parts_of(*common.on_random_pixels(1), "scenario.num_tasks=2").scenario.transform
-    torch.testing.assert_close(ours.plain(torch.from_numpy(source.train_images[7:8]))[0], theirs)
+    torch.testing.assert_close(ours.normalise(torch.from_numpy(source.train_images[7:8]))[0], theirs)
 
 
 def test_a_twin_in_mid_sequence_is_the_method_itself(monkeypatch):
@@ -109,7 +109,7 @@ def test_the_clock_leaves_the_first_epoch_out(tmp_path):
     )
     clock = Clock()
     clock.start(common.run_info(tmp_path, 2))
-    parts.trainer(Loggers([clock]), Checkpoint(tmp_path), stop=lambda: False).run()
+    parts.build_trainer(Loggers([clock]), Checkpoint(tmp_path), stop=lambda: False).run()
     clock.finish("finished", None)
     assert len(seconds_a_step(tmp_path)) == 2
     assert all(0 < seconds < 60 for seconds in seconds_a_step(tmp_path))

@@ -178,12 +178,12 @@ def test_signals_save_and_leave_and_the_same_command_goes_on(tmp_path):
 
 
 def test_a_second_process_on_one_run_folder_is_refused(tmp_path, monkeypatch, capsys):
-    from cl_bench.runs.run_dir import locked
+    from cl_bench.runs.run_dir import lock_run_dir
 
     arguments = [*TINY, f"results_dir={tmp_path}/r"]
     assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     run = the_run(tmp_path / "r")
-    with locked(run):
+    with lock_run_dir(run):
         assert in_process(*arguments, "overwrite=true", monkeypatch=monkeypatch, cwd=tmp_path) == 2
     assert "expected a run folder that no other process is writing to" in capsys.readouterr().err
     assert (run / "summary.json").exists()
@@ -312,7 +312,7 @@ WRONG = {
     ),
     "unknown device": (["device=gpu"], "device: expected auto, or one that this machine has: .*cpu; got gpu"),
     "unwritable results": (["results_dir=/proc/results"], "results_dir: expected a folder that can be written to"),
-    "a name that leaves the folder": (["name=../../elsewhere"], "name: expected a plain name"),
+    "a name that leaves the folder": (["name=../../elsewhere"], "name: expected the name of a single folder"),
     "precision": (["precision=fp8"], r"precision: expected one of \[fp32, bf16\]; got fp8"),
     "negative seed": (["seed=-1"], r"seed: expected a whole number in \[0, 2\^32\); got -1"),
     "rate": (["optimizer.lr=-0.1"], "optimizer.lr: expected a finite learning rate above 0; got -0.1"),
@@ -432,10 +432,10 @@ WRONG = {
     "a key of another choice": (["method.strength=1"], "method.strength: .* method=ewc has strength."),
     "a key of another choice misspelt": (["schedule.milstones=[3]"], "schedule=multistep has milestones."),
     "a key of no choice": (["method.nothing_like_it=3"], "method.nothing_like_it: .* --cfg job prints every key"),
-    "a logger misspelt": (["+logger.wnadb.project=x"], "logger.wnadb: expected keys of a logger that was chosen"),
+    "a logger misspelt": (["+logger.wnadb.project=x"], "logger.wnadb: expected keys of a logger that is chosen"),
     "a key of Hydra's": (["+hydra.swep=x"], "hydra.swep: expected a key of Hydra's; .* Did you mean hydra.sweep?"),
-    "a choice of nothing": (["+choices.foo=er"], "choices.foo: expected what was chosen; got no such group"),
-    "a key below nothing": (["+published.foo=1"], "published.foo: expected no key below one that holds nothing"),
+    "a choice of nothing": (["+choices.foo=er"], "choices.foo: expected a group of the configuration; got foo"),
+    "a key below nothing": (["+published.foo=1"], "published.foo: expected no key below one without a value"),
     "a comma in a path": (["data_dir=/x,y"], "data_dir: expected one value; .* 'data_dir=\"/x,y\"' is a value with"),
     "a range without -m": (["seed=range(0,3)"], "seed: expected one value; got range.0,3.. Add -m for a run with each"),
     "two equals signs": (["trainer.epochs==3"], "command line: .* Did you mean trainer.epochs=3?"),
@@ -445,7 +445,7 @@ WRONG = {
     "no number of threads": (["threads=few"], "threads: expected auto, or 1 to 1024; got few"),
     "a folder that is not there": (
         ["--config-dir", "/nowhere"],
-        "--config-dir: expected one that is there; got /nowhere",
+        "--config-dir: expected one that exists; got /nowhere",
     ),
 }
 
@@ -524,7 +524,7 @@ def test_what_another_key_gives_a_file_is_not_laid_at_its_door(monkeypatch, tmp_
     assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
     error = capsys.readouterr().err
     assert error.startswith("cl_bench: scenario.source.root: expected a folder nowhere/train")
-    assert "It stands in" not in error
+    assert "It is in" not in error
 
 
 def test_a_quoted_value_is_taken_as_it_was_meant(monkeypatch, tmp_path):

@@ -31,25 +31,25 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_the_commit_of_another_project_is_not_taken_for_that_of_this_code(repository, tmp_path, monkeypatch):
-    assert files.commit() is None
+    assert files.find_commit() is None
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook
-    assert files.commit() is None
+    assert files.find_commit() is None
 
 
 def test_the_commit_of_a_checkout_and_whether_it_was_changed(repository, tmp_path):
     repository("add", ".")
     repository("commit", "-m", "with this package")
     head = repository("rev-parse", "HEAD")
-    assert files.commit() == head
+    assert files.find_commit() == head
     (Path(files.PACKAGE) / "__init__.py").write_text("changed")
-    assert files.commit() == f"{head}+changes"
+    assert files.find_commit() == f"{head}+changes"
 
 
 def test_no_commit_outside_of_git(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PACKAGE", tmp_path)
-    assert files.commit() is None
+    assert files.find_commit() is None
     monkeypatch.setenv("PATH", "")  # nor without git
-    assert files.commit() is None
+    assert files.find_commit() is None
 
 
 def test_where_there_is_no_checkout_the_commit_is_what_the_environment_says(tmp_path, monkeypatch):

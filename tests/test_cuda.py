@@ -31,7 +31,7 @@ from cl_bench.engine.step import Speed
 from cl_bench.engine.trainer import Interrupted, Trainer, follow
 from cl_bench.methods import ewc, supsup
 from cl_bench.runs import run as run_module
-from cl_bench.runs.run_dir import cuda_facts
+from cl_bench.runs.run_dir import collect_cuda_facts
 
 REAL = torch.device("cuda", 0)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -75,7 +75,7 @@ def distance(first: Trainer, second: Trainer) -> float:
     for trainer in (first, second):
         images = torch.cat([task.test.images[:] for task in trainer.scenario.tasks])
         with torch.no_grad():
-            scores.append(trainer.method.eval().predict(trainer.scenario.transform.plain(images), None))
+            scores.append(trainer.method.eval().predict(trainer.scenario.transform.normalise(images), None))
     ours, theirs = scores
     finite = ours.isfinite()
     assert torch.equal(finite, theirs.isfinite())
@@ -146,7 +146,7 @@ def test_the_command_reaches_its_steps_on_a_cuda_device(tmp_path, monkeypatch, p
 def test_cudnn_tries_its_algorithms_where_it_is_asked_to(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # as it was, afterwards
     parts_of("er", "trainer.cudnn_benchmark=true")
-    assert cuda_facts()["cudnn_benchmark"]
+    assert collect_cuda_facts()["cudnn_benchmark"]
 
 
 def test_the_device_of_the_tests_small_runs_can_be_chosen(monkeypatch):
@@ -163,7 +163,7 @@ def test_every_method_learns_on_the_device(method, device, tmp_path, request):
     assert all(parameter.device == REAL for parameter in trainer.method.parameters())
     assert all(parameter.isfinite().all() for parameter in trainer.method.parameters())
     if pretence is None:
-        assert np.isfinite(record.matrix("task_il").correct[-1]).all()
+        assert np.isfinite(record.get_matrix("task_il").correct[-1]).all()
         return
     on_cpu = trainer_of(parts_of(method, "device=cpu", "trainer.epochs=1"), tmp_path / "cpu")
     on_cpu.run()

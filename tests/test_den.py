@@ -256,7 +256,7 @@ def test_each_phase_of_a_task_trains_its_own_weights_and_expansion_keeps_old_ans
     # even an optimizer that decays weights; an l1 that leaves the first network sparse, so that S is a part of it
     parts = parts_of("method.group_lasso=0.01", "method.l1=0.05", "optimizer.weight_decay=0.1")
     method, net, trainer = method_of(parts), method_of(parts).net, trainer_of(parts, Checkpoint)
-    x = parts.scenario.transform.plain(parts.scenario.tasks[0].test.images)
+    x = parts.scenario.transform.normalise(parts.scenario.tasks[0].test.images)
     seen = set()
     for task in parts.scenario.tasks:
         method.eval()
@@ -526,7 +526,7 @@ def test_resumes_bit_equal_in_every_phase(tmp_path):
         folder = tmp_path / str(begin)
         steps = iter(range(1, 10**6))
         with pytest.raises(Interrupted):
-            parts_of().trainer(Loggers([]), Checkpoint(folder), stop=lambda: next(steps) == begin + 3).run()  # noqa: B023
+            parts_of().build_trainer(Loggers([]), Checkpoint(folder), stop=lambda: next(steps) == begin + 3).run()  # noqa: B023
         resumed = parts_of()
         torch.manual_seed(99)
         trainer_of(resumed, folder).run()

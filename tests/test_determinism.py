@@ -51,9 +51,9 @@ def what_a_seed_may_change(parts: Parts) -> dict[str, object]:
     return {
         "first weights": [p.tolist() for p in parts.method.parameters()],
         "order of the stream": torch.randperm(50, generator=parts.generators["batches"]).tolist(),
-        "crops and flips": scenario.transform.train(images, parts.generators["augment"]).tolist(),
+        "crops and flips": scenario.transform.augment(images, parts.generators["augment"]).tolist(),
         "places in the buffer": torch.randperm(50, generator=parts.buffer.generator).tolist(),
-        "classes of the tasks": [scenario.original(task) for task in scenario.tasks],
+        "classes of the tasks": [scenario.list_class_ids(task) for task in scenario.tasks],
         "training images": chosen("train"),
         "validation images": chosen("val"),
         "test images": chosen("test"),

@@ -13,7 +13,8 @@ from cl_bench.config.build import Parts, build
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.group import Loggers
 from cl_bench.runs import dry_run as module
-from cl_bench.runs.dry_run import SMALLEST, Budget, Measured, Operations, Probe, dry_run, measure
+from cl_bench.runs.dry_run import Probe, dry_run
+from cl_bench.runs.timing import SMALLEST, Budget, Measured, Operations, measure
 from cl_bench.scenarios.split import Split
 
 
@@ -137,11 +138,11 @@ def test_the_steps_of_a_run_are_counted(name, monkeypatch):
     monkeypatch.setattr(module, "measure", a_second)
     probe = Probe(build(config), Budget(60, Clock()))
     probe.run()
-    trainer = build(config).trainer(Loggers([]), Checkpoint(None), stop=lambda: False)
+    trainer = build(config).build_trainer(Loggers([]), Checkpoint(None), stop=lambda: False)
     monkeypatch.setattr(trainer, "_save", lambda *_: None)
     monkeypatch.setattr(trainer.checkpoint, "load", lambda: None)
     trainer.run()
-    low, expected, high = probe.training()
+    low, expected, high = probe.estimate_training()
     assert high == trainer.steps
     assert low == expected == pytest.approx(trainer.record.cost.samples_seen / 16)
 

@@ -300,7 +300,7 @@ def moved(method: DyToxRule, phase, epochs: int = 3) -> set[str]:
     transform = identity_transform()
     for _ in range(epochs):
         batch = batch_of(phase.data.images, phase.data.labels, task=1)
-        assert torch.equal(batch.x, transform.plain(phase.data.images))
+        assert torch.equal(batch.x, transform.normalise(phase.data.images))
         method.zero_grad()
         sum(phase.observe(batch).values()).backward()
         optimizer.step()
@@ -356,7 +356,7 @@ def test_memory_is_chosen_by_all_embeddings_of_plain_images():
     method.buffer.transform.apply = None  # must not be asked
     next(phases)
     x, features = seen[0]
-    assert torch.equal(x, method.buffer.transform.plain(task_of(1).train.images))
+    assert torch.equal(x, method.buffer.transform.normalise(task_of(1).train.images))
     with torch.no_grad():
         torch.testing.assert_close(features, torch.cat(method.net.embeddings(x), dim=1))
     assert features.shape == (10, 2 * 8)
@@ -499,7 +499,7 @@ def test_new_classes_lead_before_fine_tuning_and_old_ones_gain_by_it(tmp_path):
             "device=cpu",
         )
     )
-    trainer = parts.trainer(Loggers([]), Checkpoint(tmp_path), lambda: False)
+    trainer = parts.build_trainer(Loggers([]), Checkpoint(tmp_path), lambda: False)
     tasks, accuracy = parts.scenario.tasks, []
     for task in tasks[:2]:
         parts.method.eval()
@@ -508,7 +508,7 @@ def test_new_classes_lead_before_fine_tuning_and_old_ones_gain_by_it(tmp_path):
             parts.method.eval()
             right = []
             for asked in tasks[: task.id + 1]:
-                x = parts.scenario.transform.plain(asked.test.images)
+                x = parts.scenario.transform.normalise(asked.test.images)
                 with torch.no_grad():
                     right.append(
                         float((parts.method.predict(x, None).argmax(dim=1) == asked.test.labels).float().mean())

@@ -76,7 +76,7 @@ def metered(nvml, monkeypatch):
 
 def run(folder, stop=lambda: False) -> float | None:
     parts = build(configure("backbone=mlp", *TINY))
-    return parts.trainer(Loggers([]), Checkpoint(folder), stop).run().cost.energy_joules
+    return parts.build_trainer(Loggers([]), Checkpoint(folder), stop).run().cost.energy_joules
 
 
 def test_a_resumed_run_keeps_the_joules_of_before(metered, nvml, tmp_path):

@@ -67,7 +67,7 @@ def test_task_il_is_class_il_restricted_to_the_task():
     answers = evaluate(method, scenario(), learned=2, split="test", autocast=OFF)
     data = torch.cat([t.test.images for t in scenario().tasks])
     index = torch.cat([t.test.index for t in scenario().tasks])
-    scores = scenario().transform.plain(data).flatten(1) @ weight
+    scores = scenario().transform.normalise(data).flatten(1) @ weight
     for i, row in zip(index.tolist(), scores):
         at = (answers.index == i).nonzero().item()
         assert answers.class_il[at] == row.argmax()
@@ -121,7 +121,7 @@ def test_areas_are_of_the_probabilities_among_the_classes_of_the_task():
     method = Scores(lambda x, t: x.flatten(1) @ weight)
     answers = evaluate(method, unequal, learned=2, split="test", autocast=OFF)
     task = unequal.tasks[1].test
-    p = torch.softmax((unequal.transform.plain(task.images).flatten(1) @ weight)[:, 1:], dim=1).double().numpy()
+    p = torch.softmax((unequal.transform.normalise(task.images).flatten(1) @ weight)[:, 1:], dim=1).double().numpy()
     areas = answers.auroc(unequal.tasks)
     assert math.isnan(areas[0])  # a single class has no others
     assert areas[1] == pytest.approx(100 * one_vs_rest(p, task.labels.numpy() - 1))

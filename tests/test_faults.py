@@ -228,7 +228,7 @@ def stopped_in_epoch(run, monkeypatch, event: int, *arguments: str) -> None:
     class PowerCut(BaseException):
         pass
 
-    write = JsonLines.event
+    write = JsonLines.log_event
 
     def cut(self, number, content):
         if number == event:
@@ -236,7 +236,7 @@ def stopped_in_epoch(run, monkeypatch, event: int, *arguments: str) -> None:
         write(self, number, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JsonLines, "event", cut)
+        patch.setattr(JsonLines, "log_event", cut)
         with pytest.raises(PowerCut):
             run(*arguments)
 
@@ -277,7 +277,7 @@ def test_no_room_for_a_file_stops_with_one_message(run, straight, tmp_path, monk
 
     places = {
         "config.yaml": (files, "write_text"),
-        "metrics.jsonl": (JsonLines, "event"),
+        "metrics.jsonl": (JsonLines, "log_event"),
         "predictions.npz": (np, "savez_compressed"),
         "summary.json": (files, "write_json"),
         "report.html": (run_module, "write_report"),

@@ -24,11 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from test_methods import METHODS, MLP_RESERVOIR, SUITS
 
-from cl_bench.config.build import build, identity, loggers
+from cl_bench.config.build import build, build_loggers, identify_run
 from cl_bench.config.explain import explain
-from cl_bench.config.schema import CONFIGS, plain
+from cl_bench.config.schema import CONFIGS, to_plain_dict
 from cl_bench.core.errors import ConfigError
-from cl_bench.runs.run import base_summary, run_folder
+from cl_bench.runs.run import begin_summary, choose_run_dir
 
 EXAMPLES = int(os.environ.get("CL_BENCH_FUZZ", "60"))
 GROUPS = ["method", "backbone", "buffer", "scenario", "optimizer", "schedule", "trainer", "metrics", "logger"]
@@ -107,12 +107,12 @@ def fault(make: Callable[[], DictConfig]) -> str:
             refused: Exception = error
         else:
             try:
-                values = plain(config)
-                chosen, scenario = identity(config, values)
-                folder = run_folder(values, chosen)
-                base_summary(values, chosen)
+                values = to_plain_dict(config)
+                chosen, scenario = identify_run(config, values)
+                folder = choose_run_dir(values, chosen)
+                begin_summary(values, chosen)
                 build(config, scenario)
-                loggers(config)
+                build_loggers(config)
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 refused = error
             else:

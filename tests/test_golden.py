@@ -16,9 +16,9 @@ import pytest
 import torch
 from test_methods import METHODS, parts_of
 
+from cl_bench.core.record import replace_non_finite
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.base import Logger
-from cl_bench.loggers.jsonl import finite
 
 pytestmark = pytest.mark.arithmetic
 
@@ -40,8 +40,8 @@ class Curves(Logger):
     def start(self, run):
         pass
 
-    def event(self, number, event):
-        self.events.append(finite(event))
+    def log_event(self, number, event):
+        self.events.append(replace_non_finite(event))
 
     def finish(self, status, summary):
         pass
@@ -59,7 +59,7 @@ def golden(method: str, folder: Path, *overrides: str, jitter: float = 0.0) -> d
         for p in parts.method.parameters():
             p.data *= 1 + jitter * torch.randn(p.shape, generator=noise)
     logger = Curves()
-    parts.trainer(logger, Checkpoint(folder), stop=lambda: False).run()
+    parts.build_trainer(logger, Checkpoint(folder), stop=lambda: False).run()
     epochs = [event["losses"] for event in logger.events if event["event"] == "epoch"]
     tasks = [event for event in logger.events if event["event"] == "task"]
     return {"losses": epochs} | {key: [event[key] for event in tasks] for key in ("class_il", "task_il")}

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from speed import visit as parts
 
-from cl_bench.runs.run_dir import commit
+from cl_bench.runs.run_dir import find_commit
 
 SCRIPT = ROOT / "scripts" / "gpu_visit.py"
 
@@ -248,7 +248,7 @@ def test_the_halves_are_about_equal_and_become_the_data_when_both_are_there(carr
     folder, whole = carried
     sizes = {half: sum(f.stat().st_size for f in (folder / half / "strips").iterdir()) for half in ("first", "second")}
     assert sizes == {"first": 6000, "second": 3000}
-    assert (folder / "wheels" / "commit").exists() == bool(commit())
+    assert (folder / "wheels" / "commit").exists() == bool(find_commit())
     for half in ("first", "second"):
         [one] = gpu_visit.items("decode", [str(folder / half)], visit, options())
         visit.run(one)

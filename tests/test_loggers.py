@@ -31,7 +31,7 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
 from cl_bench.loggers.tensorboard import TensorBoard
-from cl_bench.loggers.wandb import Wandb, has_api_key, resolve_mode, run_id, summary_values
+from cl_bench.loggers.wandb import Wandb, compute_run_id, flatten_summary, has_api_key, resolve_mode
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -67,7 +67,7 @@ EVENTS = [
 
 def tell(logger: Logger, first: int = 0, stop: int = len(EVENTS)) -> None:
     for number in range(first, stop):
-        logger.event(number, EVENTS[number])
+        logger.log_event(number, EVENTS[number])
 
 
 class Killed(BaseException):
@@ -101,7 +101,7 @@ def test_jsonl_line_is_on_disk_after_its_event(tmp_path):
     logger = JsonLines()
     logger.start(info(tmp_path))
     for number, event in enumerate(EVENTS):
-        logger.event(number, event)
+        logger.log_event(number, event)
         assert lines(tmp_path) == EVENTS[: number + 1]
     logger.finish("finished", None)
 
@@ -141,7 +141,7 @@ def test_jsonl_refuses_to_leave_a_gap(tmp_path):
     logger.start(info(tmp_path))
     tell(logger, stop=2)
     with pytest.raises(ConfigError, match=r"metrics\.jsonl: expected the 5 lines .* got 2 lines.*overwrite=true"):
-        logger.event(5, EVENTS[5])
+        logger.log_event(5, EVENTS[5])
     logger.finish("failed", None)
 
 
@@ -151,15 +151,15 @@ def test_pace_is_that_of_the_steps_after_the_first_of_each_epoch_that_ended(tmp_
     logger, step = Pace(), Progress(0, 2, 0, 0, 2, 0, 3)
     logger.start(info(tmp_path))
     for _ in range(3):
-        logger.step(step)
-    logger.event(0, EVENTS[1])  # two steps in two seconds
-    logger.event(1, EVENTS[3])
-    logger.step(step)
+        logger.log_step(step)
+    logger.log_event(0, EVENTS[1])  # two steps in two seconds
+    logger.log_event(1, EVENTS[3])
+    logger.log_step(step)
     logger.finish("interrupted", None)
     again = Pace()
     again.start(info(tmp_path))
-    again.step(step)
-    again.event(1, EVENTS[2])
+    again.log_step(step)
+    again.log_event(1, EVENTS[2])
     again.finish("finished", None)
     first, second = ([*json.loads(line).values()] for line in (tmp_path / "pace.jsonl").read_text().splitlines())
     assert first == [0, 0, 0, 10, 1.0]
@@ -169,7 +169,7 @@ def test_pace_is_that_of_the_steps_after_the_first_of_each_epoch_that_ended(tmp_
 def test_jsonl_writes_null_for_what_json_does_not_know(tmp_path):
     logger = JsonLines()
     logger.start(info(tmp_path))
-    logger.event(0, epoch(10, 0, 0, ce=float("nan"), kd=float("-inf"), ok=np.float64(1.5)) | {"name": "é"})
+    logger.log_event(0, epoch(10, 0, 0, ce=float("nan"), kd=float("-inf"), ok=np.float64(1.5)) | {"name": "é"})
     logger.finish("finished", None)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text
@@ -196,10 +196,10 @@ class Recorder(Logger):
     def start(self, run):
         self._call("start")
 
-    def event(self, number, event):
+    def log_event(self, number, event):
         self._call("event")
 
-    def step(self, progress):
+    def log_step(self, progress):
         self._call("step")
 
     def finish(self, status, summary):
@@ -212,8 +212,8 @@ PROGRESS = Progress(task=0, num_tasks=2, phase=0, epoch=0, epochs=2, step=0, ste
 def run_through(logger: Logger, folder: Path) -> None:
     logger.start(info(folder))
     for number in (0, 1):
-        logger.event(number, EVENTS[number])
-        logger.step(PROGRESS)
+        logger.log_event(number, EVENTS[number])
+        logger.log_step(PROGRESS)
     logger.finish("finished", None)
 
 
@@ -315,7 +315,7 @@ def test_tensorboard_starts_afresh_where_its_first_event_was_killed(tmp_path):
         logger = TensorBoard()
         logger.start(info(tmp_path))
         with killed_before_mark(2):
-            logger.event(1, EVENTS[1])
+            logger.log_event(1, EVENTS[1])
         logger.finish("failed", None)
     assert points(tmp_path / "tensorboard")["losses/ce"] == [(10, 2.0)]
 
@@ -327,8 +327,8 @@ def test_tensorboard_gets_from_metrics_what_it_missed(tmp_path):
     logger = TensorBoard()
     logger.start(info(tmp_path))
     for number in range(5, len(EVENTS)):
-        metrics.event(number, EVENTS[number])
-        logger.event(number, EVENTS[number])
+        metrics.log_event(number, EVENTS[number])
+        logger.log_event(number, EVENTS[number])
     metrics.finish("finished", None)
     logger.finish("finished", None)
     assert points(tmp_path / "tensorboard") == EXPECTED_POINTS
@@ -420,7 +420,7 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
 
     before, after = map(wandb_records, wandb_files(folder))
     [run] = of_kind(before, "run")
-    assert (run.run_id, run.run_group, run.job_type) == (run_id(info(folder)), "some_Experiment", "er")
+    assert (run.run_id, run.run_group, run.job_type) == (compute_run_id(info(folder)), "some_Experiment", "er")
     assert list(run.tags) == ["t"]
     assert {run.run_id for run in of_kind(after, "run")} == {run.run_id}
     assert [metric.step_metric for metric in of_kind(before, "metric") if metric.glob_name == "*"] == ["step"]
@@ -464,7 +464,7 @@ def test_wandb_jobs_of_one_process_have_their_own_runs(wandb_home, offline):
         job.finish("finished", None)
     for seed in range(2):
         [file] = wandb_files(wandb_home / f"seed{seed}")
-        assert file.name == f"run-{run_id(info(wandb_home, seed))}.wandb"
+        assert file.name == f"run-{compute_run_id(info(wandb_home, seed))}.wandb"
         assert len(logged(wandb_records(file))) == 2 + seed
 
 
@@ -512,7 +512,7 @@ def test_wandb_resumes_its_run_online(tmp_path, online):
         tell(logger, first, stop)
         logger.finish("interrupted", None)
     assert [run.rows for run in server.runs] == [[1, 2, 3, 4], [5, 6]]
-    first = (run_id(info(tmp_path)), "allow", "online")
+    first = (compute_run_id(info(tmp_path)), "allow", "online")
     assert [(i["id"], i["resume"], i["mode"]) for i in server.inits] == [first] * 2
 
 
@@ -546,7 +546,7 @@ def test_wandb_gets_again_what_a_kill_may_have_lost(tmp_path, online):
 
 
 def test_wandb_does_not_mix_a_run_started_afresh_into_the_old_one(tmp_path, online):
-    ids = [run_id(info(tmp_path)) + suffix for suffix in ("", "-2", "-3")]
+    ids = [compute_run_id(info(tmp_path)) + suffix for suffix in ("", "-2", "-3")]
     server = online(*ids[:2])
     for first, stop in [(0, 3), (3, 8)]:
         logger = Wandb(project="p", entity=None, mode="online", tags=[])
@@ -621,15 +621,15 @@ def test_run_ids_are_plain_and_no_two_runs_share_one(tmp_path):
     changed = [{}, {"seed": 1}, {"fingerprint": "0"}, {"experiment": "a-b", "name": "c"}]
     changed += [{"experiment": "a", "name": "b-c"}, {"seed": 11, "name": "1"}, {"seed": 1, "name": "11"}]
     changed += [{key: name} for key in ("experiment", "name") for names in UNLIKE.values() for name in names]
-    ids = [run_id(replace(base, **change)) for change in changed]
+    ids = [compute_run_id(replace(base, **change)) for change in changed]
     assert len(set(ids)) == len(ids)
     assert all(re.fullmatch(r"[a-z0-9]{32}", i) for i in ids)
-    assert run_id(replace(base, folder=tmp_path / "moved")) == ids[0]
+    assert compute_run_id(replace(base, folder=tmp_path / "moved")) == ids[0]
 
 
 def test_summary_values_leave_out_the_unknown():
     summary = {"class_il": {"forgetting": None, "average_accuracy": 1.0}, "task_il": None, "seed": 3}
-    assert summary_values(summary) == {"class_il/average_accuracy": 1.0}
+    assert flatten_summary(summary) == {"class_il/average_accuracy": 1.0}
 
 
 # the console
@@ -638,14 +638,14 @@ def test_summary_values_leave_out_the_unknown():
 def loop(logger: Logger, clock: SimpleNamespace) -> None:
     """Two tasks of two epochs of ten steps, each taking a second."""
     number = 0
-    logger.event(number, EVENTS[0])
+    logger.log_event(number, EVENTS[0])
     for event in EVENTS[1:-1]:
         if event["event"] == "epoch":
             for step in range(10):
                 clock.now += 1.0
-                logger.step(Progress(event["task"], 2, 0, event["epoch"], 2, step, 10))
+                logger.log_step(Progress(event["task"], 2, 0, event["epoch"], 2, step, 10))
         number += 1
-        logger.event(number, event)
+        logger.log_event(number, event)
 
 
 @pytest.fixture
@@ -683,7 +683,7 @@ def test_console_lines_without_a_terminal(tmp_path, capsys, clock, min_seconds, 
 def test_console_says_where_it_was_interrupted(tmp_path, capsys, clock):
     console = Console(min_seconds=0.0)
     console.start(info(tmp_path))
-    console.step(Progress(3, 10, 1, 4, 20, 0, 10))
+    console.log_step(Progress(3, 10, 1, 4, 20, 0, 10))
     console.finish("interrupted", None)
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted after 0:00:00 in task 4/10, phase 2 epoch 5/20"
 
@@ -699,12 +699,12 @@ console.start(RunInfo(Path("."), "exp [bold]", "er", 0, "f", {{}}, 2))
 ending = {ending!r}
 try:
     for step in range(3):
-        console.step(Progress(0, 2, 0, 1, 4, step, 3))
+        console.log_step(Progress(0, 2, 0, 1, 4, step, 3))
         time.sleep(0.21)
     for _ in range(1000):
-        console.step(Progress(0, 2, 0, 1, 4, step, 3))
+        console.log_step(Progress(0, 2, 0, 1, 4, step, 3))
     accuracies = {{"class_il": [80.0], "task_il": [90.0], "class_il_average": 80.0, "task_il_average": 90.0}}
-    console.event(1, {{"event": "task", "step": 3, "task": 0}} | accuracies)
+    console.log_event(1, {{"event": "task", "step": 3, "task": 0}} | accuracies)
     print("a warning of some library", file=sys.stderr)
     if ending == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -764,20 +764,20 @@ def test_console_gives_the_terminal_back(ending):
 def test_console_on_a_dumb_terminal_writes_lines(monkeypatch):
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setenv("TERM", "dumb")
-    assert not console_module.on_terminal()
+    assert not console_module.has_terminal()
     monkeypatch.setenv("TERM", "xterm")
-    assert console_module.on_terminal()
+    assert console_module.has_terminal()
 
 
 def test_step_costs_next_to_nothing(tmp_path, capsys, monkeypatch):
     console = Console(min_seconds=2.0)
     group = Loggers([JsonLines(), console])
     group.start(info(tmp_path))
-    group.step(PROGRESS)
+    group.log_step(PROGRESS)
     with monkeypatch.context() as patch:
         patch.setattr(console, "_times", None)  # looking at the step would fail
-        console.step(PROGRESS)
-    for step, limit in [(console.step, 1e-6), (group.step, 1.5e-6)]:
+        console.log_step(PROGRESS)
+    for step, limit in [(console.log_step, 1e-6), (group.log_step, 1.5e-6)]:
         seconds = min(timeit.repeat(lambda step=step: step(PROGRESS), number=10_000, repeat=7)) / 10_000
         assert seconds < limit
     group.finish("finished", None)

@@ -293,7 +293,7 @@ def test_nearest_mean_against_numpy():
     x = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         features = learned.net.features(x).double().numpy()
-        train = [learned.net.features(parts.transform.plain(t.train.images)).double().numpy() for t in parts.tasks]
+        train = [learned.net.features(parts.transform.normalise(t.train.images)).double().numpy() for t in parts.tasks]
         scores = learned.alternatives()["nearest_mean"](x, None).numpy()
     means = [train[c // 2][(parts.tasks[c // 2].train.labels == c).numpy()].mean(0) for c in range(6)]
     expected = -np.linalg.norm(features[:, None] - np.array(means)[None], axis=2)
@@ -304,7 +304,7 @@ def test_nearest_mean_against_numpy():
 def test_a_run_forgets_nothing_in_task_il_and_leaves_the_trunk_as_it_was(mode, tmp_path):
     parts = build(configure(*TINY, "backbone=memory_vit_digits", f"backbone.attention={mode}", "method.rule=energy",
                             "method.warm_up_epochs=1", "scenario.classes_per_task=[4,3,3]"))  # fmt: skip
-    trainer = parts.trainer(Loggers([]), Checkpoint(tmp_path), lambda: False)
+    trainer = parts.build_trainer(Loggers([]), Checkpoint(tmp_path), lambda: False)
     trunks = []
     learn = parts.method.learn
 

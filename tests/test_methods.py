@@ -91,7 +91,7 @@ def needs_id(parts: Parts) -> bool:
 
 
 def trainer_of(parts: Parts, folder, stop=lambda: False) -> Trainer:
-    return parts.trainer(Loggers([]), Checkpoint(folder), stop)
+    return parts.build_trainer(Loggers([]), Checkpoint(folder), stop)
 
 
 @pytest.mark.arithmetic
@@ -136,7 +136,7 @@ def test_losses_are_finite_and_named_and_reach_exactly_the_trained_parameters(me
 @pytest.mark.parametrize("method", METHODS)
 def test_predict_has_a_score_a_class(method):
     parts = parts_of(method)
-    x = parts.scenario.transform.plain(parts.scenario.tasks[0].test.images)
+    x = parts.scenario.transform.normalise(parts.scenario.tasks[0].test.images)
     with torch.no_grad():
         scores = parts.method.eval().predict(x, torch.zeros(len(x), dtype=torch.int64) if needs_id(parts) else None)
     assert scores.shape == (len(x), 10)
@@ -181,7 +181,7 @@ def test_resumes_bit_equal_wherever_it_is_stopped(method, precision, tmp_path):
         resumed = trainer_of(parts, folder)
         again = resumed.run()
         for setting in SETTINGS:
-            np.testing.assert_array_equal(again.matrix(setting).correct, record.matrix(setting).correct)
+            np.testing.assert_array_equal(again.get_matrix(setting).correct, record.get_matrix(setting).correct)
         assert resumed.steps == total
         expected = state(straight)
         for name, tensor in state(parts).items():

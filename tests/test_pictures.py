@@ -21,8 +21,8 @@ from PIL import Image
 from test_command import assert_equal_results, in_process, the_run
 from test_faults import no_file_above
 
-from cl_bench.config.build import build, identity
-from cl_bench.config.schema import comparable, fingerprint, plain
+from cl_bench.config.build import build, identify_run
+from cl_bench.config.schema import compute_fingerprint, select_comparable, to_plain_dict
 from cl_bench.core.errors import ConfigError
 from cl_bench.data.digits import digits
 from cl_bench.data.folder import folder
@@ -461,7 +461,7 @@ def test_a_damaged_file_of_decoded_images_is_made_again_once(case, tmp_path, mon
     assert len(decoded) == 18
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if "took" not in line] == [
-        f"cl_bench: {path.with_suffix('.images')} is damaged; it is made again"
+        f"cl_bench: {path.with_suffix('.images')} is damaged; it is created again"
     ]
     assert opened(root).digest == digest
     assert len(decoded) == 18
@@ -598,7 +598,7 @@ def test_what_changes_the_data_of_a_run_and_what_does_not(tmp_path):
     config = configure(*learns(root))
 
     def data() -> str:
-        return identity(config, plain(config))[0]["data"]
+        return identify_run(config, to_plain_dict(config))[0]["data"]
 
     first, picture = data(), root / "train" / "ant" / "0.png"
     before = picture.read_bytes()
@@ -676,18 +676,18 @@ def test_what_was_recorded_keeps_its_fingerprint():
     assert len(records) > 80
     for path in records:
         written = json.loads((path.parent / "summary.json").read_text())["fingerprint"]
-        assert fingerprint(comparable(yaml.safe_load(path.read_text()))) == written, path
+        assert compute_fingerprint(select_comparable(yaml.safe_load(path.read_text()))) == written, path
     for experiment, written in GOLDEN.items():
         config = configure(f"+experiment={experiment}", "+scale=mini")
-        settings, scenario = identity(config, plain(config))
-        assert fingerprint(settings) == written
+        settings, scenario = identify_run(config, to_plain_dict(config))
+        assert compute_fingerprint(settings) == written
         assert scenario is None  # nothing was read for it
 
 
 @pytest.mark.parametrize("scenario", ["digits", "cifar100", "permuted_digits", "permuted_digits_shared"])
 def test_bundled_and_checked_data_are_told_by_their_name(scenario):
     config = configure(f"scenario={scenario}", "data_dir=/nowhere")
-    assert identity(config, plain(config)) == (comparable(plain(config)), None)
+    assert identify_run(config, to_plain_dict(config)) == (select_comparable(to_plain_dict(config)), None)
 
 
 def test_the_digest_is_that_of_images_labels_and_names():
@@ -715,8 +715,8 @@ def test_what_is_made_of_pictures_is_told_by_them(tmp_path):
     def data() -> str:
         config = configure("scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", "device=cpu")
         config.scenario.disjoint.source.digits = source
-        settings, scenario = identity(config, plain(config))
-        assert build(config, scenario).facts()["data"] == settings["data"]
+        settings, scenario = identify_run(config, to_plain_dict(config))
+        assert build(config, scenario).describe()["data"] == settings["data"]
         return settings["data"]
 
     before = data()
@@ -759,17 +759,19 @@ def test_a_scenario_of_ones_own_is_told_by_its_images(tmp_path, monkeypatch):
     found = []
     for value in ("1", "1", "2"):
         (tmp_path / "value").write_text(value)
-        settings, scenario = identity(config, plain(config))
-        assert build(config, scenario).facts()["data"] == settings["data"]
+        settings, scenario = identify_run(config, to_plain_dict(config))
+        assert build(config, scenario).describe()["data"] == settings["data"]
         found.append(settings["data"])
     assert found[0] == found[1] != found[2]
     config = configure("allow_packages=[own_scenario]", "scenario._target_=own_scenario.Derived", "device=cpu")
-    assert "data" in identity(config, plain(config))[0]
+    assert "data" in identify_run(config, to_plain_dict(config))[0]
 
 
 def test_a_file_of_weights_counts_with_its_content(tmp_path):
     def settings(name: str) -> dict:
-        return comparable(plain(configure("backbone=memory_vit_digits", f"backbone.checkpoint={tmp_path / name}")))
+        return select_comparable(
+            to_plain_dict(configure("backbone=memory_vit_digits", f"backbone.checkpoint={tmp_path / name}"))
+        )
 
     (tmp_path / "one.pt").write_bytes(b"weights")
     (tmp_path / "same.pt").write_bytes(b"weights")

@@ -159,8 +159,8 @@ def test_the_scenario_augments_only_where_it_is_asked_to():
     off, on = split(toy), split(toy, rand_augment=POLICY)
     assert off.transform.rand_augment is None
     assert on.transform.rand_augment.fill == [128, 128, 128]
-    torch.testing.assert_close(off.transform.train(raw, torch.Generator()), off.transform.plain(raw))
-    assert not torch.equal(on.transform.train(raw, torch.Generator().manual_seed(0)), on.transform.plain(raw))
+    torch.testing.assert_close(off.transform.augment(raw, torch.Generator()), off.transform.normalise(raw))
+    assert not torch.equal(on.transform.augment(raw, torch.Generator().manual_seed(0)), on.transform.normalise(raw))
     for name in ("cifar100", "digits"):
         assert configure(f"scenario={name}").scenario.rand_augment is None
 

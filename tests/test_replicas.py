@@ -59,9 +59,9 @@ def largest_difference(first, second):
 
 def in_double(trainer):
     """Sixteen digits: training blows the rounding of single precision up, by how much depends on the processor."""
-    method, inputs, plain = trainer.method.double(), trainer.method.inputs, trainer.scenario.transform.plain
+    method, inputs, plain = trainer.method.double(), trainer.method.inputs, trainer.scenario.transform.normalise
     method.inputs = lambda batch: {n: t.double() if t.is_floating_point() else t for n, t in inputs(batch).items()}
-    trainer.scenario.transform.plain = lambda images: plain(images).double()
+    trainer.scenario.transform.normalise = lambda images: plain(images).double()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # kl_div of LVT has no batching rule
@@ -75,7 +75,7 @@ def test_each_replica_is_the_run_of_its_seed(method, overrides, tmp_path):
     for record, expected in zip(joint.side_by_side(), alone.one_by_one()):
         for setting in ("class_il", "task_il"):
             # an image on the border between two classes may fall to either side
-            ours, theirs = (r.matrix(setting).correct for r in (record, expected))
+            ours, theirs = (r.get_matrix(setting).correct for r in (record, expected))
             assert np.nanmax(np.abs(ours - theirs)) <= 1
     for seed in SEEDS:
         assert joint.trainers[seed].steps == alone.trainers[seed].steps > 0

@@ -391,9 +391,9 @@ def test_a_summary_of_no_finished_run_is_refused(tmp_path, text, got):
 
 @pytest.mark.parametrize("missing", ["rich.console", "rich.table"])
 def test_a_finished_run_does_without_the_packages_of_its_report(tmp_path, monkeypatch, capsys, missing):
-    from cl_bench.runs.run import show
+    from cl_bench.runs.run import show_result
 
     monkeypatch.setitem(sys.modules, missing, None)
-    show(make_run(tmp_path), {}, report=False)
+    show_result(make_run(tmp_path), {}, report=False)
     assert "rich" in (said := capsys.readouterr().err)
     assert "not installed" in said

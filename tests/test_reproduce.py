@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from test_report import TASKS, make_run
 
 from cl_bench.config.build import RUNTIME
-from cl_bench.config.schema import arguments, comparable, plain, target
+from cl_bench.config.schema import import_target, read_arguments, select_comparable, to_plain_dict
 from cl_bench.core.errors import ConfigError
 from cl_bench.report import reproduction
 from cl_bench.report.published import Group, Kind, chosen, read_groups
@@ -83,14 +83,16 @@ def test_a_row_composes_and_agrees_with_its_experiment(group, name):
     config = configure(*group.variants(row)[0], f"name={name}")
     assert config.experiment == row.experiment
     for key in ("scenario", "method", "backbone", "buffer", "optimizer", "schedule", "trainer"):
-        arguments(config[key], key, target(config[key], key, []), RUNTIME.get(key, ()))
+        read_arguments(config[key], key, import_target(config[key], key, []), RUNTIME.get(key, ()))
     assert row.numbers
     for number in row.numbers:
         assert number.published is None or number.source
         assert number.tolerance is None or number.published is not None
         assert (number.kind is None) == (number.published is None)
     alone = configure(f"+experiment={row.experiment}") if config.published else None
-    if alone and comparable(plain(config)) == comparable(plain(alone)):  # the row may state what the experiment has
+    if alone and select_comparable(to_plain_dict(config)) == select_comparable(
+        to_plain_dict(alone)
+    ):  # the row may state what the experiment has
         mine = {n.metric.replace(".", "_", 1): n for n in row.numbers if n.kind is Kind.gate}
         values = {key: value for key, value in config.published.items() if key not in ("tolerance", "source")}
         assert {key: mine[key].published for key in values} == values
@@ -175,7 +177,7 @@ def test_the_search_is_of_keys_that_lvt_has():
         assert OmegaConf.select(config, key) is not None
         for value in yaml.safe_load(choices.replace("choice(", "[").replace(")", "]")):
             OmegaConf.update(config, key, value)
-            arguments(config.method, "method", target(config.method, "method", []), RUNTIME["method"])
+            read_arguments(config.method, "method", import_target(config.method, "method", []), RUNTIME["method"])
 
 
 # ---- the tables

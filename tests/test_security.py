@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, TINY, configure
 from test_command import in_process, the_run
 
-from cl_bench.config.build import build, loggers
+from cl_bench.config.build import build, build_loggers
 from cl_bench.core.errors import ConfigError
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.report.page import write_report
@@ -37,7 +37,7 @@ def test_a_foreign_target_is_refused_before_anything_is_imported(case, tmp_path,
     monkeypatch.syspath_prepend(tmp_path)
     config = configure(*FOREIGN[case])
     with pytest.raises(ConfigError, match="expected something in one of the packages"):
-        build(config), loggers(config)
+        build(config), build_loggers(config)
     assert not {"evil", "cl_benchmark"} & set(sys.modules)
 
 

@@ -192,11 +192,11 @@ time.sleep(600)
 JOB = """
 import sys, time
 from pathlib import Path
-from cl_bench.system.signals import stop_signals
+from cl_bench.system.signals import collect_stop_signals
 from cl_bench.runs.sweep import Sweep
 
 def job(config):
-    with stop_signals() as caught:
+    with collect_stop_signals() as caught:
         Path("began").touch()
         while not caught:
             time.sleep(0.01)

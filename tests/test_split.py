@@ -19,7 +19,7 @@ from cl_bench.data import cifar100 as cifar100_module
 from cl_bench.data.cifar100 import cifar100
 from cl_bench.data.digits import digits
 from cl_bench.scenarios.shared_labels import SharedLabels
-from cl_bench.scenarios.split import Split, order_classes, task_sizes
+from cl_bench.scenarios.split import Split, choose_task_sizes, order_classes
 
 KEYS = {
     "pretrain_classes": 0, "num_tasks": 2, "classes_per_task": None, "class_order": "natural", "class_order_seed": 0,
@@ -35,7 +35,7 @@ def split(source=None, **keys) -> Split:
 def test_tasks_partition_the_classes_and_images():
     source = toy_images(num_classes=6)
     scenario = split(source, num_tasks=3, class_order=[5, 0, 3, 1, 4, 2])
-    assert [scenario.original(t) for t in scenario.tasks] == [[5, 0], [3, 1], [4, 2]]
+    assert [scenario.list_class_ids(t) for t in scenario.tasks] == [[5, 0], [3, 1], [4, 2]]
     assert [t.classes for t in scenario.tasks] == [range(0, 2), range(2, 4), range(4, 6)]
     seen = torch.cat([t.train.index for t in scenario.tasks])
     assert sorted(seen.tolist()) == list(range(len(source.train_labels)))
@@ -104,7 +104,7 @@ def test_classes_for_pretraining_are_part_of_no_task():
     assert held.pretrain_order == [5, 0]
     assert held.class_order == [3, 1, 4, 2]
     assert held.num_classes == 4
-    assert [held.original(t) for t in held.tasks] == [[3, 1], [4, 2]]
+    assert [held.list_class_ids(t) for t in held.tasks] == [[3, 1], [4, 2]]
     for data, ids in ((held.pretrain, [5, 0]), *((t.train, held.class_order) for t in held.tasks)):
         assert torch.tensor(ids)[data.labels].tolist() == source.train_labels[data.index.numpy()].tolist()
     assert len(held.pretrain) == 2 * 3  # validation images are held out of these classes, too
@@ -126,25 +126,25 @@ def test_subsets_are_drawn_by_the_data_seed_only():
 
 
 def test_sizes_of_tasks():
-    assert task_sizes(100, 20, None) == [5] * 20
-    assert task_sizes(100, 10, [50, 10, 10, 10, 10, 10]) == [50, 10, 10, 10, 10, 10]
+    assert choose_task_sizes(100, 20, None) == [5] * 20
+    assert choose_task_sizes(100, 10, [50, 10, 10, 10, 10, 10]) == [50, 10, 10, 10, 10, 10]
     with pytest.raises(ConfigError, match=r"one of \[1, 2, 4, 5, 10, 20, 25, 50, 100\]; got 15") as caught:
-        task_sizes(100, 15, None)
+        choose_task_sizes(100, 15, None)
     suggested = [7] * 10 + [6] * 5
     assert f"classes_per_task={suggested}" in str(caught.value)
-    assert task_sizes(100, 15, suggested) == suggested
+    assert choose_task_sizes(100, 15, suggested) == suggested
     for wrong in ([], [50, 49], [101, -1], [0, 100]):
         with pytest.raises(ConfigError, match="classes_per_task: expected positive numbers that add up to 100"):
-            task_sizes(100, 10, wrong)
+            choose_task_sizes(100, 10, wrong)
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"train_per_class": 7}, "train_per_class: expected 1 to 6 images a class"),
+        ({"train_per_class": 7}, "train_per_class: expected 1 to 6 images per class"),
         ({"test_per_class": 0}, "test_per_class: expected 1 to 6"),
         ({"val_fraction": 1.0}, r"val_fraction: expected a number in \[0, 1\)"),
-        ({"val_fraction": 0.95}, "at least one training image a class left .*none left of class 0, class 1"),
+        ({"val_fraction": 0.95}, "at least one training image per class .*none left of class 0, class 1"),
         (
             {"val_fraction": 0.1, "train_per_class": 1},
             "val_fraction: .*none left of class 0, class 1, class 2, class 3 at 0.1",
@@ -290,7 +290,7 @@ def test_the_split_is_avalanches():
         n_experiences=10, fixed_class_order=order, dataset_root=DATA / "cifar-100-python" / "..", return_task_id=False
     )
     for task, train, test in zip(ours.tasks, theirs.train_stream, theirs.test_stream):
-        assert set(ours.original(task)) == set(train.classes_in_this_experience)
+        assert set(ours.list_class_ids(task)) == set(train.classes_in_this_experience)
         for data, experience in ((task.train, train), (task.test, test)):
             targets = sorted(experience.dataset.targets)  # Avalanche sorts a task's images by class
             assert sorted(torch.tensor(ours.class_order)[data.labels].tolist()) == targets
@@ -316,7 +316,7 @@ def test_shared_labels_are_places_within_the_tasks():
             assert torch.equal(a.images, b.images)
             assert torch.equal(a.index, b.index)
             assert torch.equal(a.labels + 2 * theirs.id, b.labels)
-    with pytest.raises(ConfigError, match=r"disjoint: expected tasks of equally many classes.*got tasks of 1 and 3"):
+    with pytest.raises(ConfigError, match=r"disjoint: expected tasks with equally many classes.*got tasks of 1 and 3"):
         SharedLabels(disjoint=split(classes_per_task=[1, 3]))
 
 
@@ -325,7 +325,7 @@ def test_shared_labels_are_places_within_the_tasks():
     [
         (["method=lwf"], "method: expected one that can learn tasks with shared labels"),
         (["backbone=den_mlp", "method=den"], "method: expected one that can learn tasks with shared labels"),
-        (["method=er", "buffer=herding"], "buffer: expected one without a share a class"),
+        (["method=er", "buffer=herding"], "buffer: expected one without a quota per class"),
     ],
 )
 def test_what_counts_on_new_classes_is_refused_where_labels_are_shared(overrides, message):
@@ -337,4 +337,4 @@ def test_what_counts_on_new_classes_is_refused_where_labels_are_shared(overrides
 def test_what_does_not_is_built(method):
     buffer = "reservoir" if method in ("er", "derpp") else "none"
     keys = ["scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", f"method={method}", f"buffer={buffer}"]
-    assert build(configure(*keys, "device=cpu")).facts()["tasks"] == [list(range(10))] * 2
+    assert build(configure(*keys, "device=cpu")).describe()["tasks"] == [list(range(10))] * 2

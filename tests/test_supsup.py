@@ -629,7 +629,7 @@ def test_resumes_bit_equal_with_masks_and_statistics(tmp_path):
             )
         )  # fmt: skip
         calls = iter(range(1, 10**6))
-        trainer = parts.trainer(Loggers([]), Checkpoint(folder), stop=lambda: next(calls) == stop_after)
+        trainer = parts.build_trainer(Loggers([]), Checkpoint(folder), stop=lambda: next(calls) == stop_after)
         try:
             trainer.run()
         except Interrupted:
@@ -656,14 +656,14 @@ def inferred(outputs: int, tmp_path) -> tuple[dict[str, float], float]:
             f"seed={SEED}",
         )
     )  # fmt: skip
-    trainer = parts.trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False)
+    trainer = parts.build_trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False)
     method = parts.method.eval()
     for task in parts.scenario.tasks:
         for phase in method.learn(task):
             trainer.run_phase(task, 0, phase, None)
             method.eval()
     data = Data.concatenate(task.test for task in parts.scenario.tasks)
-    x, task = parts.scenario.transform.plain(data.images), data.labels // 10
+    x, task = parts.scenario.transform.normalise(data.images), data.labels // 10
     with torch.no_grad():
         right = method.predict(x, task).argmax(1) == data.labels
         objectives = ("H", "G") if outputs > 10 else ("H",)
@@ -688,7 +688,7 @@ def test_three_permutations_get_masks_of_their_own_without_any_task_id(tmp_path)
             f"seed={SEED}",
         )
     )  # fmt: skip
-    record = parts.trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False).run()
+    record = parts.build_trainer(Loggers([]), Checkpoint(tmp_path), stop=lambda: False).run()
     # A task has masks of its own and shares none. It may take more than one, where its first checks find it unfamiliar:
     # that is a threshold's decision, which rounding or another seed moves (of 23 runs seed 3 with AVX-512 and with SSE,
     # seed 0 with AVX2).

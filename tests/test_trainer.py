@@ -26,11 +26,11 @@ class Events(Logger):
     def start(self, run):
         pass
 
-    def event(self, number, event):
+    def log_event(self, number, event):
         assert number == len(self.events)
         self.events.append(event)
 
-    def step(self, progress):
+    def log_step(self, progress):
         self.progress.append(progress)
 
     def finish(self, status, summary):

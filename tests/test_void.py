@@ -6,7 +6,7 @@ from conftest import ROOT, configure
 
 from cl_bench.config.build import build
 from cl_bench.config.explain import refuse_unread_keys
-from cl_bench.config.schema import named
+from cl_bench.config.schema import import_allowed
 from cl_bench.core.errors import ConfigError, void
 
 VOID = {
@@ -58,7 +58,9 @@ def test_every_declaration_is_tried():
     for group in ("backbone", "buffer", "method", "optimizer", "schedule", "scenario", "trainer"):
         for path in (ROOT / "configs" / group).glob("*.yaml"):
             if target := yaml.safe_load(path.read_text()).get("_target_"):
-                declared |= {f"{group}.{argument}" for argument, *_ in vars(named(target, group, [])).get("void", ())}
+                declared |= {
+                    f"{group}.{argument}" for argument, *_ in vars(import_allowed(target, group, [])).get("void", ())
+                }
     assert declared == {key if "." in key else f"scenario.{key}" for key in VOID}
 
 

@@ -179,5 +179,5 @@ def _of(labels: Tensor, c: int) -> Tensor:
 @torch.no_grad()
 def described_in_chunks(data: Data, transform: Transform, describe: Describe) -> Columns:
     """``describe`` over a whole set, un-augmented."""
-    parts = [describe(transform.plain(chunk.images), chunk.labels) for chunk in data.chunks(CHUNK)]
+    parts = [describe(transform.normalise(chunk.images), chunk.labels) for chunk in data.split(CHUNK)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,4 +1,4 @@
-"""Configuration -> objects. Runtime objects are handed over here and never configured."""
+"""The objects of a run, built from its configuration. Runtime objects are passed in here and are never configured."""
 
 import inspect
 import random
@@ -13,7 +13,14 @@ from omegaconf import DictConfig
 
 from cl_bench.backbones.base import Backbone, SingleHead, check_single_images
 from cl_bench.buffers.base import Buffer, Context, PerClassBuffer
-from cl_bench.config.schema import Precision, arguments, comparable, named, refuse_void, target
+from cl_bench.config.schema import (
+    Precision,
+    import_allowed,
+    import_target,
+    read_arguments,
+    refuse_void,
+    select_comparable,
+)
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.record import Matrix
 from cl_bench.data.base import is_fixed_by_settings
@@ -23,12 +30,12 @@ from cl_bench.engine.trainer import Settings, Trainer
 from cl_bench.loggers.base import Logger
 from cl_bench.methods.base import Method
 from cl_bench.scenarios.base import Scenario
-from cl_bench.system.memory import ran_out
+from cl_bench.system.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a configuration builds, beside the loggers."""
+    """The objects that a configuration builds, except the loggers."""
 
     scenario: Scenario
     method: Method
@@ -41,8 +48,8 @@ class Parts:
     device: torch.device
     autocast: torch.autocast
 
-    def trainer(self, logger: Logger, checkpoint: Checkpoint, stop: Callable[[], bool]) -> Trainer:
-        """The loop over these parts."""
+    def build_trainer(self, logger: Logger, checkpoint: Checkpoint, stop: Callable[[], bool]) -> Trainer:
+        """The training loop over these parts."""
         return Trainer(
             method=self.method,
             scenario=self.scenario,
@@ -57,40 +64,45 @@ class Parts:
             stop=stop,
         )
 
-    def facts(self) -> dict[str, Any]:
-        """What ``summary.json`` says of the scenario and of how it is measured."""
+    def describe(self) -> dict[str, Any]:
+        """The entries of ``summary.json`` about the scenario and how it is measured."""
         return {
             "class_order": list(self.scenario.class_order),
             "class_names": list(self.scenario.class_names),
             "data": self.scenario.data,
-            "tasks": [self.scenario.original(task) for task in self.scenario.tasks],
+            "tasks": [self.scenario.list_class_ids(task) for task in self.scenario.tasks],
             "shared_labels": self.scenario.shared_labels,
             "evaluate_on": self.settings.evaluate_on,
-            "images": self.scenario.place,
+            "images": self.scenario.storage,
             "test_batches": self.method.test_batches,
         }
 
 
 def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
-    """Check and build every part of a run; the first thing that is wrong is a :class:`ConfigError`.
+    """All parts of a run, checked and built.
 
-    A ``scenario`` that the same configuration built before is taken: no seed but its own two governs it.
+    Args:
+        config: the composed configuration.
+        scenario: built before by the same configuration, to be used again: it depends on its own two seeds only.
+
+    Raises:
+        ConfigError: the first thing that is wrong.
     """
     allow = list(config.allow_packages)
     device = choose_device(config.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # the generator that a checkpoint saves is the current device's
-    generators = seeded(config.seed)
-    settings, schedule, optimizer, metrics, (make_net, make_buffer, make_method) = _cheap_parts(config, allow)
+        torch.cuda.set_device(device)  # a checkpoint saves the generator of the current device
+    generators = seed_everything(config.seed)
+    settings, schedule, optimizer, metrics, (make_net, make_buffer, make_method) = _build_cheap_parts(config, allow)
     torch.backends.cudnn.benchmark = settings.cudnn_benchmark
 
     scenario = scenario or build_scenario(config)
-    if scenario.place is None:
+    if scenario.storage is None:
         scenario.to(device, config.images.value)
     if settings.evaluate_on == "val" and not len(scenario.tasks[0].val):
         raise ConfigError(
             "trainer.evaluate_on",
-            expected="test, since no images are held out for validation",
+            expected="test, since no validation images are held out",
             got="val",
             fix="Set scenario.val_fraction=0.1 as well.",
         )
@@ -106,55 +118,66 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     if scenario.shared_labels:
         _refuse_disjoint(config, method, buffer)
     _refuse_graphs(settings, method, device)
-    optimizer([torch.nn.Parameter(torch.zeros(1, device=device))])  # its ranges are checked when it is made
+    optimizer([torch.nn.Parameter(torch.zeros(1, device=device))])  # torch checks the values when it builds one
     precision = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision is torch.bfloat16)
-    return Parts(scenario, method, buffer, optimizer, schedule, settings, metrics, generators, device, autocast)
+    return Parts(
+        scenario=scenario,
+        method=method,
+        buffer=buffer,
+        optimizer=optimizer,
+        schedule=schedule,
+        settings=settings,
+        metrics=metrics,
+        generators=generators,
+        device=device,
+        autocast=autocast,
+    )
 
 
-def _cheap_parts(config: DictConfig, allow: list[str]) -> tuple[Settings, Any, Any, dict[str, Any], list[Any]]:
-    """What is built first, so that a typing error is answered before a data set is read."""
-    settings = component(config.trainer, "trainer", allow, KINDS["trainer"])
-    schedule = component(config.schedule, "schedule", allow, KINDS["schedule"])
-    optimizer = partial_component(config.optimizer, "optimizer", allow, KINDS["optimizer"])
-    metrics = {str(name): metric(path, f"metrics.{name}", allow) for name, path in config.metrics.items()}
+def _build_cheap_parts(config: DictConfig, allow: list[str]) -> tuple[Settings, Any, Any, dict[str, Any], list[Any]]:
+    """The parts that are built first, so that a wrong key is reported before the data set is read."""
+    settings = build_component(config.trainer, "trainer", allow, KINDS["trainer"])
+    schedule = build_component(config.schedule, "schedule", allow, KINDS["schedule"])
+    optimizer = prepare_component(config.optimizer, "optimizer", allow, KINDS["optimizer"])
+    metrics = {str(name): load_metric(path, f"metrics.{name}", allow) for name, path in config.metrics.items()}
     makers = [
-        partial_component(config[group], group, allow, KINDS[group]) for group in ("backbone", "buffer", "method")
+        prepare_component(config[group], group, allow, KINDS[group]) for group in ("backbone", "buffer", "method")
     ]
     return settings, schedule, optimizer, metrics, makers
 
 
 def build_scenario(config: DictConfig) -> Scenario:
-    """The scenario alone, its images not on the device yet."""
-    return component(config.scenario, "scenario", list(config.allow_packages), KINDS["scenario"])
+    """The scenario alone; its images are not on the device yet."""
+    return build_component(config.scenario, "scenario", list(config.allow_packages), KINDS["scenario"])
 
 
-def identity(
+def identify_run(
     config: DictConfig, values: dict[str, Any], scenario: Scenario | None = None
 ) -> tuple[dict[str, Any], Scenario | None]:
-    """What makes a run comparable with others: its settings and, where these do not say what its images are, a digest.
+    """The settings that make a run comparable with others, and a digest of its images if no setting determines them.
 
     Args:
         values: the configuration as plain values.
-        scenario: which the same configuration built before.
+        scenario: built before by the same configuration.
 
     Returns:
-        The settings, the digest as ``data``; and the scenario, None where it is not needed for that.
+        The settings, with the digest as ``data``; and the scenario, None if it was not needed.
     """
-    settings, allow = comparable(values), list(config.allow_packages)
+    settings, allow = select_comparable(values), list(config.allow_packages)
     if not _is_fixed_by_settings(values["scenario"], allow):
         if scenario is None:
             choose_device(config.device)
-            _cheap_parts(config, allow)
+            _build_cheap_parts(config, allow)  # for its checks, before pictures are decoded for minutes
             scenario = build_scenario(config)
         settings["data"] = scenario.data
     return settings, scenario
 
 
 def _is_fixed_by_settings(node: Any, allow: list[str]) -> bool:
-    """Whether this part of the scenario and every part below it say all that there is to say of the images."""
+    """Whether the settings of this part of the scenario, and of every part below it, determine the images."""
     path = node.get("_target_") if isinstance(node, dict) else None
-    if not isinstance(path, str) or not is_fixed_by_settings(named(path, "scenario._target_", allow)):
+    if not isinstance(path, str) or not is_fixed_by_settings(import_allowed(path, "scenario._target_", allow)):
         return False
     below = [part for part in node.values() if isinstance(part, dict) and "_target_" in part]
     return all(_is_fixed_by_settings(part, allow) for part in below)
@@ -166,7 +189,7 @@ RUNTIME: dict[str, tuple[str, ...]] = {
     "method": ("net", "buffer", "scenario"),
     "optimizer": ("params",),
 }
-"""Constructor arguments of each group that are runtime objects."""
+"""The constructor arguments of each group that are runtime objects."""
 
 KINDS: dict[str, type] = {
     "scenario": Scenario,
@@ -178,62 +201,63 @@ KINDS: dict[str, type] = {
     "trainer": Settings,
     "logger": Logger,
 }
-"""What each group builds; anything else is refused before it is called."""
+"""The type that each group builds; anything else is refused before it is called."""
 
 
-def component(node: DictConfig, key: str, allow: list[str], kind: type) -> Any:
-    """Build the ``kind`` of object that ``node`` describes, nested nodes first."""
-    return partial_component(node, key, allow, kind)()
+def build_component(node: DictConfig, key: str, allow: list[str], kind: type) -> Any:
+    """The object of type ``kind`` that ``node`` describes; nested nodes are built first."""
+    return prepare_component(node, key, allow, kind)()
 
 
-def partial_component(node: DictConfig, key: str, allow: list[str], kind: type) -> Any:
-    """Check what ``node`` describes now, and build it when the result is called with its runtime objects."""
-    built = target(node, key, allow)
+def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) -> Any:
+    """A function that builds what ``node`` describes from its runtime objects; the node is checked now."""
+    built = import_target(node, key, allow)
     _refuse_other_kinds(built, key, node._target_, kind)
     if inspect.isabstract(built):
         raise ConfigError(
             f"{key}._target_",
             expected="a class that can be built",
-            got=f"{node._target_}, of which there are kinds only",
+            got=f"{node._target_}, which is abstract",
             fix=f"Choose one: {key}=NAME.",
         )
     parameters = inspect.signature(built).parameters
-    values = arguments(node, key, built, RUNTIME.get(key, ()))
+    values = read_arguments(node, key, built, RUNTIME.get(key, ()))
     refuse_void(node, key, built, values)
     for name, value in values.items():
         if isinstance(node[name], DictConfig) and "_target_" in node[name]:
-            values[name] = value = component(node[name], f"{key}.{name}", allow, parameters[name].annotation)
-        wanted = parameters[name].annotation
-        if inspect.isclass(wanted) and wanted.__module__.startswith("cl_bench.") and not isinstance(value, wanted):
+            values[name] = value = build_component(node[name], f"{key}.{name}", allow, parameters[name].annotation)
+        expected_kind = parameters[name].annotation
+        ours = inspect.isclass(expected_kind) and expected_kind.__module__.startswith("cl_bench.")
+        if ours and not isinstance(value, expected_kind):
             raise ConfigError(
                 f"{key}.{name}",
-                expected=f"a node that builds {wanted.__name__}",
+                expected=f"a node that builds {expected_kind.__name__}",
                 got=value,
-                fix=f"Leave {key}.{name} be.",
+                fix=f"Leave {key}.{name} as it was.",
             )
 
     def make(*positional: Any, **runtime: Any) -> Any:
-        wanted = {name: value for name, value in runtime.items() if name in parameters}
+        accepted = {name: value for name, value in runtime.items() if name in parameters}
         try:
-            return built(*positional, **values, **wanted)
+            return built(*positional, **values, **accepted)
         except ConfigError as error:
-            # A component names its own keys; a nested one, or one that names a whole key, is left as it is.
+            # A component knows only its own keys. An error of a nested one has its whole key already.
             raise error.under(key) if error.key.split("[")[0] in values else error from None
         except Exception as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             raise ConfigError(
                 key,
                 expected="sizes that fit into this machine's memory",
                 got=str(error).splitlines()[0],
-                fix=f"Lower the sizes of {key}; dry_run=true tells what a run needs.",
+                fix=f"Lower the sizes of {key}; dry_run=true prints what a run needs.",
             ) from error
 
     return make
 
 
 def _refuse_other_kinds(built: Callable[..., Any], key: str, path: str, kind: type) -> None:
-    """A class or function may be called only where its class, or the annotation of its result, is what is wanted."""
+    """Refuse a class, or a function by the annotation of its result, that is not of the expected ``kind``."""
     made = built if inspect.isclass(built) else typing.get_type_hints(built).get("return")
     if not (inspect.isclass(made) and inspect.isclass(kind) and issubclass(made, kind)):
         raise ConfigError(
@@ -244,9 +268,9 @@ def _refuse_other_kinds(built: Callable[..., Any], key: str, path: str, kind: ty
         )
 
 
-def metric(path: str, key: str, allow: list[str]) -> Callable[[Matrix], float]:
-    """The metric at a dotted path: a function that says of itself that it makes a number of an accuracy matrix."""
-    found = named(path, key, allow)
+def load_metric(path: str, key: str, allow: list[str]) -> Callable[[Matrix], float]:
+    """The metric at a dotted path: a function annotated to take an accuracy matrix and return a number."""
+    found = import_allowed(path, key, allow)
     hints = {} if inspect.isclass(found) else typing.get_type_hints(found)
     if hints.pop("return", None) is not float or list(hints.values()) != [Matrix]:
         raise ConfigError(
@@ -259,9 +283,9 @@ def metric(path: str, key: str, allow: list[str]) -> Callable[[Matrix], float]:
 
 
 def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buffer: Buffer) -> None:
-    """Ask the annotations of the method's constructor whether network and buffer suit it."""
-    wanted = inspect.signature(target(config.method, "method", allow)).parameters
-    kind = wanted["net"].annotation if "net" in wanted else Backbone
+    """Refuse a network or buffer that the annotations of the method's constructor exclude."""
+    signature = inspect.signature(import_target(config.method, "method", allow)).parameters
+    kind = signature["net"].annotation if "net" in signature else Backbone
     if not isinstance(net, kind):
         suits = "resnet18" if kind is SingleHead else kind.__module__.rpartition(".")[2]
         raise ConfigError(
@@ -270,14 +294,14 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
             got=config.choices.backbone,
             fix=f"Use backbone={suits}, or another method.",
         )
-    if "buffer" in wanted and buffer.capacity == 0:
+    if "buffer" in signature and buffer.capacity == 0:
         raise ConfigError(
             "buffer",
             expected=f"a buffer with a capacity, which method={config.choices.method} replays from",
             got=config.choices.buffer,
-            fix="Use buffer=reservoir, or method=finetune for training without memory.",
+            fix="Use buffer=reservoir, or method=finetune to train without a buffer.",
         )
-    kind = wanted["buffer"].annotation if "buffer" in wanted else Buffer
+    kind = signature["buffer"].annotation if "buffer" in signature else Buffer
     if not isinstance(buffer, kind):
         raise ConfigError(
             "buffer",
@@ -285,7 +309,7 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
             got=config.choices.buffer,
             fix="Use buffer=herding or buffer=fixed_memory, which keep images of every class.",
         )
-    if "buffer" not in wanted and buffer.capacity > 0:
+    if "buffer" not in signature and buffer.capacity > 0:
         raise ConfigError(
             "buffer",
             expected=f"none, since method={config.choices.method} replays nothing",
@@ -295,54 +319,57 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
 
 
 def _refuse_disjoint(config: DictConfig, method: Method, buffer: Buffer) -> None:
-    """Refuse what counts on classes that no earlier task had, under a scenario whose tasks share theirs."""
+    """Refuse a method or buffer that needs new classes in every task, if the tasks share their classes."""
     if not method.shared_labels:
         raise ConfigError(
             "method",
-            expected=f"one that can learn tasks with shared labels, which scenario={config.choices.scenario} has",
+            expected=f"one that can learn tasks with shared labels, as in scenario={config.choices.scenario}",
             got=config.choices.method,
-            fix="Use method=finetune, er, derpp, ewc, joint or supsup, or a scenario with classes of each task's own.",
+            fix="Use method=finetune, er, derpp, ewc, joint or supsup, or a scenario with new classes in each task.",
         )
     if isinstance(buffer, PerClassBuffer):
         raise ConfigError(
             "buffer",
-            expected=f"one without a share a class, since the tasks of scenario={config.choices.scenario} share theirs",
+            expected=f"one without a quota per class: the tasks of scenario={config.choices.scenario} share classes",
             got=config.choices.buffer,
             fix="Use buffer=reservoir.",
         )
 
 
 def _refuse_graphs(settings: Settings, method: Method, device: torch.device) -> None:
-    """Refuse graphs that are asked for by name where there can be none; ``auto`` does without."""
+    """Refuse ``trainer.speed=graph`` if this method or device cannot use CUDA graphs."""
     why = obstacle_to_graphs(method, device)
     if settings.speed == "graph" and why is not None:
         raise ConfigError(
             "trainer.speed",
             expected=f"auto, eager or compile, since {why}",
             got="graph",
-            fix="trainer.speed=auto takes a graph where there can be one.",
+            fix="trainer.speed=auto uses a graph where that is possible.",
         )
 
 
-def loggers(config: DictConfig) -> dict[str, Logger]:
-    """The chosen loggers by name."""
+def build_loggers(config: DictConfig) -> dict[str, Logger]:
+    """The chosen loggers, by name."""
     allow = list(config.allow_packages)
     for name, node in config.logger.items():
         require(
             not isinstance(node, DictConfig) or "_target_" in node,
             f"logger.{name}",
-            expected="keys of a logger that was chosen",
-            got=f"{name}, which was not",
-            fix="Choose with logger=NAME; logger=many takes all.",
+            expected="keys of a logger that is chosen",
+            got=f"{name}, which is not",
+            fix="Choose with logger=NAME; logger=many chooses all.",
         )
-    return {str(name): component(node, f"logger.{name}", allow, Logger) for name, node in config.logger.items()}
+    return {str(name): build_component(node, f"logger.{name}", allow, Logger) for name, node in config.logger.items()}
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is cuda, else mps, else cpu; anything else must exist here.
+    """The device of this name; ``auto`` is cuda, else mps, else cpu.
 
-    An accelerator comes with its index, ``cuda`` is ``cuda:0``: torch compares devices with it, and some of its calls
-    take no other.
+    An accelerator gets its index, so ``cuda`` is ``cuda:0``: torch compares devices by index, and some of its calls
+    need one.
+
+    Raises:
+        ConfigError: this machine has no such device.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
@@ -354,17 +381,17 @@ def choose_device(name: str) -> torch.device:
             "device",
             expected=f"auto, or one that this machine has: {', '.join(available)}",
             got=name,
-            fix="device=auto takes the fastest there is.",
+            fix="device=auto uses the fastest one.",
         )
     device = torch.device(available[0] if name == "auto" else name)
     return device if device.type == "cpu" or device.index is not None else torch.device(device.type, 0)
 
 
-def seeded(seed: int) -> dict[str, torch.Generator]:
-    """Seed torch's, numpy's and Python's global generators, and one CPU generator for each kind of draw.
+def seed_everything(seed: int) -> dict[str, torch.Generator]:
+    """One CPU generator for each kind of draw; the global generators of torch, numpy and Python are seeded too.
 
-    ``batches`` orders the stream, ``augment`` draws its crops and flips, ``buffer`` decides what is stored and drawn.
-    They are apart, so that a change of the buffer leaves the stream as it was.
+    ``batches`` shuffles the stream, ``augment`` draws its crops and flips, ``buffer`` decides what is stored and drawn.
+    They are separate, so that another buffer does not change the stream.
     """
     if not 0 <= seed < 2**32:
         raise ConfigError("seed", expected="a whole number in [0, 2^32)", got=seed, fix="Use a smaller seed.")

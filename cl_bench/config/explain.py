@@ -1,7 +1,7 @@
-"""What is wrong with a command line or a configuration file, as a :class:`~cl_bench.core.errors.ConfigError` says it.
+"""One message for each error of a command line or configuration file, like that of a ``ConfigError``.
 
-Hydra says it in its own way and does not know what was meant. Here each kind of its errors is one message: key,
-expected, got, way out; the way out is the nearest key, with the value that was typed.
+Hydra's own messages do not know what the user meant. Here each kind of its errors becomes: key, expected, got, fix.
+The fix names the nearest key, with the value that was typed.
 """
 
 import difflib
@@ -20,42 +20,43 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from cl_bench.config.schema import CONFIGS, Run, composed, split_override
-from cl_bench.core.errors import ConfigError, RunError, within
+from cl_bench.config.command_line import CommandLine, shorten_path
+from cl_bench.config.schema import CONFIGS, Run, split_override
+from cl_bench.core.errors import ConfigError, RunError, find_config_error
 
 ANYWHERE = "--cfg job prints every key."
 
 
-def status_of(error: Exception) -> int | None:
-    """The exit status of an error that one message tells of: 2 wrong configuration or data, 1 else; None for a bug."""
+def choose_exit_status(error: Exception) -> int | None:
+    """The exit status of an error: 2 wrong configuration or data, 1 another error with a message, None a bug."""
     if isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)):
         return 2
     return 1 if isinstance(error, (FloatingPointError, RunError)) else None
 
 
 def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
-    """One message: key, expected, got, way out.
+    """One message for an error: key, expected, got, fix.
 
     Args:
-        error: what the command failed of.
-        arguments: the command line; what was typed there is told apart from what stands in a file.
+        error: why the command failed.
+        arguments: the command line. If a wrong value was not typed there, the message names its file and line.
     """
     if isinstance(error, (FloatingPointError, RunError)):
         return str(error)
     line = CommandLine(arguments)
     if isinstance(error, ConfigError):
-        return f"{error}{line.place_of(error.key)}"
+        return f"{error}{line.find_place(error.key)}"
     return _explain_hydra(error, line)
 
 
 def refuse_unread_keys(config: DictConfig, arguments: Sequence[str]) -> None:
-    """Refuse what was typed at the top and nothing reads: Hydra takes any key with a plus."""
+    """Refuse typed top-level keys that nothing reads: Hydra accepts any key with a plus."""
     line, known = CommandLine(arguments), [f.name for f in fields(Run)]
     hydras = [f.name for f in fields(HydraConf)]
     for text in HydraConfig.get().overrides.hydra:
         name = split_override(text)[0].removeprefix("hydra.").partition(".")[0]
         if text.startswith("+") and name not in hydras:
-            way = _did_you_mean([f"hydra.{key}" for key in difflib.get_close_matches(name, hydras, n=1)], None)
+            way = _suggest_keys([f"hydra.{key}" for key in difflib.get_close_matches(name, hydras, n=1)], None)
             raise ConfigError(f"hydra.{name}", expected="a key of Hydra's", got=f"the unknown key {name}", fix=way)
     for key in map(str, config):
         if key not in known:
@@ -63,10 +64,10 @@ def refuse_unread_keys(config: DictConfig, arguments: Sequence[str]) -> None:
                 key,
                 expected="a key of the configuration",
                 got=f"the unknown key {key}",
-                fix=_did_you_mean(_nearest(key, OmegaConf.masked_copy(config, known)), line.typed(key)),
+                fix=_suggest_keys(_find_nearest(key, OmegaConf.masked_copy(config, known)), line.get_typed(key)),
             )
     for key in ("class_order_seed", "data_seed"):
-        if line.typed(key) is not None and f"${{{key}}}" not in OmegaConf.to_yaml(config.scenario):
+        if line.get_typed(key) is not None and f"${{{key}}}" not in OmegaConf.to_yaml(config.scenario):
             raise ConfigError(
                 key,
                 expected=f"no value, since the scenario has a {key} of its own",
@@ -75,178 +76,78 @@ def refuse_unread_keys(config: DictConfig, arguments: Sequence[str]) -> None:
             )
 
 
-class CommandLine:
-    """The overrides of a command line, and the configuration files that they choose."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        rest = list(arguments)
-        self.folders = [CONFIGS]
-        self.overrides: list[str] = []
-        while rest:
-            argument = rest.pop(0)
-            if argument in ("--config-dir", "-cd") and rest:
-                self.folders.insert(0, Path(rest.pop(0)))
-            elif argument.startswith("--config-dir="):
-                self.folders.insert(0, Path(argument.partition("=")[2]))
-            elif not argument.startswith("-"):
-                self.overrides.append(argument)
-
-    def typed(self, key: str) -> str | None:
-        """The value that was typed for ``key``, None where it was not."""
-        return next((value for name, value in map(split_override, reversed(self.overrides)) if name == key), None)
-
-    def without(self, key: str) -> DictConfig:
-        """The configuration that the rest of the command line describes; of a sweep, that of its first job."""
-        searched = [f"file://{folder.resolve()}" for folder in self.folders[:-1]]
-        others = [_first(text) for text in self.overrides if split_override(text)[0] != key]
-        try:
-            return composed([f"hydra.searchpath=[{','.join(searched)}]", *others])
-        except Exception:  # something else is wrong with it, too
-            return composed([])
-
-    def files(self) -> Iterator[tuple[Path, str]]:
-        """The files that were chosen here and those that they choose, with the package that each one fills."""
-        for text in reversed(self.overrides):  # the last one counts
-            group, options = split_override(text)
-            for option in options.split(","):
-                yield from self._file_and_below(group.partition("@")[0], option)
-
-    def _file_and_below(self, group: str, option: str) -> Iterator[tuple[Path, str]]:
-        file = next((path for folder in self.folders if (path := folder / group / f"{option}.yaml").is_file()), None)
-        if file is None:
-            return
-        text = file.read_text(encoding="utf-8", errors="replace")
-        header = re.search(r"^#\s*@package\s+(\S+)", text, flags=re.M)
-        yield file, header[1].replace("_global_", "") if header else group.replace("/", ".")
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError:
-            return
-        for entry in content.get("defaults", []) if isinstance(content, dict) else []:
-            for name, value in entry.items() if isinstance(entry, dict) else [(f"/{group}", entry)]:
-                below = name.removeprefix("override").strip().partition("@")[0]
-                below = below[1:] if below.startswith("/") else f"{group}/{below}"
-                if (below, value) != (group, option):
-                    yield from self._file_and_below(below, str(value))
-
-    def place_of(self, key: str) -> str:
-        """Where in a chosen file ``key`` has its value, as a sentence; empty where it was typed or is in none."""
-        if self.typed(key) is not None:
-            return ""
-        for file, package in self.files():
-            below = key.removeprefix(f"{package}.") if package else key
-            if (not package or below != key) and (number := _line_of(file, below)):
-                return f" It stands in {_shown(file)}, line {number}."
-        return ""
-
-    def mention_of(self, pattern: str) -> str:
-        """The same for the first line of a chosen file that has something written in it."""
-        for file, _ in self.files():
-            for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-                if re.search(pattern, line.partition("#")[0]):
-                    return f" It stands in {_shown(file)}, line {number}."
-        return ""
-
-
-def _first(override: str) -> str:
-    """An override of a sweep with its first value only."""
-    return re.sub(r"^([^=]+=)(?:(?:choice|range|interval)\()?([^\[{'\",]+),.*", r"\1\2", override)
-
-
-def _line_of(file: Path, key: str) -> int | None:
-    """The line of a YAML file that holds ``key``; None where it holds none, or one that refers to another key."""
-    try:
-        node = yaml.compose(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError):
-        return None
-    number = None
-    for part in key.split("."):
-        entries = node.value if isinstance(node, yaml.MappingNode) else []
-        found = next(((name, value) for name, value in entries if name.value == part), None)
-        if found is None:
-            return None
-        number, node = found[0].start_mark.line + 1, found[1]
-    refers = isinstance(node, yaml.ScalarNode) and re.fullmatch(r"\$\{[\w.]+\}", node.value)
-    return None if refers else number
-
-
-def _shown(file: Path) -> str:
-    return os.path.relpath(file) if file.resolve().is_relative_to(Path.cwd()) else str(file)
-
-
 # -- Hydra's errors ------------------------------------------------------------------------------------------------
 
 
 def _explain_hydra(error: Exception, line: CommandLine) -> str:
     if isinstance(error, InterpolationResolutionError) and error.full_key:
-        if ours := within(error):  # of a resolver, which does not know where it stands
-            return (
-                f"{error.full_key}: expected {ours.expected}; got {ours.got}. {ours.fix}{line.place_of(error.full_key)}"
-            )
-        got = str(error).splitlines()[0]
-        place = line.place_of(error.full_key)
-        return f"{error.full_key}: expected what can be resolved; got {got}. Correct the value.{place}"
+        if ours := find_config_error(error):  # raised by a resolver, which does not know its key
+            expected, got, fix = ours.expected, ours.got, ours.fix
+        else:
+            expected, got, fix = "a value that can be resolved", str(error).splitlines()[0], "Correct the value."
+        return f"{error.full_key}: expected {expected}; got {got}. {fix}{line.find_place(error.full_key)}"
     if isinstance(error, OverrideParseException):
-        return _unreadable(error.override)
+        return _explain_unreadable(error.override)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         what = " ".join(filter(None, [error.problem, error.context]))
-        return (
-            f"{_shown(Path(mark.name))}, line {mark.line + 1}: expected YAML; got something else ({what}). Correct it."
-        )
+        where = f"{shorten_path(Path(mark.name))}, line {mark.line + 1}"
+        return f"{where}: expected YAML; got something else ({what}). Correct it."
     text = str(error)
     chain = f"{text}\n{error.__cause__ or ''}"
     if found := re.search(r"Could not find '(.+)/([^/']*)'", text):
         listed = re.search(r"Available options in '[^']*':\s*(.*?)(?:Config search path|\Z)", text, flags=re.S)
-        return _unknown_choice(found[1], found[2], sorted(listed[1].split()) if listed else [], line)
+        return _explain_unknown_choice(found[1], found[2], sorted(listed[1].split()) if listed else [], line)
     if found := re.search(r"Ambiguous value for argument '(.*?)=(.*)'|Sweep parameters '(.*?)=(.*)' requires", text):
         key, values = (found[1] or found[3]).lstrip("+"), found[2] or found[4]
-        return (
-            f"{key}: expected one value; got {values}. Add -m for a run with each of them{_as_one(key, values, line)}."
-        )
+        way = f"Add -m for a run with each of them{_suggest_one_value(key, values, line)}."
+        return f"{key}: expected one value; got {values}. {way}"
     if found := re.search(r"Could not append to config. An item is already at '(.+?)'", text):
-        return f"{found[1]}: expected no plus before a key that is there; got +{found[1]}. Leave it out."
+        return f"{found[1]}: expected no plus before a key that exists; got +{found[1]}. Leave it out."
     if found := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+ (\S+)'", text):
         return (
             f"{found[1]}: expected no plus before a group with a default; got +{found[1]}. Write {found[1]}={found[2]}."
         )
-    if (found := re.search(r"In '(\w+/[^']+)': Could not override '\w+@(\w+)\.", text)) and found[2] not in _defaults():
-        return _without_package(found[1])
+    found = re.search(r"In '(\w+/[^']+)': Could not override '\w+@(\w+)\.", text)
+    if found and found[2] not in _list_default_groups():
+        return _explain_missing_package(found[1])
     if found := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(found[1], line)
+        return _explain_unknown_key(found[1], line)
     if found := re.search(r"Could not delete from config\. '(.+?)'", text):
-        return _unknown_key(found[1], line)
+        return _explain_unknown_key(found[1], line)
     if found := re.search(r"Error merging override (\S+?)=(\S*)", text):
-        return _wrong_type(found[1].lstrip("+"), found[2], chain)
+        return _explain_wrong_type(found[1].lstrip("+"), found[2], chain)
     if found := re.search(r"In '([^']+)': \w+ raised while composing config:", text):
-        return _wrong_file(found[1], text, line)
+        return _explain_wrong_file(found[1], text, line)
     if found := re.search(r"Cannot find primary config '(.+?)'|irectory '(.+?)' (?:not found|exists)", text):
         which = "--config-name" if found[1] else "--config-dir"
-        return f"{which}: expected one that is there; got {found[1] or found[2]}. Correct the path."
+        return f"{which}: expected one that exists; got {found[1] or found[2]}. Correct the path."
     if "Unexpected type for root" in text:
         below = next((key for key, _ in map(split_override, line.overrides) if "." in key), "a key")
-        return f"{below}: expected no key below one that holds nothing; got {below}. {ANYWHERE}"
+        return f"{below}: expected no key below one without a value; got {below}. {ANYWHERE}"
     words = " ".join(text.split())
-    return f"command line: expected group=NAME and key=VALUE; got what Hydra cannot read ({words}). See --help."
+    return (
+        f"command line: expected group=NAME and key=VALUE; got something that Hydra cannot read ({words}). See --help."
+    )
 
 
-def _as_one(key: str, values: str, line: CommandLine) -> str:
-    """How to write several values as one; nothing where there is no such thing."""
-    if key in _groups(line.folders) or re.match(r"\w+\(", values):
+def _suggest_one_value(key: str, values: str, line: CommandLine) -> str:
+    """How to write several values as one value; empty if that is not possible."""
+    if key in _list_groups(line.folders) or re.match(r"\w+\(", values):
         return ""
     if re.fullmatch(r"[-+.\deE, ]+", values):
         return f"; {key}=[{values}] is a list"
-    return f"; {_quoted(key, values)} is a value with a comma"
+    return f"; {_quote(key, values)} is a value with a comma"
 
 
-def _quoted(key: str, value: str) -> str:
-    """An override quoted for the shell and for Hydra."""
+def _quote(key: str, value: str) -> str:
+    """An override, quoted for the shell and for Hydra."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return shlex.quote(f'{key}="{escaped}"')
 
 
-def _unreadable(override: str) -> str:
-    """An override that Hydra's grammar does not take, and how to quote it."""
+def _explain_unreadable(override: str) -> str:
+    """A message for an override that Hydra's grammar does not accept, and how to quote it."""
     key, value = split_override(override)
     whole = f"command line: expected group=NAME and key=VALUE; got {override}."
     if "=" not in override:
@@ -260,61 +161,61 @@ def _unreadable(override: str) -> str:
     way = "Quote it twice, for the shell and for Hydra:" if home == value else "No ~ stands for a folder here; write"
     signs = override[: len(override) - len(override.lstrip("+~"))]
     simple = re.fullmatch(r"[\w./-]+", home, flags=re.ASCII)
-    write = f"{signs}{key}={home}" if simple else _quoted(f"{signs}{key}", home)
+    write = f"{signs}{key}={home}" if simple else _quote(f"{signs}{key}", home)
     return f"{key}: expected a value that Hydra can read; got {value}. {way} {write}"
 
 
-def _unknown_choice(group: str, name: str, options: list[str], line: CommandLine) -> str:
+def _explain_unknown_choice(group: str, name: str, options: list[str], line: CommandLine) -> str:
     close = difflib.get_close_matches(name, options, n=1)
-    sign = "" if group in _defaults() or line.typed(group) is None else "+"
+    sign = "" if group in _list_default_groups() or line.get_typed(group) is None else "+"
     way = f"Did you mean {sign}{group}={close[0]}?" if close else "Choose one of them."
     if group in ("hydra/launcher", "hydra/sweeper"):
         way = "More come with pip install -e '.[sweep]'."
     if group == "experiment" and not close:
         way = f"Choose one of them; label={name} marks a run as yours."
-    place = "" if line.typed(group) else line.mention_of(rf"\b{re.escape(group)}\s*:\s*{re.escape(name)}\b")
+    place = "" if line.get_typed(group) else line.find_mention(rf"\b{re.escape(group)}\s*:\s*{re.escape(name)}\b")
     return f"{group}: expected one of {', '.join(options)}; got {name}. {way}{place}"
 
 
-def _unknown_key(key: str, line: CommandLine) -> str:
-    value = line.typed(key)
-    if key in _groups(line.folders) and key not in _defaults():
+def _explain_unknown_key(key: str, line: CommandLine) -> str:
+    value = line.get_typed(key)
+    if key in _list_groups(line.folders) and key not in _list_default_groups():
         options = sorted(path.stem for folder in line.folders for path in (folder / key).glob("*.yaml"))
         if value and not set(value.split(",")) <= set(options):
-            return _unknown_choice(key, value, options, line)
+            return _explain_unknown_choice(key, value, options, line)
         return f"{key}: expected a plus before a group without a default; got none. Write +{key}={value or 'NAME'}."
-    known = line.without(key)
+    known = line.compose_without(key)
     parent, _, leaf = key.rpartition(".")
     has_keys = parent and isinstance(_select(known, parent), DictConfig)
     expected = f"a key that {parent} has" if has_keys else "a key of the configuration"
-    nearest = _nearest(key, known)
-    way = _did_you_mean(nearest, value) if nearest or not parent else _in_other_choices(parent, leaf)
-    place = line.mention_of(rf"(^|[\s/.]){re.escape(leaf)}\s*:") if value is None else ""
+    nearest = _find_nearest(key, known)
+    way = _suggest_keys(nearest, value) if nearest or not parent else _suggest_other_choices(parent, leaf)
+    place = line.find_mention(rf"(^|[\s/.]){re.escape(leaf)}\s*:") if value is None else ""
     return f"{key}: expected {expected}; got the unknown key {leaf}. {way}{place}"
 
 
-def _without_package(name: str) -> str:
-    """Of a file whose keys Hydra takes for those of its group, as of every file without a header."""
-    return f"{name}.yaml: expected # @package _global_ at its top, since it has whole keys; got none. Add it."
+def _explain_missing_package(name: str) -> str:
+    """A message for a file without a header: Hydra takes its keys for keys of its group."""
+    return f"{name}.yaml: expected # @package _global_ at its top, since its keys are top-level keys; got none. Add it."
 
 
-def _wrong_file(name: str, text: str, line: CommandLine) -> str:
-    """What is wrong with the content of a file that Hydra names as ``group/option``."""
+def _explain_wrong_file(name: str, text: str, line: CommandLine) -> str:
+    """A message for the content of a file that Hydra names as ``group/option``."""
     key = (re.search(r"full_key: (\S+)", text) or ["", ""])[1]
-    place = line.place_of(key) or f" It stands in {name}.yaml."
-    if "/" in name and key == name.partition("/")[0] and key not in _defaults():
-        return _without_package(name)
+    place = line.find_place(key) or f" It is in {name}.yaml."
+    if "/" in name and key == name.partition("/")[0] and key not in _list_default_groups():
+        return _explain_missing_package(name)
     if "not in 'Run'" in text or "not in struct" in text:
-        way = _did_you_mean(_nearest(key, line.without("")), None)
+        way = _suggest_keys(_find_nearest(key, line.compose_without("")), None)
         return f"{key}: expected a key of the configuration; got the unknown key {key}. {way}{place}"
-    if key in _defaults():
+    if key in _list_default_groups():
         way = f"Choose in the list of defaults: - override /{key}: NAME."
         return f"{key}: expected the keys of the {key} that is chosen; got something else. {way}{place}"
     value = (re.search(r"[Vv]alue '(.*?)'", text) or ["", "another one"])[1]
-    return f"{_wrong_type(key, value, text)}{place}"
+    return f"{_explain_wrong_type(key, value, text)}{place}"
 
 
-def _wrong_type(key: str, value: str, text: str) -> str:
+def _explain_wrong_type(key: str, value: str, text: str) -> str:
     kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
     expected = next((words for kind, words in kinds.items() if f"to {kind}" in text), None)
     if found := re.search(r"expected one of (\[[^\]]*\])", text):
@@ -325,13 +226,13 @@ def _wrong_type(key: str, value: str, text: str) -> str:
 # -- the nearest key -----------------------------------------------------------------------------------------------
 
 
-def _did_you_mean(keys: Sequence[str], value: str | None) -> str:
+def _suggest_keys(keys: Sequence[str], value: str | None) -> str:
     given = f"={value}" if value else ""
     return f"Did you mean {' or '.join(f'{key}{given}' for key in keys)}?" if keys else ANYWHERE
 
 
-def _in_other_choices(group: str, leaf: str) -> str:
-    """Which choices of a group have a key that the chosen one has not."""
+def _suggest_other_choices(group: str, leaf: str) -> str:
+    """The choices of a group that have a key which the chosen one lacks."""
     content = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONFIGS / group).glob("*.yaml")}
     keys = {name: list(keys.get(group, keys) or ()) for name, keys in content.items() if isinstance(keys, dict)}
     close = difflib.get_close_matches(leaf, {key for own in keys.values() for key in own}, n=1)
@@ -340,11 +241,11 @@ def _in_other_choices(group: str, leaf: str) -> str:
     return f"{group}={' or '.join(sorted(name for name in keys if close[0] in keys[name]))} has {close[0]}."
 
 
-def _nearest(key: str, config: DictConfig) -> list[str]:
-    """What is there under a name like ``key``, as it is to be typed: beside it, else of the same name elsewhere."""
+def _find_nearest(key: str, config: DictConfig) -> list[str]:
+    """Existing keys with a similar name, as they are typed: in the same group, else with the same name elsewhere."""
     parent, _, leaf = key.rpartition(".")
     leaf = leaf.lower()
-    every = list(_keys(config))
+    every = list(_list_keys(config))
     beside = _select(config, parent)
     names = [str(name) for name in beside if name != "_target_"] if parent and isinstance(beside, DictConfig) else []
     if close := difflib.get_close_matches(leaf, names, n=1):
@@ -353,10 +254,10 @@ def _nearest(key: str, config: DictConfig) -> list[str]:
         return same[:3]
     if parent:
         return [] if names else difflib.get_close_matches(key, every, n=1, cutoff=0.75)
-    groups = _groups([CONFIGS])
+    groups = _list_groups([CONFIGS])
     names = [*(f.name for f in fields(Run)), *groups, *(["hydra/launcher", "hydra/sweeper"] if "/" in key else [])]
     if close := difflib.get_close_matches(leaf, names, n=1):
-        return [f"+{close[0]}" if close[0] in groups and close[0] not in _defaults() else close[0]]
+        return [f"+{close[0]}" if close[0] in groups and close[0] not in _list_default_groups() else close[0]]
     leaves = {name.rpartition(".")[2]: name for name in reversed(every)}
     return [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
 
@@ -368,8 +269,8 @@ def _select(config: DictConfig, key: str) -> Any:
         return None
 
 
-def _keys(config: DictConfig) -> Iterator[str]:
-    """Every key that holds a value of its own, none that refers to another."""
+def _list_keys(config: DictConfig) -> Iterator[str]:
+    """Every key with its own value; no key that refers to another one."""
 
     def below(prefix: str, node: Any) -> Iterator[str]:
         for name, value in node.items():
@@ -382,11 +283,11 @@ def _keys(config: DictConfig) -> Iterator[str]:
     yield from below("", {name: value for name, value in plain.items() if name != "choices"})  # type: ignore[union-attr]
 
 
-def _groups(folders: Sequence[Path]) -> list[str]:
+def _list_groups(folders: Sequence[Path]) -> list[str]:
     return sorted({path.name for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()})
 
 
-def _defaults() -> set[str]:
-    """The groups that always have a choice."""
+def _list_default_groups() -> set[str]:
+    """The groups that have a default choice."""
     entries = yaml.safe_load((CONFIGS / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     return {str(name) for entry in entries if isinstance(entry, dict) for name in entry}

@@ -1,6 +1,6 @@
-"""The typed skeleton of a run, and the check of every component against the signature of what it builds.
+"""The typed top level of a configuration, and the check of every component against its constructor.
 
-No schema is written twice: a component's keys and types are those of its constructor.
+A component's keys and types are those of its constructor, so no schema is written twice.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_bench.core.errors import ConfigError, within
+from cl_bench.core.errors import ConfigError, find_config_error
 
 PACKAGE = Path(__file__).parent.parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 """The configuration folder: inside the package when installed from a wheel, beside it in a checkout."""
 
 ALLOWED_PACKAGES = ("cl_bench", "torch.optim")
-"""Packages whose own classes and functions a ``_target_`` may name (decision 15); ``allow_packages`` adds to them."""
+"""Packages whose own classes and functions a ``_target_`` may name (decision 15); ``allow_packages`` adds more."""
 
 VARIABLES = "CL_BENCH_"
-"""What the names of the environment variables begin with that a configuration may read."""
+"""A configuration may read only environment variables with this prefix."""
 
 INCOMPARABLE = (
     "seed", "experiment", "name", "scale", "device", "images", "results_dir", "data_dir", "overwrite", "dry_run",
@@ -45,13 +45,14 @@ INCOMPARABLE = (
     "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
     "trainer.cudnn_benchmark",
 )  # fmt: skip
-"""Keys in which two runs of one row may differ: they change no result, or (``seed``) are what a row averages over.
-The two scenario seeds count where they are used, as ``scenario.class_order_seed`` and ``scenario.data_seed``."""
+"""Keys in which two runs of one row may differ: they change no result, or, like ``seed``, a row averages over them.
+The two scenario seeds count under the keys where they are used, ``scenario.class_order_seed`` and
+``scenario.data_seed``."""
 
 
-OLD_PATHS = {"cl_bench.engine.trainer.Settings": "cl_bench.engine.trainer.Settings"}
-"""Where a component was before it moved. A fingerprint takes the old path, and a ``_target_`` may name it: older runs
-stay in their row, are found as finished, and can be audited. Whoever moves a component enters it here."""
+OLD_PATHS = {"cl_bench.engine.trainer.Settings": "cl_bench.trainer.Settings"}
+"""New path -> old path of each component that has moved. A fingerprint uses the old path, and a ``_target_`` may still
+name it. So older runs stay in their row, are found as finished, and can be audited. If you move a component, add it."""
 
 LATER_KEYS = {
     "method.finetune_steps": None,
@@ -59,23 +60,23 @@ LATER_KEYS = {
     "method.mean_over": "seen",
     "trainer.cudnn_benchmark": False,
 }
-"""Keys that were added after runs had been recorded, with the value that does what was done before. A fingerprint
-leaves them out at this value, and a ``config.yaml`` without them gets it: older runs stay in their row and can be
+"""Keys that were added after runs had been recorded, with the value that keeps the old behaviour. A fingerprint leaves
+out a key with this value, and a ``config.yaml`` without the key gets it. So older runs stay in their row and can be
 read."""
 
 FILES = ("backbone.checkpoint",)
-"""Keys that name a file. What makes two runs comparable is its content, not its name."""
+"""Keys that name a file. Two runs are compared by its content, not by its name."""
 
 
 class Precision(Enum):
-    """Arithmetic of forward and backward passes; weights are always fp32."""
+    """Number format of forward and backward passes; weights are always fp32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Images(Enum):
-    """Where the images lie: on the training device, or on the host, from where they come a batch at a time."""
+    """Where the images are kept: on the training device, or on the host, which sends them batch by batch."""
 
     auto = "auto"
     device = "device"
@@ -84,7 +85,7 @@ class Images(Enum):
 
 @dataclass
 class Run:
-    """Everything a run is configured by; the groups are typed by what they build (:func:`arguments`)."""
+    """All top-level keys of a configuration; :func:`read_arguments` checks the keys of each group."""
 
     experiment: str = MISSING
     name: str = MISSING
@@ -118,18 +119,18 @@ class Run:
 ConfigStore.instance().store("run", Run)
 
 
-def _by_scale(options: dict[str, Any], *, _root_: DictConfig) -> Any:
+def _choose_by_scale(options: dict[str, Any], *, _root_: DictConfig) -> Any:
     chosen = options.get(_root_.scale, options["full"])
-    # as OmegaConf's own: a plain list could not take the expression's place under --cfg job --resolve
+    # OmegaConf's own types: --cfg job --resolve could not replace the expression by a plain list
     return OmegaConf.create(chosen) if isinstance(chosen, (dict, list)) else chosen
 
 
-# In a YAML file ${by_scale:{full:64,mini:20}} is 64, or 20 under +scale=mini: a part states its small size itself.
-OmegaConf.register_new_resolver("by_scale", _by_scale, replace=True)
+# In a YAML file ${by_scale:{full:64,mini:20}} is 64, or 20 with +scale=mini: each part states its own small size.
+OmegaConf.register_new_resolver("by_scale", _choose_by_scale, replace=True)
 
 
-def composed(overrides: Sequence[str]) -> DictConfig:
-    """The configuration that the command would run with; for a program that is not the command itself."""
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that the command would use for these overrides; for any other program."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         config = compose("config", overrides=list(overrides), return_hydra_config=True)
@@ -139,21 +140,21 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def typed_overrides() -> list[str]:
-    """The overrides of this job as they were typed; to go through Hydra's own list would resolve what they refer to."""
+def list_typed_overrides() -> list[str]:
+    """The overrides of this job as they were typed; Hydra's list itself would resolve their interpolations."""
     typed = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     assert isinstance(typed, list)
     return [str(text) for text in typed]
 
 
 def split_override(text: str) -> tuple[str, str]:
-    """Key and value of an override as typed, without the signs before the key."""
+    """Key and value of an override as typed, without the ``+`` or ``~`` before the key."""
     key, _, value = text.partition("=")
     return key.lstrip("+~"), value
 
 
-def _environment(name: str, *default: str | None) -> str | None:
-    if not name.startswith(VARIABLES):  # the value would stand in config.yaml, reports and logs (decision 15)
+def _read_variable(name: str, *default: str | None) -> str | None:
+    if not name.startswith(VARIABLES):  # config.yaml, reports and logs would show the value (decision 15)
         raise ConfigError(
             "oc.env",
             expected=f"an environment variable whose name begins with {VARIABLES}",
@@ -169,11 +170,11 @@ def _environment(name: str, *default: str | None) -> str | None:
     return default[0]
 
 
-OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+OmegaConf.register_new_resolver("oc.env", _read_variable, replace=True)
 
 
-def target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..., Any]:
-    """What ``node._target_`` names; refused before anything is imported unless its package is allowed."""
+def import_target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..., Any]:
+    """The class or function that ``node._target_`` names; its package must be allowed, else nothing is imported."""
     path = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(path, str):
         raise ConfigError(
@@ -182,13 +183,13 @@ def target(node: DictConfig, key: str, allow_packages: list[str]) -> Callable[..
             got=path,
             fix=f"Choose one: {key}=NAME.",
         )
-    return named(path, f"{key}._target_", allow_packages)
+    return import_allowed(path, f"{key}._target_", allow_packages)
 
 
-def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
-    """The class or function that an allowed package defines at a dotted path; what it imported is refused."""
+def import_allowed(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
+    """The class or function at a dotted path. An allowed package must define it; what it only imports is refused."""
     allowed = (*ALLOWED_PACKAGES, *allow_packages)
-    if not _inside(path, allowed):
+    if not _is_inside(path, allowed):
         raise ConfigError(
             key,
             expected=f"something in one of the packages {', '.join(allowed)}",
@@ -205,31 +206,33 @@ def named(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
         ) from error
     if not (inspect.isclass(found) or inspect.isfunction(found)):
         raise ConfigError(key, expected="a class or function", got=path, fix="Name the class, not its module.")
-    if not _inside(found.__module__, allowed):
+    if not _is_inside(found.__module__, allowed):
         raise ConfigError(
             key,
             expected=f"something that one of the packages {', '.join(allowed)} defines itself",
-            got=f"{path}, which is of {found.__module__}",
-            fix="Name what it is for, or write a class of your own.",
+            got=f"{path}, which is defined in {found.__module__}",
+            fix="Name another class, or write one of your own.",
         )
     return found
 
 
-def _inside(path: str, packages: Iterable[str]) -> bool:
+def _is_inside(path: str, packages: Iterable[str]) -> bool:
     return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
-def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: typing.Collection[str]) -> dict[str, Any]:
+def read_arguments(
+    node: DictConfig, key: str, built: Callable[..., Any], runtime: typing.Collection[str]
+) -> dict[str, Any]:
     """The configured arguments of ``built``, checked against its signature.
 
     Args:
         node: the component's configuration.
-        key: where it stands, for messages.
-        built: the class or function it names.
-        runtime: names of arguments that are handed over when building and may not be configured.
+        key: its key, for messages.
+        built: the class or function that it names.
+        runtime: names of arguments that are passed when it is built and may not be configured.
 
     Raises:
-        ConfigError: a surplus or missing key, or a value of another type.
+        ConfigError: an unknown or missing key, or a value of another type.
     """
     parameters = {
         name: parameter
@@ -255,7 +258,7 @@ def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: ty
                 got=f"the unknown key {name}",
                 fix=f"Did you mean {key}.{close[0]}?" if close else "Remove it.",
             )
-        values[name] = typed(_resolved(node, name, f"{key}.{name}"), hints.get(name, Any), f"{key}.{name}")
+        values[name] = convert(_resolve(node, name, f"{key}.{name}"), hints.get(name, Any), f"{key}.{name}")
     for name in sorted(configurable - set(values)):
         if parameters[name].default is inspect.Parameter.empty:
             raise ConfigError(f"{key}.{name}", expected="a value", got="nothing", fix=f"Set {key}.{name}=VALUE.")
@@ -263,16 +266,16 @@ def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: ty
 
 
 def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: dict[str, Any]) -> None:
-    """Refuse what was typed on the command line and does nothing beside the other ``values`` of ``built``.
+    """Refuse a key that was typed on the command line but has no effect with the other ``values`` of ``built``.
 
-    Not what stands in a file, where a default or an experiment's value may well do nothing; nor what another key
-    refers to.
+    A value in a file may have no effect: it may be a default or belong to an experiment. A key that another key refers
+    to is not refused either.
     """
     raw = OmegaConf.to_container(node, resolve=False)
     assert isinstance(raw, dict)
     given = set()
     if HydraConfig.initialized():
-        given = {split_override(text)[0] for text in typed_overrides()}
+        given = {split_override(text)[0] for text in list_typed_overrides()}
     for argument, when, why in vars(built).get("void", ()):
         whole = f"{key}.{argument}"
         names = {whole, str(raw.get(argument)).strip("${}")} & given
@@ -285,11 +288,11 @@ def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: d
             raise ConfigError(name, expected=f"no value, since {why}", got=values[argument], fix="Leave it out.")
 
 
-def typed(value: Any, hint: Any, key: str) -> Any:
-    """``value`` as OmegaConf converts it to the annotation ``hint``, without its leniency towards odd numbers."""
+def convert(value: Any, hint: Any, key: str) -> Any:
+    """``value`` converted by OmegaConf to the annotation ``hint``; stricter than OmegaConf about numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, expected="a finite number", got=value, fix="Correct the value.")
-    if any(isinstance(number, int) and abs(number) >= 2**63 for number in _numbers(value)):
+    if any(isinstance(number, int) and abs(number) >= 2**63 for number in _list_numbers(value)):
         raise ConfigError(key, expected="whole numbers of 64 bits", got=value, fix="Correct the value.")
     if hint is bool and not isinstance(value, bool):
         raise ConfigError(key, expected="true or false", got=value, fix="Choose one of them.")
@@ -300,7 +303,7 @@ def typed(value: Any, hint: Any, key: str) -> Any:
                 key, expected=f"one of {', '.join(map(str, options))}", got=value, fix="Choose one of them."
             )
         return value
-    hint = _omegaconf_type(hint)
+    hint = _find_omegaconf_type(hint)
     holder = dataclasses.make_dataclass("Holder", [("value", hint, field(default=MISSING))])
     try:
         config = OmegaConf.merge(OmegaConf.structured(holder), {"value": value})
@@ -312,15 +315,15 @@ def typed(value: Any, hint: Any, key: str) -> Any:
         ) from error
 
 
-def _numbers(value: Any) -> list[Any]:
-    return [number for item in value for number in _numbers(item)] if isinstance(value, list) else [value]
+def _list_numbers(value: Any) -> list[Any]:
+    return [number for item in value for number in _list_numbers(item)] if isinstance(value, list) else [value]
 
 
-def _omegaconf_type(hint: Any) -> Any:
-    """The part of an annotation that OmegaConf can check; Any where there is none."""
+def _find_omegaconf_type(hint: Any) -> Any:
+    """The part of an annotation that OmegaConf can check; Any if there is none."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         members = typing.get_args(hint)
-        known = [m for m in map(_omegaconf_type, members) if m not in (Any, type(None))]
+        known = [m for m in map(_find_omegaconf_type, members) if m not in (Any, type(None))]
         if len(known) != 1:
             return Any
         return known[0] | None if type(None) in members else known[0]
@@ -329,32 +332,32 @@ def _omegaconf_type(hint: Any) -> Any:
     return type(None) if hint is type(None) else Any
 
 
-def _resolved(node: DictConfig, name: str, key: str) -> Any:
-    """One value, interpolations resolved, as plain Python."""
+def _resolve(node: DictConfig, name: str, key: str) -> Any:
+    """One value as plain Python, with its interpolations resolved."""
     try:
         value = node[name]
     except OmegaConfBaseException as error:
-        if ours := within(error):  # of a resolver
+        if ours := find_config_error(error):  # raised by a resolver
             raise ConfigError(key, expected=ours.expected, got=ours.got, fix=ours.fix) from error
         reason = str(error).splitlines()[0]
         raise ConfigError(key, expected="a value", got=reason, fix=f"Set {key}=VALUE.") from error
     return OmegaConf.to_container(value, resolve=True) if isinstance(value, (DictConfig, ListConfig)) else value
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The whole resolved configuration as plain values: what ``config.yaml`` records."""
+def to_plain_dict(config: DictConfig) -> dict[str, Any]:
+    """The whole resolved configuration as plain values, as ``config.yaml`` records it."""
     for name in (f.name for f in dataclasses.fields(Run)):
         if name not in config:
-            raise ConfigError(name, expected="a value", got="nothing", fix=f"Leave {name} be, or set it.")
+            raise ConfigError(name, expected="a value", got="nothing", fix=f"Do not remove {name}, or set it.")
     resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
 
-def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make two runs comparable: flat keys and values, without :data:`INCOMPARABLE`.
+def select_comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that two comparable runs share: flat keys and values, without :data:`INCOMPARABLE`.
 
-    What the images are is not among them where the settings do not say it, see :func:`cl_bench.config.build.identity`.
+    If the settings do not say what the images are, :func:`cl_bench.config.build.identify_run` adds a digest of them.
     """
     flat: dict[str, Any] = {}
 
@@ -362,7 +365,7 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
         if prefix in INCOMPARABLE:
             return
         if prefix in FILES and isinstance(value, str):
-            value = _content(value)
+            value = _hash_content(value)
         if isinstance(value, dict):
             for key, inner in value.items():
                 visit(f"{prefix}.{key}" if prefix else str(key), inner)
@@ -377,8 +380,8 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     return {key: OLD_PATHS.get(value, value) if key.endswith("_target_") else value for key, value in flat.items()}
 
 
-def _content(file: str) -> str:
-    """The hash of a file's content; its name where it cannot be read, which is refused when it is needed."""
+def _hash_content(file: str) -> str:
+    """The hash of a file's content. A file that cannot be read gives its name: it is refused when it is needed."""
     try:
         with open(file, "rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
@@ -386,7 +389,7 @@ def _content(file: str) -> str:
         return file
 
 
-def fingerprint(settings: dict[str, Any]) -> str:
-    """Ten hexadecimal digits of the hash of :func:`comparable` settings."""
+def compute_fingerprint(settings: dict[str, Any]) -> str:
+    """The fingerprint of comparable settings: ten hexadecimal digits of their hash."""
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]

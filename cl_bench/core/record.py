@@ -1,4 +1,4 @@
-"""What a run measured: the accuracy matrix of both settings and the costs; JSON and CSV in and out."""
+"""What a run measured: the accuracy matrices of both settings and the costs, with JSON and CSV."""
 
 import csv
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 SETTINGS = ("class_il", "task_il")
 TITLES = {"class_il": "Class-IL", "task_il": "Task-IL"}
-"""The settings as people write them."""
+"""The settings as they are written in tables and plots."""
 
 SCHEMA = 1
 """The ``schema`` of ``summary.json`` that this program writes and reads."""
@@ -24,7 +24,7 @@ class Matrix:
     """R[i, j] = accuracy in percent on task j after training task i, for one setting.
 
     Attributes:
-        correct: (T + 1, T) right answers; the last row is that of the untrained network. nan = not measured.
+        correct: (T + 1, T) right predictions; the last row is for the untrained network. nan = not measured.
         count: (T,) images of each task.
     """
 
@@ -33,12 +33,12 @@ class Matrix:
 
     @classmethod
     def empty(cls, num_tasks: int) -> "Matrix":
-        """A matrix in which nothing has been measured yet."""
+        """A matrix without measurements yet."""
         return cls(np.full((num_tasks + 1, num_tasks), math.nan), np.zeros(num_tasks))
 
     @classmethod
     def from_accuracy(cls, rows: list[list[float]], baseline: list[float] | None = None) -> "Matrix":
-        """A matrix from accuracies in percent, row i holding tasks 0..i (or more), 100 images a task."""
+        """A matrix from accuracies in percent: row i has tasks 0..i (or more), with 100 images per task."""
         num_tasks = len(rows)
         matrix = cls.empty(num_tasks)
         matrix.count[:] = 100.0
@@ -53,7 +53,7 @@ class Matrix:
 
     @property
     def accuracy(self) -> np.ndarray:
-        """(T, T) accuracies in percent, nan where nothing was measured."""
+        """(T, T) accuracies in percent; nan = not measured."""
         return 100.0 * self.correct[:-1] / np.where(self.count > 0, self.count, math.nan)
 
     @property
@@ -64,10 +64,10 @@ class Matrix:
 
 @dataclass
 class Cost:
-    """What a run cost; None where it could not be measured.
+    """The costs of a run; None = could not be measured.
 
-    ``capacity`` is the number of parameters relative to the network after the first task, or what the method counts
-    as its capacity. ``method_bytes`` is what it keeps for old tasks beside parameters and buffer.
+    ``capacity`` is the number of parameters relative to the network after the first task, or the method's own count.
+    ``method_bytes`` is what the method stores for old tasks beside parameters and buffer.
     """
 
     train_seconds: float = 0.0
@@ -93,23 +93,27 @@ class Record:
 
     @classmethod
     def empty(cls, num_tasks: int) -> "Record":
-        """A record in which nothing has been measured yet."""
+        """A record without measurements yet."""
         return cls(Matrix.empty(num_tasks), Matrix.empty(num_tasks))
 
-    def matrix(self, setting: str) -> Matrix:
+    def get_matrix(self, setting: str) -> Matrix:
         """The matrix of ``class_il`` or ``task_il``."""
         return {"class_il": self.class_il, "task_il": self.task_il}[setting]
 
     def add(self, after_task: int, setting: str, correct: list[float], count: list[int]) -> None:
-        """Enter one row: right answers a task (nan = not measured) and images a task."""
-        matrix = self.matrix(setting)
+        """Enter one row: right predictions (nan = not measured) and images of each task."""
+        matrix = self.get_matrix(setting)
         matrix.correct[after_task] = correct  # BASELINE = -1 is the last row
         matrix.count[:] = count
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, None for nan."""
         matrices = {
-            s: {"correct": _plain(self.matrix(s).correct), "count": self.matrix(s).count.tolist()} for s in SETTINGS
+            s: {
+                "correct": replace_non_finite(self.get_matrix(s).correct.tolist()),
+                "count": self.get_matrix(s).count.tolist(),
+            }
+            for s in SETTINGS
         }
         return matrices | {"cost": asdict(self.cost)}
 
@@ -122,12 +126,12 @@ class Record:
         return cls(class_il, task_il, Cost(**data["cost"]))
 
     def write_csv(self, path: Path) -> None:
-        """``accuracy_matrix.csv``: one line a setting, row and task; unmeasured entries are left out."""
+        """Write ``accuracy_matrix.csv``: one line per setting, row and task, without entries that were not measured."""
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["setting", "after_task", "task", "correct", "count", "accuracy"])
             for setting in SETTINGS:
-                matrix = self.matrix(setting)
+                matrix = self.get_matrix(setting)
                 for row in [BASELINE, *range(matrix.num_tasks)]:
                     for task, correct in enumerate(matrix.correct[row]):
                         if not math.isnan(correct):
@@ -135,5 +139,10 @@ class Record:
                             writer.writerow([setting, row, task, int(correct), count, round(100 * correct / count, 4)])
 
 
-def _plain(array: np.ndarray) -> list[list[float | None]]:
-    return [[None if math.isnan(v) else v for v in row] for row in array.tolist()]
+def replace_non_finite(value: Any) -> Any:
+    """The value with None for every nan and infinity, which JSON does not have; in dictionaries and lists too."""
+    if isinstance(value, dict):
+        return {key: replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What travels between scenario, method and trainer.
+"""The data types that scenario, method and trainer exchange.
 
 Shapes: N images of a set, B images of a batch, C channels, H x W pixels, K classes of the scenario.
 
@@ -8,7 +8,7 @@ predictions are written (:attr:`cl_bench.scenarios.base.Scenario.class_order`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Generator, Tensor
@@ -21,10 +21,10 @@ class Data:
     """A set of images kept as uint8, on the training device where they fit.
 
     Attributes:
-        images: (N, C, H, W) uint8; where they do not fit on the device, a
-            :class:`~cl_bench.core.images.HostImages`, which stands for that tensor and is indexed alike.
+        images: (N, C, H, W) uint8; if they do not fit on the device, a
+            :class:`~cl_bench.core.images.HostImages`, which is indexed like such a tensor.
         labels: (N,) int64, positions in the class order.
-        index: (N,) int64, each image's place in the data set's own order.
+        index: (N,) int64, each image's position in the data set's own order.
     """
 
     images: Tensor
@@ -38,18 +38,18 @@ class Data:
         """The subset at positions (or mask, or slice) ``which``."""
         return Data(self.images[which], self.labels[which], self.index[which])
 
-    def chunks(self, size: int) -> Iterator["Data"]:
-        """The set in order, in pieces of at most ``size`` images; for measuring passes, never for training."""
+    def split(self, size: int) -> Iterator["Data"]:
+        """The set in order, in parts of at most ``size`` images; for measuring, never for training."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
     @staticmethod
     def concatenate(parts: Iterable["Data"]) -> "Data":
-        """One set out of several."""
+        """One set that joins several."""
         parts = list(parts)
         images = [p.images for p in parts]
         return Data(
-            HostImages.joined(images) if any(isinstance(i, HostImages) for i in images) else torch.cat(images),
+            HostImages.concatenate(images) if any(isinstance(i, HostImages) for i in images) else torch.cat(images),
             torch.cat([p.labels for p in parts]),
             torch.cat([p.index for p in parts]),
         )
@@ -71,9 +71,13 @@ class Task:
     val: Data
     test: Data
 
-    def asked(self, split: str) -> Data:
-        """The images of ``test`` or ``val``, on which a run is measured."""
+    def get_split(self, split: str) -> Data:
+        """The ``test`` or the ``val`` images."""
         return {"test": self.test, "val": self.val}[split]
+
+    def change_data(self, change: Callable[[Data], Data]) -> "Task":
+        """The same task with ``change`` applied to its training, validation and test images."""
+        return replace(self, train=change(self.train), val=change(self.val), test=change(self.test))
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,9 @@ class Batch:
     Attributes:
         x: (B, C, H, W) float, augmented and normalised.
         y: (B,) int64, positions in the class order.
-        raw: (B, C, H, W) uint8, the same images as stored: what a buffer keeps.
+        raw: (B, C, H, W) uint8, the same images before augmentation; a buffer stores these.
         task: id of the task that is being learned.
-        columns: what a buffer stored beside its images, by name, each (B, ...); empty for the stream.
+        columns: what a buffer stores beside its images, by name, each (B, ...); empty for the stream.
     """
 
     x: Tensor
@@ -104,19 +108,19 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of gradient descent that a method asks the trainer for.
+    """One training phase that a method asks the trainer for: some epochs of gradient descent on one set.
 
     Attributes:
-        data: the images to pass over.
+        data: the training images.
         observe: batch -> named loss terms.
         params: the parameters that this phase trains.
-        epochs: passes over ``data``; None takes ``trainer.epochs``.
-        lr: peak learning rate; None takes ``optimizer.lr``.
-        optimizer: parameters -> optimizer; None takes the configured one.
-        schedule: (epoch, epochs) -> factor on the learning rate; None takes the configured one.
+        epochs: passes over ``data``; None uses ``trainer.epochs``.
+        lr: peak learning rate; None uses ``optimizer.lr``.
+        optimizer: parameters -> optimizer; None uses the configured one.
+        schedule: (epoch, epochs) -> factor on the learning rate; None uses the configured one.
         after_step: called after every optimizer step, e.g. for a proximal step.
         after_epoch: called with the epoch just finished, from 0; returning True ends the phase early.
-        order: CPU generator -> positions in ``data`` that an epoch visits, in their order, equally many in every epoch;
+        order: CPU generator -> positions in ``data`` that an epoch visits, in this order, equally many in every epoch;
             None visits every image once, shuffled.
     """
 

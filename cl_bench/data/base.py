@@ -15,17 +15,17 @@ _FIXED: set[Callable[..., Any]] = set()
 
 
 def fixed_by_settings(source: Source) -> Source:
-    """Mark a source, or a scenario, whose name and settings alone say what the images are.
+    """Mark a source or scenario whose name and settings alone determine the images.
 
-    Bundled data and files that are checked against published checksums are such. A run on any other source is
-    identified by the digest of its images as well (decision 23).
+    Examples are bundled data and files that are checked against published checksums. A run on any other source is also
+    identified by the digest of its images (decision 23).
     """
     _FIXED.add(source)
     return source
 
 
 def is_fixed_by_settings(source: Callable[..., Any]) -> bool:
-    """Whether :func:`fixed_by_settings` marks it; what is derived from a marked class is not marked."""
+    """Whether :func:`fixed_by_settings` marks it; a subclass of a marked class is not marked."""
     return source in _FIXED
 
 
@@ -36,10 +36,10 @@ class ImageSet:
     Attributes:
         train_images, test_images: (N, C, H, W) uint8.
         train_labels, test_labels: (N,) int64, the data set's class ids.
-        class_names: a name a class id.
-        superclass: the superclass of each class id, None where the data set has none.
-        mean, std: of the training pixels in [0, 1], a value a channel.
-        checksums: of the bytes of the training and test images, where the source knows them already.
+        class_names: one name per class id.
+        superclass: the superclass of each class id; None if the data set has none.
+        mean, std: of the training pixels in [0, 1], one value per channel.
+        checksums: of the bytes of the training and test images, if the source knows them already.
     """
 
     train_images: np.ndarray
@@ -56,7 +56,7 @@ class ImageSet:
     def digest(self) -> str:
         """16 hexadecimal digits of a hash of images, labels and names: sets with one digest are the same set.
 
-        Mean and standard deviation are left out: they follow from the images, up to a machine's rounding.
+        Mean and standard deviation are not in it: they follow from the images, up to the rounding of a machine.
         """
         images = self.checksums or [_hash(self.train_images), _hash(self.test_images)]
         labels = [_hash(labels.astype("<i8")) for labels in (self.train_labels, self.test_labels)]

@@ -1,4 +1,4 @@
-"""Arrays that are made once, by one process, and mapped into the memory of all that want them."""
+"""Arrays that one process creates once, and every process maps into its memory."""
 
 import hashlib
 import json
@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from cl_bench.system.atomic import one_process, write_text
+from cl_bench.system.atomic import hold_lock, write_text
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An array and what is known of it.
+    """An array, its checksum, and facts about it.
 
     Attributes:
-        array: (N, ...) uint8, memory-mapped from its file; writing to it changes the memory only.
-        checksum: of its bytes (SHA-256).
-        facts: what was said of it when it was made.
+        array: (N, ...) uint8, memory-mapped from its file; writing to it does not change the file.
+        checksum: SHA-256 of its bytes.
+        facts: what ``describe`` returned when it was created.
     """
 
     array: np.ndarray
@@ -31,42 +31,42 @@ class Stored:
     facts: dict[str, Any]
 
 
-def stored(
+def load_or_make(
     file: Path,
     most: int,
     shape: tuple[int, ...],
     rows: Callable[[], Iterable[np.ndarray]],
     describe: Callable[[np.ndarray], dict[str, Any]],
 ) -> Stored:
-    """The array in ``file``, made there first if it is not there or not whole.
+    """The array in ``file``; it is created first if it is missing or damaged.
 
-    The file is written beside its place and takes it when it is whole; its size and checksum are in a note beside it
-    (``.json``). A file that was written to since then, or copied, is read once to compare its checksum; otherwise only
-    its size and time are looked at. Another process that wants the same file waits until it is made (``.lock``).
+    The array is written to a temporary file, which is renamed when it is complete. A note beside it (``.json``) has its
+    size and checksum. If the file was written to or copied since then, it is read once to compare its checksum;
+    otherwise only its size and time are compared. Another process that needs the same file waits (``.lock``).
 
     Args:
-        file: where it lies; its folder is there.
-        most: rows that there may be; their room is taken at once, so that a full disk is told of before the work.
+        file: the path; its folder exists.
+        most: largest number of rows. Their room is reserved at once, so that a full disk is reported before the work.
         shape: of a row.
-        rows: makes the rows, uint8 each; its errors are passed on.
-        describe: the array -> facts to keep beside it, as plain JSON values.
+        rows: yields the rows, each uint8; its errors are passed on.
+        describe: the array -> facts to store beside it, as plain JSON values.
 
     Raises:
-        OSError: there is no room for it, or its folder may not be written to.
+        OSError: there is no room for it, or its folder is not writable.
     """
     note = file.with_suffix(".json")
-    if (found := _whole(file, note)) is not None:
+    if (found := _load_whole(file, note)) is not None:
         return found
-    with one_process(file.with_suffix(".lock"), f"makes {file}"):
-        if (found := _whole(file, note)) is None:
+    with hold_lock(file.with_suffix(".lock"), f"makes {file}"):
+        if (found := _load_whole(file, note)) is None:
             if note.exists():
-                print(f"cl_bench: {file} is damaged; it is made again", file=sys.stderr)
+                print(f"cl_bench: {file} is damaged; it is created again", file=sys.stderr)
             found = _make(file, note, most, shape, rows, describe)
     return found
 
 
-def _whole(file: Path, note: Path) -> Stored | None:
-    """What the file holds, None where it is not what its note says, or where there is no note."""
+def _load_whole(file: Path, note: Path) -> Stored | None:
+    """The content of the file; None if it differs from its note, or has no note."""
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
         shape, checksum, facts = tuple(known["shape"]), known["checksum"], known["facts"]
@@ -77,9 +77,9 @@ def _whole(file: Path, note: Path) -> Stored | None:
             with file.open("rb") as content:
                 if hashlib.file_digest(content, "sha256").hexdigest() != checksum:
                     return None
-            with suppress(OSError):  # where it may not be written to, it is compared every time
+            with suppress(OSError):  # if it is not writable, the checksum is compared every time
                 write_text(note, json.dumps(known | {"changed": state.st_mtime_ns}) + "\n")
-        return Stored(_mapped(file, shape), checksum, facts)
+        return Stored(_map_file(file, shape), checksum, facts)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -105,18 +105,18 @@ def _make(
                 count += 1
             out.flush()
             out.truncate(count * math.prod(shape))
-            os.fsync(out.fileno())  # before the note: a power cut must not leave a whole note of an empty file
-        facts = describe(_mapped(partial, (count, *shape)))
+            os.fsync(out.fileno())  # before the note: a power cut must not leave a complete note of an empty file
+        facts = describe(_map_file(partial, (count, *shape)))
         partial.replace(file)
     except BaseException:
-        partial.unlink(missing_ok=True)  # where the disk is full, give its room back
+        partial.unlink(missing_ok=True)  # frees its room if the disk is full
         raise
-    made = Stored(_mapped(file, (count, *shape)), checksum.hexdigest(), facts)
+    made = Stored(_map_file(file, (count, *shape)), checksum.hexdigest(), facts)
     known = {"shape": made.array.shape, "checksum": made.checksum, "changed": file.stat().st_mtime_ns, "facts": facts}
     write_text(note, json.dumps(known) + "\n")
     return made
 
 
-def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray:
-    # copy-on-write: torch wants a tensor that could be written to, the file never is
+def _map_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    # copy-on-write: torch needs a writable tensor, but the file must not change
     return np.memmap(file, dtype=np.uint8, mode="c", shape=shape)

@@ -1,4 +1,4 @@
-"""CIFAR-100 (Krizhevsky 2009) from the official python files, the ones torchvision reads and writes."""
+"""CIFAR-100 (Krizhevsky 2009) from the official python files, which torchvision also uses."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ import numpy as np
 
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.data.base import ImageSet, fixed_by_settings
-from cl_bench.system.atomic import one_process
+from cl_bench.system.atomic import hold_lock
 
 FOLDER = "cifar-100-python"
 MD5 = {
@@ -25,8 +25,8 @@ def cifar100(*, root: str, download: bool) -> ImageSet:
     """50,000 training and 10,000 test images, (N, 3, 32, 32) uint8, 100 classes in 20 superclasses.
 
     Args:
-        root: folder that holds (or gets) ``cifar-100-python/{train,test,meta}``.
-        download: fetch the files through torchvision when they are missing.
+        root: folder that contains (or will contain) ``cifar-100-python/{train,test,meta}``.
+        download: fetch the files through torchvision if they are missing.
 
     Raises:
         ConfigError: the files are missing and could not be fetched, or are not the official ones.
@@ -34,12 +34,12 @@ def cifar100(*, root: str, download: bool) -> ImageSet:
     folder = Path(root) / FOLDER
     if not _is_there(folder):
         _fetch(Path(root), download)
-    train, test, meta = (_official(folder / name) for name in MD5)
+    train, test, meta = (_read_official(folder / name) for name in MD5)
     coarse = dict(zip(train["fine_labels"], train["coarse_labels"]))
     return ImageSet(
-        train_images=_pixels(train),
+        train_images=_reshape_pixels(train),
         train_labels=np.array(train["fine_labels"]),
-        test_images=_pixels(test),
+        test_images=_reshape_pixels(test),
         test_labels=np.array(test["fine_labels"]),
         class_names=list(meta["fine_label_names"]),
         superclass=[coarse[c] for c in range(100)],
@@ -50,20 +50,20 @@ def cifar100(*, root: str, download: bool) -> ImageSet:
 
 
 def _is_there(folder: Path) -> bool:
-    return all(os.path.isfile(folder / name) for name in MD5)  # False also where the folder may not be read
+    return all(os.path.isfile(folder / name) for name in MD5)  # False also if the folder is not readable
 
 
-def _pixels(split: dict) -> np.ndarray:
+def _reshape_pixels(split: dict) -> np.ndarray:
     return split["data"].reshape(-1, 3, 32, 32)
 
 
-def _official(path: Path) -> dict:
-    """Unpickle one file, after its MD5 has shown that it is the published one and nothing else."""
+def _read_official(path: Path) -> dict:
+    """The content of one file, unpickled only after its MD5 has shown that it is the published one."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(
-            "data_dir", expected=f"to read {path}", got=error.strerror or str(error), fix="Mend its permissions."
+            "data_dir", expected=f"to read {path}", got=error.strerror or str(error), fix="Fix its permissions."
         ) from error
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     require(
@@ -71,7 +71,7 @@ def _official(path: Path) -> dict:
         "data_dir",
         expected=f"the official CIFAR-100 file {path} with MD5 {MD5[path.name]}",
         got=f"a damaged or different file of {len(content)} bytes with MD5 {md5}",
-        fix="Delete it and run again to fetch it anew, or copy the official file there.",
+        fix="Delete it and run again to fetch it, or copy the official file there.",
     )
     return pickle.loads(content, encoding="latin1")
 
@@ -81,7 +81,7 @@ def _fetch(root: Path, download: bool) -> None:
     if download:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with one_process(root / f".{FOLDER}.lock", f"fetches CIFAR-100 into {root}"):
+            with hold_lock(root / f".{FOLDER}.lock", f"fetches CIFAR-100 into {root}"):
                 if not _is_there(root / FOLDER):
                     _download(root)
             return
@@ -92,18 +92,18 @@ def _fetch(root: Path, download: bool) -> None:
         "data_dir",
         expected=f"the CIFAR-100 files train, test and meta in {(root / FOLDER).resolve()}",
         got=f"no such files, and {reason}",
-        fix="Get cifar-100-python.tar.gz from the CIFAR-100 page, unpack it there or point data_dir=PATH at the folder "
-        "that holds cifar-100-python/; +experiment=quickstart needs no download.",
+        fix="Get cifar-100-python.tar.gz from the CIFAR-100 page, unpack it there or set data_dir=PATH to the folder "
+        "that contains cifar-100-python/. +experiment=quickstart needs no download.",
     )
 
 
 def _download(root: Path) -> None:
-    """Archive and files; a file is in its place when it is whole, so that no other process reads half of it."""
+    """Fetch and unpack the archive; a file is moved to its path when it is complete: nobody reads half of it."""
     from torchvision.datasets import CIFAR100
     from torchvision.datasets.utils import download_and_extract_archive
 
     beside = root / f".{FOLDER}.partial"
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(beside, ignore_errors=True)  # left by a killed process
     try:
         download_and_extract_archive(CIFAR100.url, root, beside, CIFAR100.filename, CIFAR100.tgz_md5)
         (root / FOLDER).mkdir(exist_ok=True)

@@ -8,13 +8,13 @@ import numpy as np
 from cl_bench.data.base import ImageSet, fixed_by_settings
 
 TEST_EVERY = 5
-"""Every fifth image is a test image: scikit-learn bundles no split, and a fixed one is the same for every seed."""
+"""Every fifth image is a test image: scikit-learn has no split, and a fixed one is the same for every seed."""
 
 
 @fixed_by_settings
 def digits() -> ImageSet:
     """1,437 training and 360 test images, (N, 1, 8, 8) uint8 (pixel values 0..16 stretched to 0..255), 10 classes."""
-    # The file itself: importing sklearn.datasets takes three seconds, more than all else before the first step.
+    # Read the file directly: importing sklearn.datasets takes three seconds, more than all else before the first step.
     package = importlib.util.find_spec("sklearn")
     assert package is not None
     assert package.origin is not None

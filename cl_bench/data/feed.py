@@ -1,4 +1,4 @@
-"""The batches of one epoch, looked up ahead where that takes time.
+"""The batches of one epoch, loaded ahead if the images are on the host.
 
 Shapes: N images of a set, B of a batch.
 """
@@ -13,41 +13,41 @@ from cl_bench.core.images import HostImages
 from cl_bench.core.types import Data
 
 AHEAD = 3
-"""Batches that are on their way to the device while one is trained on."""
+"""Batches that are loaded while one is used."""
 
 
 class Feed:
-    """Images and labels of an epoch's steps.
+    """The images and labels of the steps of an epoch.
 
-    Images on the device are indexed there. Others come from a thread that is some batches ahead, so that the device
-    waits neither for the disk nor for the bus. Either way a step has the same images.
+    Images on the device are indexed there. Others are loaded by a thread, some batches ahead, so that the device does
+    not wait for disk or bus. A step gets the same images in both cases.
 
     Args:
-        order: CPU (M,) positions in ``data``, in the order of the epoch.
-        size: images of a step.
+        order: (M,) positions in ``data`` on the CPU, in the order of the epoch.
+        size: images per step.
     """
 
     def __init__(self, data: Data, order: Tensor, size: int, pool: ThreadPoolExecutor | None) -> None:
         self.data, self.size, self._pool = data, size, pool
-        self._cpu, self._places = order, order.to(data.labels.device)
+        self._cpu, self._positions = order, order.to(data.labels.device)
         self._coming: dict[int, Future[Tensor]] = {}
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def load_batch(self, step: int) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) uint8 images and (B,) labels of a step."""
         part = slice(step * self.size, (step + 1) * self.size)
-        places = self._places[part]
+        positions = self._positions[part]
         if self._pool is None:
-            return self.data.images.index_select(0, places), self.data.labels.index_select(0, places)
+            return self.data.images.index_select(0, positions), self.data.labels.index_select(0, positions)
         for ahead in range(step, step + AHEAD + 1):
             if ahead not in self._coming and ahead * self.size < len(self._cpu):
                 which = self._cpu[ahead * self.size : (ahead + 1) * self.size]
                 self._coming[ahead] = self._pool.submit(self.data.images.__getitem__, which)
-        return self._coming.pop(step).result(), self.data.labels.index_select(0, places)
+        return self._coming.pop(step).result(), self.data.labels.index_select(0, positions)
 
 
 @contextmanager
-def feed(data: Data, order: Tensor, size: int) -> Iterator[Feed]:
-    """A :class:`Feed`, with a thread as long as it is open where the images are not on the device."""
+def open_feed(data: Data, order: Tensor, size: int) -> Iterator[Feed]:
+    """A :class:`Feed`; if the images are not on the device, it has a thread until it is closed."""
     if not isinstance(data.images, HostImages):
         yield Feed(data, order, size, None)
         return

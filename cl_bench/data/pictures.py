@@ -1,4 +1,4 @@
-"""What a picture file shows: eight bits a channel, RGB, upright."""
+"""Decode a picture file to RGB, eight bits per channel, upright."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,36 +8,36 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 UNREADABLE = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS"}
-"""Kinds that PIL knows by name only or gives to another program, and FITS, whose scale it ignores."""
+"""Formats that PIL cannot decode itself, and FITS, whose scale it ignores."""
 
 BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
-"""Tags of a TIFF file: bits of a value; 0 where 0 is white; 2 where each channel is a plane, or values are signed."""
+"""Tags of a TIFF file: bits per value; 0 if 0 means white; 2 if each channel is a plane; 2 if values are signed."""
 
 
 @cache
-def kinds() -> list[str]:
-    """The kinds of picture that PIL can decode here."""
+def list_kinds() -> list[str]:
+    """The picture formats that PIL can decode here."""
     Image.init()
     return sorted(set(Image.OPEN) - UNREADABLE)
 
 
 @cache
-def endings() -> frozenset[str]:
-    """Their files' endings, in small letters."""
-    readable = {*kinds(), "MPO"}  # that one is opened as a JPEG
+def list_endings() -> frozenset[str]:
+    """The file endings of these formats, in lower case."""
+    readable = {*list_kinds(), "MPO"}  # PIL opens it as a JPEG
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in readable)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """How picture files become images.
+    """Turns picture files into images.
 
     Attributes:
-        size: side of the image in pixels; the picture is scaled so that its shorter side fits, and cut around its
+        size: side of the image in pixels; the picture is scaled so that its shorter side fits, and cropped at its
             centre.
-        background: colour behind transparent pixels, 0 to 255 a channel.
-        value_range: the values that become black and white in pictures deeper than eight bits; None for the whole range
-            of 16 bits. 32-bit integers and floating-point numbers have no usual range, so they need one.
+        background: colour behind transparent pixels, 0 to 255 per channel.
+        value_range: the values that become black and white in pictures of more than eight bits; None for the whole
+            range of 16 bits. 32-bit integers and floating-point numbers have no usual range, so they need one.
     """
 
     size: int
@@ -45,29 +45,29 @@ class Decoder:
     value_range: tuple[float, float] | None
 
     def decode(self, path: Path) -> np.ndarray:
-        """(3, size, size) uint8: the first picture of the file, turned as its EXIF data say.
+        """The first picture of the file, (3, size, size) uint8, rotated as its EXIF data say.
 
         Raises:
-            Exception: the file is damaged, or not to be decoded without a ``value_range``; PIL raises many kinds.
+            Exception: the file is damaged, or needs a ``value_range``; PIL raises many types.
         """
-        with Image.open(path, formats=kinds()) as picture:
+        with Image.open(path, formats=list_kinds()) as picture:
             _refuse_what_pil_misreads(picture)
-            picture.load()  # a TIFF file is turned by this already
+            picture.load()  # this already rotates a TIFF file
             shown = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":
-                shown = self._eight_bits(shown, picture)
+                shown = self._convert_to_eight_bits(shown, picture)
             if shown.has_transparency_data:
                 behind = Image.new("RGBA", shown.size, (*self.background, 255))
                 shown = Image.alpha_composite(behind, shown.convert("RGBA"))
             fitted = ImageOps.fit(shown.convert("RGB"), (self.size, self.size))
         return np.asarray(fitted).transpose(2, 0, 1)
 
-    def _eight_bits(self, shown: Image.Image, file: Image.Image) -> Image.Image:
-        """A picture of one deep channel; ``file`` says what its values are."""
+    def _convert_to_eight_bits(self, shown: Image.Image, file: Image.Image) -> Image.Image:
+        """A picture with one channel of more than eight bits, as eight bits; ``file`` says what its values mean."""
         values, tags = np.asarray(shown), getattr(file, "tag_v2", {})
         bits = tags.get(BITS, (16,))[0]
         if file.mode == "I" and bits == 32 and tags.get(SAMPLE_FORMAT, (1,))[0] == 1:
-            values = values.view(np.uint32)  # PIL has signed ones only
+            values = values.view(np.uint32)  # PIL knows only signed ones
         if self.value_range is not None:
             low, high = self.value_range
         elif file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
@@ -82,13 +82,13 @@ class Decoder:
         scaled = np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))).clip(0, 255)
         scaled = 255.0 - scaled if tags.get(PHOTOMETRIC) == 0 else scaled
         gray = Image.fromarray(scaled.astype(np.uint8))
-        if (clear := file.info.get("transparency")) is not None:  # the one value that stands for transparent pixels
+        if (clear := file.info.get("transparency")) is not None:  # the value that means transparent
             gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
         return gray
 
 
 def _refuse_what_pil_misreads(picture: Image.Image) -> None:
-    """Refuse what PIL would open to other values than the file has, without a word; asked before it is loaded."""
+    """Refuse a picture that PIL would silently decode to wrong values; called before it is loaded."""
     tags = getattr(picture, "tag_v2", {})
     bits = max(tags.get(BITS, (1,)))
     if bits > 8 and tags.get(PLANAR) == 2 and len(picture.getbands()) > 1:

@@ -14,17 +14,17 @@ from cl_bench.core.images import send_together
 
 
 class Transform:
-    """Random crop, random horizontal flip, whatever else is given, normalise; every image with its own draw.
+    """Random crop, random horizontal flip, optional RandAugment, then normalisation; each image has its own draw.
 
     The same distribution as torchvision's ``RandomCrop(H, padding=p)``, ``RandomHorizontalFlip()``, ``ToTensor()``,
-    ``Normalize(mean, std)`` on each image. Draws come from a CPU generator, so a seed draws the same crops and flips on
-    every device.
+    ``Normalize(mean, std)`` on each image. A CPU generator draws, so a seed gives the same crops and flips on every
+    device.
 
     Args:
-        mean, std: a value a channel, for pixels in [0, 1].
-        crop_padding: black pixels added on each side before an H x W window is cut; 0 = no crop.
+        mean, std: one value per channel, for pixels in [0, 1].
+        crop_padding: black pixels added on each side before an H x W window is cropped; 0 = no crop.
         flip: mirror each image with probability 1/2.
-        rand_augment: images (B, C, H, W) uint8 and the CPU generator -> images, after crop and flip; None for no more.
+        rand_augment: images (B, C, H, W) uint8 and the CPU generator -> images, after crop and flip; None for none.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Transform:
         require(
             len(mean) == len(std) and min(std, default=0) > 0,
             "std",
-            expected=f"{len(mean)} values above 0, one a channel",
+            expected=f"{len(mean)} values above 0, one per channel",
             got=std,
-            fix="Give mean and std of the training images, a value a channel.",
+            fix="Give mean and std of the training images, one value per channel.",
         )
         self.mean, self.std = list(mean), list(std)
         self.crop_padding, self.flip, self.rand_augment = crop_padding, flip, rand_augment
@@ -52,20 +52,20 @@ class Transform:
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1)
 
     def to(self, device: torch.device) -> "Transform":
-        """Put the constants on ``device``; returns self."""
+        """This transform, with its constants on ``device``."""
         self._scale, self._shift = self._scale.to(device), self._shift.to(device)
         return self
 
-    def train(self, images: Tensor, generator: Generator) -> Tensor:
+    def augment(self, images: Tensor, generator: Generator) -> Tensor:
         """(B, C, H, W) uint8 -> (B, C, H, W) float32, augmented and normalised."""
         moves = self.draw_moves(images.shape, generator)
         return self.apply(images, send_together(moves, images.device), generator)
 
     def draw_moves(self, shape: Sequence[int], generator: Generator) -> list[Tensor]:
-        """Which window, and which of image and mirror image, is taken of each of (B, C, H, W) images.
+        """The random window of each of (B, C, H, W) images, and whether it is mirrored.
 
         Returns:
-            For each that there is, (B,) int64 on the CPU: where :meth:`apply` finds it.
+            For crop and flip, if used, (B,) int64 on the CPU: the index that :meth:`apply` selects.
         """
         batch, channels, height, width = shape
         moves = []
@@ -76,42 +76,41 @@ class Transform:
             moves.append(images + row * across + column)
         if self.flip:
             mirrored = torch.randint(2, (batch,), generator=generator)
-            moves.append(torch.arange(batch) + batch * mirrored)  # of the images and their mirror images
+            moves.append(torch.arange(batch) + batch * mirrored)  # index in the images followed by their mirror images
         return moves
 
     def apply(self, images: Tensor, moves: Sequence[Tensor], generator: Generator) -> Tensor:
-        """(B, C, H, W) uint8 -> (B, C, H, W) float32, moved as drawn, further augmented, normalised.
+        """(B, C, H, W) uint8 -> (B, C, H, W) float32, cropped and flipped as drawn, RandAugmented, normalised.
 
         Args:
-            moves: of :meth:`draw_moves`, on the device of the images.
+            moves: from :meth:`draw_moves`, on the device of the images.
             generator: for the draws of ``rand_augment``.
         """
         left = iter(moves)
         if self.crop_padding:
-            images = self._windows(images).index_select(0, next(left))
+            images = self._view_windows(images).index_select(0, next(left))
         if self.flip:
             images = torch.cat([images, images.flip(3)]).index_select(0, next(left))
         if self.rand_augment is not None:
             images = self.rand_augment(images, generator)
-        return self.plain(images)
+        return self.normalise(images)
 
-    def _windows(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> a view of the padded images that has an H x W window starting at every pixel.
+    def _view_windows(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> a view of the padded images with one H x W window starting at every pixel.
 
-        One gather of whole windows out of it is several times as fast on the CPU as indexing by row and column, which
-        goes pixel by pixel.
+        On the CPU, to select whole windows is several times faster than to index by row and column, pixel by pixel.
         """
         channels, height, width = images.shape[1:]
         p = self.crop_padding
         padded = F.pad(images, (p, p, p, p)).contiguous()
         step = padded.stride()
-        last = (channels - 1) * step[1] + (height - 1) * step[2] + (width - 1) * step[3]  # pixel of a window
+        last = (channels - 1) * step[1] + (height - 1) * step[2] + (width - 1) * step[3]  # last pixel of a window
         return padded.as_strided((padded.numel() - last, channels, height, width), (1, *step[1:]))
 
-    def plain(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 -> (B, C, H, W) float32, normalised only."""
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 -> (B, C, H, W) float32, normalised and not augmented."""
         return images.float().mul_(self._scale).add_(self._shift)
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`plain`, up to rounding: (B, C, H, W) float -> uint8."""
+    def recover_pixels(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`, up to rounding: (B, C, H, W) float -> uint8."""
         return ((images - self._shift) / self._scale).round().clamp(0, 255).to(torch.uint8)

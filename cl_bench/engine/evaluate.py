@@ -94,9 +94,9 @@ def evaluate(
         FloatingPointError: a score is nan, which is neither an answer nor the lack of one.
     """
     tasks = scenario.tasks if learned == 0 else scenario.tasks[: learned + 1]
-    data = Data.concatenate(task.asked(split) for task in tasks)
+    data = Data.concatenate(task.get_split(split) for task in tasks)
     device = data.labels.device
-    tasks_of_images = torch.cat([torch.full((len(t.asked(split)),), t.id) for t in tasks])
+    tasks_of_images = torch.cat([torch.full((len(t.get_split(split)),), t.id) for t in tasks])
     classes_of = torch.zeros(len(scenario.tasks), scenario.num_classes, dtype=torch.bool, device=device)  # (T, K)
     for t in scenario.tasks:
         classes_of[t.id, t.classes.start : t.classes.stop] = True
@@ -111,7 +111,7 @@ def evaluate(
     method.eval()
     answers, unknowable = [], torch.zeros((), dtype=torch.int64, device=device)
     for which in batches:
-        x, label = scenario.transform.plain(data.images.index_select(0, which)), data.labels[which]
+        x, label = scenario.transform.normalise(data.images.index_select(0, which)), data.labels[which]
         task = tasks_of_images[which]
         own = classes_of[task]  # (B, K)
         with autocast:

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from cl_bench.core.errors import require, void
 from cl_bench.core.record import BASELINE, SETTINGS, Record
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
-from cl_bench.data.feed import feed
+from cl_bench.data.feed import open_feed
 from cl_bench.engine.checkpoint import Checkpoint, State, cloned, rng_state, set_rng_state
 from cl_bench.engine.evaluate import Evaluation, evaluate
 from cl_bench.engine.step import Choice, Speed, Step
@@ -26,7 +26,7 @@ from cl_bench.loggers.base import Logger, Progress
 from cl_bench.methods.base import Method, Predict
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.energy import Meter
-from cl_bench.system.signals import Interrupted, breakable, breakable_items
+from cl_bench.system.signals import Interrupted, allow_interruption, allow_interruption_between
 
 T = TypeVar("T")
 
@@ -145,7 +145,7 @@ class Trainer:
             if self.stop():
                 raise Interrupted
             self.method.eval()
-            for number, phase in enumerate(breakable_items(self._phases(task))):
+            for number, phase in enumerate(allow_interruption_between(self._phases(task))):
                 self._excused = {name for name, buffer in self.method.named_buffers() if not _finite(buffer)}
                 replayed = number < len(ends)  # finished before the interruption: lay its result over the method
                 if replayed:
@@ -209,9 +209,9 @@ class Trainer:
                 count, steps = _images_and_steps(len(order), size)
             for group, lr in zip(optimizer.param_groups, peak):
                 group["lr"] = lr * schedule(epoch, epochs)
-            with feed(phase.data, order, size) as images:
+            with open_feed(phase.data, order, size) as images:
                 while step < steps:
-                    batch = self.batch(*images.batch(step), task)
+                    batch = self.batch(*images.load_batch(step), task)
                     losses = yield Step(
                         method=self.method,
                         phase=phase,
@@ -231,7 +231,7 @@ class Trainer:
                     step += 1
                     self.steps += 1
                     self.record.cost.samples_seen += len(batch)
-                    self.logger.step(progress)
+                    self.logger.log_step(progress)
                     stopping = self.stop()
                     every = self.settings.checkpoint_steps
                     if stopping or (every and self.steps % every == 0) or self._due(saved_at):
@@ -250,7 +250,7 @@ class Trainer:
 
     def batch(self, raw: Tensor, y: Tensor, task: Task) -> Batch:
         """A stream batch of images (B, C, H, W) uint8 with labels (B,), freshly augmented."""
-        return Batch(self.scenario.transform.train(raw, self.generators["augment"]), y, raw, task.id)
+        return Batch(self.scenario.transform.augment(raw, self.generators["augment"]), y, raw, task.id)
 
     def _lap(self) -> None:
         """Count the time since the last call, or since the task began, as training."""
@@ -313,7 +313,7 @@ class Trainer:
         if after_task == 0:
             self.parameters_after_first_task = count_parameters(self.method)
         if after_task != BASELINE:
-            seen = {s: self.record.matrix(s).accuracy[after_task, : after_task + 1] for s in SETTINGS}
+            seen = {s: self.record.get_matrix(s).accuracy[after_task, : after_task + 1] for s in SETTINGS}
             averages = {f"{s}_average": float(row.mean()) for s, row in seen.items()}
             self._event("task", task=after_task, **{s: row.tolist() for s, row in seen.items()}, **averages)
 
@@ -322,18 +322,18 @@ class Trainer:
         record = Record.empty(len(self.scenario.tasks))
         for setting in SETTINGS:
             record.add(0, setting, answers.correct(setting, len(self.scenario.tasks)), self._asked())
-        means = {setting: float(record.matrix(setting).accuracy[0].mean()) for setting in SETTINGS}
+        means = {setting: float(record.get_matrix(setting).accuracy[0].mean()) for setting in SETTINGS}
         return {setting: mean if math.isfinite(mean) else None for setting, mean in means.items()}
 
     def _asked(self) -> list[int]:
         """Images that each task is measured on."""
-        return [len(task.asked(self.settings.evaluate_on)) for task in self.scenario.tasks]
+        return [len(task.get_split(self.settings.evaluate_on)) for task in self.scenario.tasks]
 
     def _evaluate(self, learned: int, rule: Predict | None = None) -> Evaluation:
         began = time.monotonic()
         split = self.settings.evaluate_on
         try:
-            with breakable():
+            with allow_interruption():
                 answers = evaluate(
                     self.method, self.scenario, learned=learned, split=split, autocast=self.autocast, rule=rule
                 )
@@ -343,7 +343,7 @@ class Trainer:
         return answers
 
     def _event(self, kind: str, **values: Any) -> None:
-        self.logger.event(self.events, {"event": kind, "step": self.steps, **values})
+        self.logger.log_event(self.events, {"event": kind, "step": self.steps, **values})
         self.events += 1
 
     def _fill_costs(self) -> None:

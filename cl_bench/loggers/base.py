@@ -1,4 +1,4 @@
-"""What a logger is told. A logger only reads: it never changes a run, and a run never waits for it."""
+"""The base class of loggers. A logger only reads: it never changes a run, and a run never waits for it."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Who is logging.
+    """The run that is logged.
 
     Attributes:
         folder: the run folder.
@@ -27,7 +27,7 @@ class RunInfo:
 
 
 class Progress(NamedTuple):
-    """Where the loop stands: ``step`` of ``steps`` in ``epoch`` of ``epochs`` of ``phase`` of ``task``; all from 0."""
+    """The position of the loop: ``step`` of ``steps`` in ``epoch`` of ``epochs`` of ``phase`` of ``task``, from 0."""
 
     task: int
     num_tasks: int
@@ -39,31 +39,31 @@ class Progress(NamedTuple):
 
 
 class Logger(ABC):
-    """Reads a run's events.
+    """Receives the events of a run.
 
     Every event is a flat JSON object with ``event`` (``epoch`` or ``task``) and ``step``, the
     optimizer steps so far; the same objects, in the same order, are the lines of ``metrics.jsonl``:
 
     - ``epoch``: ``task``, ``phase``, ``epoch``, ``lr``, ``loss`` and ``losses`` (epoch means, by name)
-    - ``task``: ``task``, ``class_il`` and ``task_il`` (accuracies in percent on tasks 0..task, null = unanswerable),
+    - ``task``: ``task``, ``class_il`` and ``task_il`` (accuracies in percent on tasks 0..task, null = no prediction),
       ``class_il_average``, ``task_il_average``
 
-    Events carry no times, so that a run that was killed and resumed has the same lines as one that was not. A resumed
-    run hands over again the events since its checkpoint: ``number`` counts them from 0, and a logger that cannot take
-    a line back remembers the numbers it has delivered.
+    Events have no times, so that a run that was killed and resumed has the same lines as one that was not. A resumed
+    run logs the events since its checkpoint again. ``number`` counts events from 0; a logger that cannot remove a line
+    stores the number of events it has delivered.
     """
 
     @abstractmethod
     def start(self, run: RunInfo) -> None:
-        """The run begins or goes on."""
+        """The run starts or resumes."""
 
     @abstractmethod
-    def event(self, number: int, event: dict[str, Any]) -> None:
-        """One event."""
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
+        """Log one event."""
 
-    def step(self, progress: Progress) -> None:  # noqa: B027 - most loggers look at epochs only
-        """One optimizer step was taken; called at every step, so it must cost next to nothing."""
+    def log_step(self, progress: Progress) -> None:  # noqa: B027 - most loggers look at epochs only
+        """Log one optimizer step; this is called at every step, so it must cost almost nothing."""
 
     @abstractmethod
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
-        """The process leaves the run: ``finished``, ``interrupted`` or ``failed``. Called on every exit path."""
+        """End logging with status ``finished``, ``interrupted`` or ``failed``; this is called on every exit path."""

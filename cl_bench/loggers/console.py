@@ -1,6 +1,6 @@
-"""What a person sees of a run, on stderr: bars with the time left on a terminal, plain lines elsewhere.
+"""The progress of a run on stderr: bars with the time left on a terminal, plain lines elsewhere.
 
-Tasks, phases, epochs and batches count from 1 here, as people do, and from 0 everywhere else.
+Tasks, phases, epochs and batches are counted from 1 here, as people do, and from 0 everywhere else.
 """
 
 import math
@@ -16,75 +16,75 @@ from cl_bench.loggers.base import Logger, Progress, RunInfo
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_WIDEST = 100  # columns; longer bars say no more
+_WIDEST = 100  # columns; longer bars are no clearer
 _SECONDS_BETWEEN_DRAWINGS = 0.2
-_LARGEST_SHARE_OF_TIME = 0.01  # that drawing may take from training
+_LARGEST_SHARE_OF_TIME = 0.01  # of drawing in the time of a run
 
 
 class Console(Logger):
-    """Shows how far the run is and what came out so far.
+    """Shows the progress of the run and its results so far.
 
     Args:
-        min_seconds: where stderr is no terminal, the least time between two lines about epochs.
+        min_seconds: if stderr is not a terminal, the least time between two lines about epochs.
     """
 
     def __init__(self, *, min_seconds: float) -> None:
-        require(min_seconds >= 0, "min_seconds", expected="a number >= 0", got=min_seconds, fix="Take 2.0 if unsure.")
+        require(min_seconds >= 0, "min_seconds", expected="a number >= 0", got=min_seconds, fix="Use 2.0 if unsure.")
         self._min_seconds = min_seconds
         self._latest: Progress | None = None
-        self._look_at = math.inf  # time.monotonic() when step() is to do more than to remember
+        self._look_at = math.inf  # time.monotonic() when log_step() shows the next step
         self._view: _View | None = None
 
     def start(self, run: RunInfo) -> None:
-        """Say what runs."""
+        """Print which run starts."""
         self._times = _Times()
-        self._view = _Bars(self._times) if on_terminal() else _Lines(self._times, self._min_seconds)
+        self._view = _Bars(self._times) if has_terminal() else _Lines(self._times, self._min_seconds)
         self._view.start(run)
         self._look_at = 0.0
 
-    def step(self, progress: Progress) -> None:
-        """Remember where the loop stands, and now and then show it."""
+    def log_step(self, progress: Progress) -> None:
+        """Store the position of the loop, and show it now and then."""
         self._latest = progress
         if time.monotonic() >= self._look_at and self._view is not None:
-            self._times.look(progress)
-            self._look_at = self._view.step(progress)
+            self._times.update(progress)
+            self._look_at = self._view.show_step(progress)
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
         """Show an epoch's losses or a task's accuracies."""
         if self._view is None:
             return
         if self._latest is not None:
-            self._times.look(self._latest)
+            self._times.update(self._latest)
         if event["event"] == "epoch":
-            self._view.epoch(event, self._latest)
+            self._view.show_epoch(event, self._latest)
         elif event["event"] == "task":
-            self._view.task(event)
+            self._view.show_task(event)
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
-        """Give the terminal back and say how the run ended."""
+        """Restore the terminal and print how the run ended."""
         view, self._view, self._look_at = self._view, None, math.inf
         if view is not None:
             view.stop()
-            line = f"{status} after {_clock(self._times.elapsed())}"
+            line = f"{status} after {_format_seconds(self._times.get_elapsed())}"
             if status != "finished" and self._latest is not None:
-                line += f" in {_place(self._latest)}"
+                line += f" in {_format_position(self._latest)}"
             _print(line)
 
 
-def on_terminal() -> bool:
-    """Whether stderr is a terminal that can move its cursor."""
+def has_terminal() -> bool:
+    """Whether stderr is a terminal with a movable cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-class _Pace:
-    """Time left of something, from how much of it was done since it was first looked at."""
+class _TimeLeft:
+    """The time left of something, estimated from the share done since its first update."""
 
     def __init__(self) -> None:
         self._of: object = None
         self.left: float | None = None
 
-    def look(self, of: object, share: float) -> None:
-        """``share`` (0 to 1) of the thing ``of`` is done by now."""
+    def update(self, of: object, share: float) -> None:
+        """Take in that ``share`` (0 to 1) of the thing ``of`` is done now."""
         now = time.monotonic()
         if of != self._of:
             self._of, self._share, self._since = of, share, now
@@ -93,28 +93,28 @@ class _Pace:
 
 
 class _Times:
-    """Shares done of the run, the phase and the epoch, and the time they will still take."""
+    """The shares done of the run, the phase and the epoch, and the time left of each."""
 
     def __init__(self) -> None:
         self._begun = time.monotonic()
-        self._num_phases = 1  # the most that a task has had; how many are to come, nobody knows
+        self._num_phases = 1  # the most that a task had so far; the number to come is unknown
         self.share = {"run": 0.0, "phase": 0.0, "epoch": 0.0}
-        self.pace = {name: _Pace() for name in self.share}
+        self.pace = {name: _TimeLeft() for name in self.share}
 
-    def elapsed(self) -> float:
-        """Seconds since this process began the run."""
+    def get_elapsed(self) -> float:
+        """Seconds since this process started the run."""
         return time.monotonic() - self._begun
 
-    def look(self, progress: Progress) -> None:
-        """Take in where the loop stands."""
+    def update(self, progress: Progress) -> None:
+        """Take in the position of the loop."""
         self._num_phases = max(self._num_phases, progress.phase + 1)
         epoch = (progress.step + 1) / progress.steps
         phase = (progress.epoch + epoch) / progress.epochs
         run = (progress.task + (progress.phase + phase) / self._num_phases) / progress.num_tasks
         self.share = {"run": run, "phase": phase, "epoch": epoch}
-        self.pace["run"].look(self._num_phases, run)
-        self.pace["phase"].look((progress.task, progress.phase), phase)
-        self.pace["epoch"].look((progress.task, progress.phase, progress.epoch), epoch)
+        self.pace["run"].update(self._num_phases, run)
+        self.pace["phase"].update((progress.task, progress.phase), phase)
+        self.pace["epoch"].update((progress.task, progress.phase, progress.epoch), epoch)
 
 
 class _View(ABC):
@@ -124,20 +124,20 @@ class _View(ABC):
     def start(self, run: RunInfo) -> None:
         """The run begins or goes on."""
 
-    def step(self, progress: Progress) -> float:
-        """The loop stands here; returns when to be told again."""
+    def show_step(self, progress: Progress) -> float:
+        """Show the position of the loop; the time of the next call is returned."""
         return math.inf
 
     @abstractmethod
-    def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
-        """An epoch is over."""
+    def show_epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
+        """Show a finished epoch."""
 
-    def task(self, event: dict[str, Any]) -> None:
-        """A task is over."""
-        _print(_accuracies(event, self._num_tasks, self._times))
+    def show_task(self, event: dict[str, Any]) -> None:
+        """Show a finished task."""
+        _print(_format_accuracies(event, self._num_tasks, self._times))
 
-    def stop(self) -> None:  # noqa: B027 - plain lines leave nothing behind
-        """Leave the terminal as it was."""
+    def stop(self) -> None:  # noqa: B027 - plain lines change nothing
+        """Restore the terminal."""
 
     def __init__(self, times: _Times) -> None:
         self._times = times
@@ -154,22 +154,22 @@ class _Lines(_View):
 
     def start(self, run: RunInfo) -> None:
         self._num_tasks = run.num_tasks
-        _print(f"{_title(run)}, in {run.folder}")
+        _print(f"{_format_title(run)}, in {run.folder}")
 
-    def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
+    def show_epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + self._min_seconds
-        place = f"task {_of(event['task'], self._num_tasks)}, epoch {event['epoch'] + 1}"
+        place = f"task {_format_count(event['task'], self._num_tasks)}, epoch {event['epoch'] + 1}"
         if progress is not None:
-            place = _place(progress)
-        times = f"{_clock(self._times.elapsed())}, {_clock(self._times.pace['run'].left)} left"
-        _print(f"{place}: {_losses(event)} [{times}]")
+            place = _format_position(progress)
+        times = f"{_format_seconds(self._times.get_elapsed())}, {_format_seconds(self._times.pace['run'].left)} left"
+        _print(f"{place}: {_format_losses(event)} [{times}]")
 
 
 class _Bars(_View):
-    """Bars that are drawn anew in their place; what is printed meanwhile goes above them."""
+    """Bars that are drawn again and again at the same place; other output appears above them."""
 
     def __init__(self, times: _Times) -> None:
         from rich.console import Console as Terminal
@@ -182,29 +182,29 @@ class _Bars(_View):
         self._live = Live(
             console=self._terminal,
             get_renderable=self._draw,
-            auto_refresh=False,  # drawn from step(): no thread beside the training
+            auto_refresh=False,  # drawn from show_step(): no thread beside the training
             transient=True,
-            # Where stdout is the terminal, too, it must not write into the bars; a file or a pipe gets what is its own.
+            # If stdout is the terminal too, it must not write into the bars; a file or a pipe gets its own output.
             redirect_stdout=sys.stdout.isatty(),
             vertical_overflow="crop",
         )
 
     def start(self, run: RunInfo) -> None:
         self._num_tasks = run.num_tasks
-        _print(_title(run))
+        _print(_format_title(run))
         _print(f"in {run.folder}")
         self._live.start()
-        self._terminal.show_cursor(True)  # so that not even a SIGKILL leaves the terminal without one
+        self._terminal.show_cursor(True)  # so that the terminal keeps its cursor even after SIGKILL
 
-    def step(self, progress: Progress) -> float:
+    def show_step(self, progress: Progress) -> float:
         self._progress = progress
         begun = time.monotonic()
         self._live.refresh()
         ended = time.monotonic()
         return ended + max(_SECONDS_BETWEEN_DRAWINGS, (ended - begun) / _LARGEST_SHARE_OF_TIME)
 
-    def epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
-        self._numbers = _losses(event)
+    def show_epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
+        self._numbers = _format_losses(event)
 
     def stop(self) -> None:
         self._live.stop()
@@ -222,63 +222,65 @@ class _Bars(_View):
         grid.add_column(no_wrap=True)
         grid.add_column(ratio=1)
         grid.add_column(justify="right", no_wrap=True)
-        for label, name in zip(_labels(self._progress), ("run", "phase", "epoch")):
-            left = f"{_clock(self._times.pace[name].left)} left"
+        for label, name in zip(_format_labels(self._progress), ("run", "phase", "epoch")):
+            left = f"{_format_seconds(self._times.pace[name].left)} left"
             grid.add_row(Text(label), ProgressBar(total=1.0, completed=self._times.share[name]), Text(left))
-        numbers = f"{_clock(self._times.elapsed())}  {self._numbers}"
+        numbers = f"{_format_seconds(self._times.get_elapsed())}  {self._numbers}"
         return Group(grid, Text(numbers, no_wrap=True, overflow="ellipsis"))
 
 
 def _print(line: str) -> None:
-    """One line on stderr; above the bars if there are any, because they have put themselves in its place."""
+    """Print one line on stderr; rich puts it above the bars, if there are any."""
     print(line, file=sys.stderr, flush=True)
 
 
-def _title(run: RunInfo) -> str:
+def _format_title(run: RunInfo) -> str:
     tasks = "1 task" if run.num_tasks == 1 else f"{run.num_tasks} tasks"
     return f"{run.experiment}: {run.name}, seed {run.seed}, {tasks}"
 
 
-def _labels(progress: Progress) -> tuple[str, str, str]:
+def _format_labels(progress: Progress) -> tuple[str, str, str]:
     phase = f"phase {progress.phase + 1} " if progress.phase else ""
     return (
-        f"task {_of(progress.task, progress.num_tasks)}",
-        f"{phase}epoch {_of(progress.epoch, progress.epochs)}",
-        f"batch {_of(progress.step, progress.steps)}",
+        f"task {_format_count(progress.task, progress.num_tasks)}",
+        f"{phase}epoch {_format_count(progress.epoch, progress.epochs)}",
+        f"batch {_format_count(progress.step, progress.steps)}",
     )
 
 
-def _of(number: int, total: int) -> str:
-    """A number from 0 as a person counts, as wide as the total: what stands beside it does not move."""
+def _format_count(number: int, total: int) -> str:
+    """A number from 0, counted from 1 and as wide as the total, so that the text beside it does not move."""
     return f"{number + 1:{len(str(total))}}/{total}"
 
 
-def _place(progress: Progress) -> str:
-    return ", ".join(" ".join(label.split()) for label in _labels(progress)[:2])
+def _format_position(progress: Progress) -> str:
+    return ", ".join(" ".join(label.split()) for label in _format_labels(progress)[:2])
 
 
-def _losses(event: dict[str, Any]) -> str:
+def _format_losses(event: dict[str, Any]) -> str:
     losses = event["losses"]
-    terms = ", ".join(f"{name} {_number(value, '.4g')}" for name, value in losses.items())
-    return f"loss {_number(event['loss'], '.4g')}{f' ({terms})' if len(losses) > 1 else ''}, lr {event['lr']:.3g}"
+    terms = ", ".join(f"{name} {_format_number(value, '.4g')}" for name, value in losses.items())
+    return (
+        f"loss {_format_number(event['loss'], '.4g')}{f' ({terms})' if len(losses) > 1 else ''}, lr {event['lr']:.3g}"
+    )
 
 
-def _accuracies(event: dict[str, Any], num_tasks: int, times: _Times) -> str:
-    class_il, task_il = (_percent(event[f"{setting}_average"]) for setting in ("class_il", "task_il"))
-    place = _of(event["task"], num_tasks)
-    return f"task {place} done: Class-IL {class_il}, Task-IL {task_il} [{_clock(times.elapsed())}]"
+def _format_accuracies(event: dict[str, Any], num_tasks: int, times: _Times) -> str:
+    class_il, task_il = (_format_percent(event[f"{setting}_average"]) for setting in ("class_il", "task_il"))
+    place = _format_count(event["task"], num_tasks)
+    return f"task {place} done: Class-IL {class_il}, Task-IL {task_il} [{_format_seconds(times.get_elapsed())}]"
 
 
-def _percent(value: float | None) -> str:
+def _format_percent(value: float | None) -> str:
     return f"{value:6.2f} %" if value is not None else f"{'-':>8}"
 
 
-def _number(value: float | None, form: str) -> str:
+def _format_number(value: float | None, form: str) -> str:
     return f"{value:{form}}" if value is not None else "-"
 
 
-def _clock(seconds: float | None) -> str:
-    """h:mm:ss."""
+def _format_seconds(seconds: float | None) -> str:
+    """Seconds as h:mm:ss."""
     if seconds is None:
         return "-:--:--"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""What TensorBoard and W&B share: they cannot take a line back, so each event is delivered to them once."""
+"""Shared by TensorBoard and W&B: they cannot remove a line, so each event is delivered to them only once."""
 
 import json
 import sys
@@ -10,17 +10,17 @@ from cl_bench.system.atomic import write_text
 
 
 class Delivered:
-    """Remembers across kills how many events were delivered.
+    """Stores how many events were delivered, also if the process is killed.
 
     Args:
         folder: the run folder.
-        name: name of the file inside it that holds the count; it lies beside what was delivered, so that deleting
-            one deletes both.
+        name: name of the file inside it with the count; it is in the same folder as the delivered data, so that both
+            are deleted together.
 
     Attributes:
-        fresh: nothing was ever delivered from this folder.
+        fresh: whether nothing was ever delivered from this folder.
         count: events 0 to ``count`` (exclusive) are delivered.
-        note: what else the logger wants to find again.
+        note: other values that the logger stores.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -33,29 +33,29 @@ class Delivered:
             state = json.loads(self._path.read_text())
             self.count, self.note = state["events"], state["note"]
 
-    def due(self, number: int, event: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-        """What to deliver when event ``number`` comes: nothing if it was delivered, else it and those missed before.
+    def list_due(self, number: int, event: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+        """The events to deliver when event ``number`` arrives: none if it was delivered, else it and those missed.
 
-        Events are missed when a run was begun without this logger or went on without it; ``metrics.jsonl`` has them.
+        Events are missed while a run has no such logger; ``metrics.jsonl`` has them.
         """
         if number < self.count:
             return []
         missed = read_events(self._folder, self.count, number)
         return [*enumerate(missed, self.count), (number, event)]
 
-    def rest(self) -> list[tuple[int, dict[str, Any]]]:
-        """What is in ``metrics.jsonl`` and was not delivered."""
+    def list_undelivered(self) -> list[tuple[int, dict[str, Any]]]:
+        """The events in ``metrics.jsonl`` that were not delivered."""
         return [*enumerate(read_events(self._folder, self.count, sys.maxsize), self.count)]
 
     def mark(self, count: int, **note: Any) -> None:
-        """Events 0 to ``count`` (exclusive) are delivered; atomic, so that a kill leaves the old state or the new."""
+        """Store that events 0 to ``count`` (exclusive) are delivered; a kill leaves the old state or the new one."""
         self.count = count
         self.note = self.note | note
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self._path, json.dumps({"events": self.count, "note": self.note}))
 
 
-def scalars(event: dict[str, Any]) -> dict[str, float]:
+def extract_curves(event: dict[str, Any]) -> dict[str, float]:
     """The curves of an ``epoch`` or ``task`` event by name, e.g. ``losses/ce`` and ``class_il/task_3``; no nulls."""
     if event["event"] not in ("epoch", "task"):
         return {}

@@ -1,4 +1,4 @@
-"""All loggers of a run behind one."""
+"""One logger that passes events on to all loggers of a run."""
 
 import sys
 from collections.abc import Iterable
@@ -12,37 +12,37 @@ from cl_bench.loggers.jsonl import JsonLines
 class Loggers(Logger):
     """Passes every call on to several loggers, in their order.
 
-    A logger that raises is reported once on stderr and dropped: training is worth more than its curves. Not so
-    :class:`JsonLines`: where it cannot write, nothing of the run can be kept, so its errors go through, and so do
+    A logger that raises is reported once on stderr and dropped: training is worth more than its curves. The exception
+    is :class:`JsonLines`: if it cannot write, nothing of the run can be stored, so its errors are raised. So are
     ``KeyboardInterrupt`` and ``SystemExit``.
 
     Args:
-        loggers: in the order in which they are told; one that repairs ``metrics.jsonl`` comes before its readers.
+        loggers: in the order of the calls; the one that repairs ``metrics.jsonl`` must come before its readers.
     """
 
     def __init__(self, loggers: Iterable[Logger]) -> None:
         self._keep(loggers)
 
     def start(self, run: RunInfo) -> None:
-        """The run begins or goes on."""
+        """The run starts or resumes."""
         self._tell(self._loggers, "start", run)
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
-        """One event."""
-        self._tell(self._loggers, "event", number, event)
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
+        """Log one event."""
+        self._tell(self._loggers, "log_event", number, event)
 
-    def step(self, progress: Progress) -> None:
-        """One optimizer step was taken."""
-        self._tell(self._steppers, "step", progress)
+    def log_step(self, progress: Progress) -> None:
+        """Log one optimizer step."""
+        self._tell(self._steppers, "log_step", progress)
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
-        """The process leaves the run; every logger learns of it, whatever another one raises."""
+        """End all loggers, even if one of them raises."""
         raised: BaseException | None = None
         for logger in self._loggers:
             try:
                 logger.finish(status, summary)
             except BaseException as error:
-                if _harmless(logger, error):
+                if _is_harmless(logger, error):
                     _report(logger, "finish", error)
                 else:
                     raised = raised or error
@@ -58,24 +58,24 @@ class Loggers(Logger):
 
     def _keep(self, loggers: Iterable[Logger]) -> None:
         self._loggers = tuple(loggers)
-        # Most loggers do not look at steps; those are not even called.
-        self._steppers = tuple(logger for logger in self._loggers if type(logger).step is not Logger.step)
+        # Most loggers ignore steps; those are not called at all.
+        self._steppers = tuple(logger for logger in self._loggers if type(logger).log_step is not Logger.log_step)
 
     def _drop(self, logger: Logger, call: str, error: Exception) -> None:
-        if not _harmless(logger, error):
+        if not _is_harmless(logger, error):
             raise error
         self._keep(other for other in self._loggers if other is not logger)
-        with suppress(Exception):  # give back the terminal, files and connections; what went wrong is known by now
+        with suppress(Exception):  # frees terminal, files and connections; the error is known already
             logger.finish("failed", None)
         _report(logger, call, error)
 
 
-def _harmless(logger: Logger, error: BaseException) -> bool:
+def _is_harmless(logger: Logger, error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(logger, JsonLines)
 
 
 def _report(logger: Logger, call: str, error: BaseException) -> None:
     what = " ".join(f"{type(error).__name__}: {error}".split())
     with suppress(OSError, ValueError):  # stderr itself may be closed
-        name = type(logger).__name__
-        print(f"cl_bench: logger {name} failed in {call} ({what}); training goes on without it", file=sys.stderr)
+        where = f"{type(logger).__name__} failed in {call.removeprefix('log_')}"
+        print(f"cl_bench: logger {where} ({what}); training goes on without it", file=sys.stderr)

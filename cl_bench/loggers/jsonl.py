@@ -1,12 +1,12 @@
-"""``metrics.jsonl``: the events of a run, one JSON object a line. Always there; everything else can be made from it."""
+"""``metrics.jsonl``: the events of a run, one JSON object per line. It always exists; all else can be made from it."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cl_bench.core.errors import ConfigError
+from cl_bench.core.record import replace_non_finite
 from cl_bench.loggers.base import Logger, RunInfo
 
 METRICS = "metrics.jsonl"
@@ -14,34 +14,34 @@ METRICS = "metrics.jsonl"
 
 
 class JsonLines(Logger):
-    """Writes ``metrics.jsonl``; line n is event n, whatever was killed or handed over again."""
+    """Writes ``metrics.jsonl``; line n is event n, also if the run was killed and events are logged again."""
 
     def __init__(self) -> None:
         self._file: BinaryIO | None = None
-        self._ends: list[int] = []  # where each line ends, in bytes: line n can be cut off without reading the file
+        self._ends: list[int] = []  # byte where each line ends: line n can be cut off without reading the file
 
     def start(self, run: RunInfo) -> None:
-        """Open the file and drop what a kill left behind the last whole line."""
+        """Open the file and remove what a kill left after the last complete line."""
         path = run.folder / METRICS
         path.touch()
-        self._file = path.open("r+b")  # not "ab": that one writes at the end wherever truncate() left off
-        self._ends = _ends_of_whole_lines(self._file)
+        self._file = path.open("r+b")  # not "ab", which ignores where truncate() left the position
+        self._ends = _find_line_ends(self._file)
         self._cut(len(self._ends))
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
-        """Make the event line ``number``, the last of the file, and force it to the disk."""
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
+        """Write the event as line ``number``, the last of the file, and force it to the disk."""
         assert self._file is not None
         if number > len(self._ends):
             raise ConfigError(
                 self._file.name,
                 expected=f"the {number} lines written before this run was stopped",
                 got=f"{len(self._ends)} lines",
-                fix="Put the file back, or start afresh with overwrite=true.",
+                fix="Restore the file, or start again with overwrite=true.",
             )
         self._cut(number)
-        self._file.write(json.dumps(finite(event), allow_nan=False, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(replace_non_finite(event), allow_nan=False, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
-        # A checkpoint must never know of events that a power cut took out of this file.
+        # A checkpoint must never count events that a power cut removed from this file.
         os.fsync(self._file.fileno())
         self._ends.append(self._file.tell())
 
@@ -59,7 +59,7 @@ class JsonLines(Logger):
 
 
 def read_events(folder: Path, first: int, stop: int) -> list[dict[str, Any]]:
-    """The events ``first`` to ``stop`` (exclusive) of the run in ``folder``, as far as they were written."""
+    """The events ``first`` to ``stop`` (exclusive) of the run in ``folder``, if they were written."""
     path = folder / METRICS
     if first >= stop or not path.exists():
         return []
@@ -67,29 +67,20 @@ def read_events(folder: Path, first: int, stop: int) -> list[dict[str, Any]]:
         return [json.loads(line) for number, line in enumerate(file) if first <= number < stop]
 
 
-def _ends_of_whole_lines(file: BinaryIO) -> list[int]:
+def _find_line_ends(file: BinaryIO) -> list[int]:
     ends: list[int] = []
     end = 0
     for line in file:
         end += len(line)
-        if not _whole(line):
+        if not _is_whole(line):
             break
         ends.append(end)
     return ends
 
 
-def _whole(line: bytes) -> bool:
-    """Whether a line was written to its end (after a power cut it may also hold zeros)."""
+def _is_whole(line: bytes) -> bool:
+    """Whether a line is complete (after a power cut it may also contain zeros)."""
     try:
         return line.endswith(b"\n") and isinstance(json.loads(line), dict)
     except ValueError:
         return False
-
-
-def finite(value: Any) -> Any:
-    """The value with null for every nan and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""``pace.jsonl``: how fast each epoch went. Times stand in a file of their own, which a resumed run has otherwise."""
+"""``pace.jsonl``: the speed of each epoch. Times have their own file, since they differ in a resumed run."""
 
 import json
 import time
@@ -11,12 +11,11 @@ FILE = "pace.jsonl"
 
 
 class Pace(Logger):
-    """Writes a line an epoch: ``task``, ``phase``, ``epoch``, ``step`` and ``steps_per_second``.
+    """Writes one line per epoch: ``task``, ``phase``, ``epoch``, ``step`` and ``steps_per_second``.
 
-    Counted from the end of the first step that this process took of the epoch, so that what is done once (compiling,
-    capturing) is left out where it is done in the first step; null where there is no second one. The loop has waited
-    for the device when an epoch ends. An epoch that a kill has cut off and that was learned again stands there for as
-    often as it ended.
+    The speed is measured from the end of the first step of the epoch in this process, so that compiling and capturing
+    in the first step are not included; it is null if there is no second step. When an epoch ends, the loop has waited
+    for the device. An epoch that ended more than once, because of a kill, has as many lines.
     """
 
     def __init__(self) -> None:
@@ -27,14 +26,14 @@ class Pace(Logger):
         """Open the file at its end."""
         self._file = (run.folder / FILE).open("a", buffering=1)
 
-    def step(self, progress: Progress) -> None:
+    def log_step(self, progress: Progress) -> None:
         """Count the step."""
         if not self._steps:
             self._began = time.perf_counter()
         self._steps += 1
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
-        """Write the rate of an epoch."""
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
+        """Write the speed of an epoch."""
         if event["event"] == "epoch":
             seconds, steps = time.perf_counter() - self._began, self._steps - 1
             line = {key: event[key] for key in ("task", "phase", "epoch", "step")}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from cl_bench.loggers.base import Logger, RunInfo
-from cl_bench.loggers.delivered import Delivered, scalars
+from cl_bench.loggers.delivered import Delivered, extract_curves
 
 FOLDER = "tensorboard"
 """Name of the folder inside the run folder."""
@@ -18,18 +18,18 @@ EVENTS = "events.out.tfevents.cl_bench"
 
 
 class TensorBoard(Logger):
-    """Writes every loss term, the learning rate and the accuracies against the optimizer steps.
+    """Writes every loss term, the learning rate and the accuracies over the optimizer steps.
 
-    Torch's ``SummaryWriter`` begins a new file in every process, and TensorBoard reads files in the order of their
-    names, which is that of the clocks of the machines. Here all processes of a run write on in one file. Its length is
-    remembered after each event, and what a kill left beyond is cut off: no point comes twice, none is missing.
+    Torch's ``SummaryWriter`` starts a new file in every process, and TensorBoard reads files in the order of their
+    names, which depends on the clocks of the machines. Here all processes of a run append to one file. Its length is
+    stored after each event, and what a kill left after that is cut off: no point appears twice, none is missing.
     """
 
     def __init__(self) -> None:
         self._file: BinaryIO | None = None
 
     def start(self, run: RunInfo) -> None:
-        """Bring the file back to the last delivered event."""
+        """Cut the file back to the last delivered event."""
         self._delivered = Delivered(run.folder, f"{FOLDER}/delivered.json")
         path = run.folder / FOLDER / EVENTS
         path.parent.mkdir(exist_ok=True)
@@ -38,11 +38,11 @@ class TensorBoard(Logger):
         self._file = path.open("ab")
         self._records = _Records(self._file)
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
-        """Add the event's points, unless they are there."""
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
+        """Add the points of the event, unless they were delivered."""
         assert self._file is not None
-        for due, content in self._delivered.due(number, event):
-            if curves := scalars(content):
+        for due, content in self._delivered.list_due(number, event):
+            if curves := extract_curves(content):
                 self._records.add(content["step"], curves)
             self._file.flush()  # before the mark: what is marked is written
             self._delivered.mark(due + 1, bytes=self._file.tell())
@@ -57,7 +57,7 @@ class _Records:
     """TensorBoard's records, written to an open file; the only part that needs TensorBoard."""
 
     def __init__(self, file: BinaryIO) -> None:
-        with _missing("boto3"):
+        with _hide_module("boto3"):
             from tensorboard.compat.proto.event_pb2 import Event
             from tensorboard.compat.proto.summary_pb2 import Summary
             from torch.utils.tensorboard import RecordWriter
@@ -67,7 +67,7 @@ class _Records:
             self._write(file_version="brain.Event:2")
 
     def add(self, step: int, curves: dict[str, float]) -> None:
-        """One point on each curve."""
+        """Add one point to each curve."""
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in curves.items()]
         self._write(step=step, summary=self._summary(value=values))
 
@@ -76,16 +76,16 @@ class _Records:
 
 
 @contextmanager
-def _missing(module: str) -> Iterator[None]:
+def _hide_module(module: str) -> Iterator[None]:
     """Imports as if ``module`` were not installed.
 
-    TensorBoard tries boto3, for folders on S3. The old one that hydra-ray-launcher pins warns as it is imported, and
-    leaves an importer behind that warns at every later import.
+    TensorBoard tries to import boto3, for folders on S3. The old version that hydra-ray-launcher pins warns when it is
+    imported, and installs an importer that warns at every later import.
     """
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = None  # type: ignore[assignment]  # how Python notes that there is none
+    sys.modules[module] = None  # type: ignore[assignment]  # makes Python treat it as not installed
     try:
         yield
     finally:

@@ -292,8 +292,8 @@ class APD(Method):
     def _accuracy(self, data: Data, task: Task) -> float:
         """Share of right answers of the task's own head, as at test."""
         right = 0
-        for chunk in data.chunks(CHUNK):
-            logits = self.net.task_logits(self.transform.plain(chunk.images), task.id, self.lambda1)
+        for chunk in data.split(CHUNK):
+            logits = self.net.task_logits(self.transform.normalise(chunk.images), task.id, self.lambda1)
             right += int((logits.argmax(dim=1) + task.classes.start == chunk.labels).sum())
         return right / len(data)
 

@@ -172,8 +172,8 @@ class DynamicallyExpandable(Method):
         """Mean L over un-augmented images, which tau is compared with."""
         task = len(self.net.heads) - 1
         total = 0.0
-        for chunk in data.chunks(CHUNK):
-            logits = self.net.answer(self.transform.plain(chunk.images), task)
+        for chunk in data.split(CHUNK):
+            logits = self.net.answer(self.transform.normalise(chunk.images), task)
             total += float(self._ce(logits, chunk.labels, task)) * len(chunk)
         return total / len(data)
 

@@ -27,7 +27,7 @@ from cl_bench.core.errors import require, void
 from cl_bench.core.types import Phase, Task
 from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, true_class_probability
 from cl_bench.scenarios.base import Scenario
-from cl_bench.system.memory import pass_bytes
+from cl_bench.system.memory import get_pass_bytes
 
 GRADIENT_BYTES = 2**28
 """Memory of a CPU for the gradients of single images in one pass; changes no result."""
@@ -122,9 +122,9 @@ class EWC(FunctionalMethod):
             spread = torch.linspace(0, len(data) - 1, self.fisher_images).long()
             data = data.take(spread.to(data.labels.device))
         totals = {name: torch.zeros_like(p) for name, p in weights.items()}
-        at_once = max(1, pass_bytes(data.labels.device, GRADIENT_BYTES) // sum(p.nbytes for p in weights.values()))
-        for chunk in data.chunks(at_once):
-            x, y = self.transform.plain(chunk.images), chunk.labels
+        at_once = max(1, get_pass_bytes(data.labels.device, GRADIENT_BYTES) // sum(p.nbytes for p in weights.values()))
+        for chunk in data.split(at_once):
+            x, y = self.transform.normalise(chunk.images), chunk.labels
             if self.fisher == "sampled":
                 y = torch.multinomial(torch.softmax(self.net(x).float(), dim=1), 1).squeeze(1)
             likelihood = true_class_probability(self.net(x), y) if self.fisher == "weighted" else None

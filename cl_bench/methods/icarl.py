@@ -46,7 +46,7 @@ class ICaRL(FunctionalMethod):
         self.net, self.buffer, self.teacher = net, buffer, Teacher(net)
         self._classes = [task.classes for task in scenario.tasks]
         with torch.no_grad():
-            width = self.net.eval().features(buffer.transform.plain(buffer.images[:1])).shape[1]
+            width = self.net.eval().features(buffer.transform.normalise(buffer.images[:1])).shape[1]
         self.register_buffer("means", torch.zeros(scenario.num_classes, width))  # (K, D)
         self.register_buffer("known", torch.zeros(scenario.num_classes, dtype=torch.bool))  # (K,)
 
@@ -96,7 +96,9 @@ class ICaRL(FunctionalMethod):
     @torch.no_grad()
     def _measure_means(self) -> None:
         exemplars = self.buffer.data()
-        features = torch.cat([self._features(self.buffer.transform.plain(c.images)) for c in exemplars.chunks(CHUNK)])
+        features = torch.cat(
+            [self._features(self.buffer.transform.normalise(c.images)) for c in exemplars.split(CHUNK)]
+        )
         sums = torch.zeros_like(self.means).index_add_(0, exemplars.labels, features)
         self.means.copy_(F.normalize(sums, dim=1))
         self.known[exemplars.labels] = True

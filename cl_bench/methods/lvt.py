@@ -184,8 +184,8 @@ class LifelongViT(FunctionalMethod):
         """g_K, g_B: mean over the images of d CE(injection) / d K_w and d B; and the snapshot they belong to."""
         parameters = self.net.keys_and_biases()
         totals = [torch.zeros_like(p) for p in parameters]
-        for chunk in data.chunks(CHUNK):
-            logits = self.injecting(self.net.features(self.buffer.transform.plain(chunk.images)))
+        for chunk in data.split(CHUNK):
+            logits = self.injecting(self.net.features(self.buffer.transform.normalise(chunk.images)))
             summed = F.cross_entropy(logits, chunk.labels, reduction="sum")
             for total, gradient in zip(totals, torch.autograd.grad(summed, parameters)):
                 total += gradient

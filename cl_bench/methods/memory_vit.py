@@ -161,7 +161,7 @@ class LearnableMemory(FunctionalMethod):
     @torch.no_grad()
     def _measure_means(self, data: Data) -> None:
         totals = torch.zeros_like(self.means)
-        for chunk in data.chunks(CHUNK):
-            totals.index_add_(0, chunk.labels, self.net.features(self.transform.plain(chunk.images)))
+        for chunk in data.split(CHUNK):
+            totals.index_add_(0, chunk.labels, self.net.features(self.transform.normalise(chunk.images)))
         counts = torch.bincount(data.labels, minlength=len(self.means))[:, None]
         self.means.copy_(torch.where(counts > 0, totals / counts.clamp(min=1), self.means))

@@ -43,7 +43,7 @@ from cl_bench.core.errors import ConfigError, require, void
 from cl_bench.core.types import Batch, Losses, Phase, Task
 from cl_bench.methods.base import Method, Predict
 from cl_bench.scenarios.base import Scenario
-from cl_bench.system.memory import pass_bytes
+from cl_bench.system.memory import get_pass_bytes
 
 INFERENCE = ("oneshot", "binary")
 GRADIENT_BYTES = 2**27
@@ -177,7 +177,7 @@ class Superposition(Method):
         def of_one(alpha: Tensor, image: Tensor) -> Tensor:
             return measure(self.net(image[None], alpha)).squeeze(0)
 
-        chunk = max(1, pass_bytes(x.device, GRADIENT_BYTES) // (4 * sum(self.net.weights().values())))
+        chunk = max(1, get_pass_bytes(x.device, GRADIENT_BYTES) // (4 * sum(self.net.weights().values())))
         each: Callable[[Tensor, Tensor], Tensor] = torch.func.vmap(
             torch.func.grad(of_one), in_dims=(0 if alpha.dim() == 2 else None, 0), chunk_size=chunk
         )
@@ -352,7 +352,7 @@ class SupSupNNs(Superposition):
         stream = torch.cat([torch.randperm(len(task.train)) for _ in range(self.epochs)])
         for part in stream.split(self.check_every * self.batch_size):
             first = part[: self.batch_size].to(task.train.labels.device)
-            number = self.choose(self.transform.plain(task.train.images[first]))
+            number = self.choose(self.transform.normalise(task.train.images[first]))
             self._take(number)
             yield Phase(task.train, self.observe, self.net.scores(), epochs=1, order=partial(_given, part))
             self._keep(number)

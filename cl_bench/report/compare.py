@@ -162,7 +162,7 @@ class Orders:
     def final(self, setting: str, seed: int) -> list[dict[Classes, float]]:
         """Final accuracies of each task, an entry an order."""
         runs = [of_order[seed] for of_order in self.runs]
-        return [final_accuracies(run.record.matrix(setting), run.summary["tasks"]) for run in runs]
+        return [final_accuracies(run.record.get_matrix(setting), run.summary["tasks"]) for run in runs]
 
     def stat(self, setting: str, disparity: str) -> Stat:
         """AOPD or MOPD over the seeds in common."""
@@ -680,7 +680,7 @@ def _pictures(comparison: Comparison) -> Iterator[tuple[str, Picture]]:
 def _curves(rows: Sequence[Row], setting: str) -> dict[str, np.ndarray]:
     """Label -> (S, T) average accuracy on the tasks seen, of the rows that this setting was measured for."""
     curves = {
-        row.label: np.array([plots.over_tasks(average_accuracy, run.record.matrix(setting)) for run in row.runs])
+        row.label: np.array([plots.over_tasks(average_accuracy, run.record.get_matrix(setting)) for run in row.runs])
         for row in rows
     }
     return {label: values for label, values in curves.items() if not np.isnan(values).all()}

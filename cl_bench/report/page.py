@@ -231,7 +231,7 @@ def _read_record(path: Path, num_tasks: int) -> Record:
     require(path.is_file(), str(path), expected="the accuracy matrix", got="no such file", fix=_RUN_AGAIN)
     record = Record.empty(num_tasks)
     for setting, lines in pd.read_csv(path).groupby("setting"):
-        matrix = record.matrix(str(setting))
+        matrix = record.get_matrix(str(setting))
         matrix.correct[lines["after_task"], lines["task"]] = lines["correct"]
         matrix.count[lines["task"]] = lines["count"]
     return record

@@ -62,10 +62,10 @@ def accuracy_matrix(record: Record) -> Figure | None:
     num_tasks = record.class_il.num_tasks
     shown = range(0, num_tasks, _stride(num_tasks))
     # the row of the untrained network, in all panels or in none so that their rows stand at one height
-    untrained = ["untrained"] if any(not np.isnan(record.matrix(s).baseline).all() for s in settings) else []
+    untrained = ["untrained"] if any(not np.isnan(record.get_matrix(s).baseline).all() for s in settings) else []
     figure, panels = _panels(len(settings), height=min(4.8, 1.6 + 0.34 * num_tasks))
     for axes, setting in zip(panels, settings):
-        matrix = record.matrix(setting)
+        matrix = record.get_matrix(setting)
         values = np.vstack([matrix.baseline, matrix.accuracy]) if untrained else matrix.accuracy
         image = _heat_map(axes, values, "YlGnBu", Normalize(0, 100), decimals=1 if num_tasks <= 10 else 0, zeros=True)
         axes.set_xticks(shown, [str(task) for task in shown])
@@ -86,8 +86,8 @@ def curves_over_tasks(record: Record) -> Figure | None:
     figure, (accuracies, forgettings) = _panels(2, height=3.4)
     for setting in settings:
         style: dict[str, Any] = {"ms": 3.5, "color": _COLOURS[setting], "label": TITLES[setting]}
-        accuracies.plot(over_tasks(average_accuracy, record.matrix(setting)), "o-", **style)
-        forgettings.plot(over_tasks(forgetting, record.matrix(setting)), "o-", **style)
+        accuracies.plot(over_tasks(average_accuracy, record.get_matrix(setting)), "o-", **style)
+        forgettings.plot(over_tasks(forgetting, record.get_matrix(setting)), "o-", **style)
     accuracies.set(title="average accuracy on the tasks seen [%]", ylim=(0, 102))
     accuracies.legend(frameon=False)
     forgettings.set_title("forgetting [percentage points]")
@@ -228,7 +228,7 @@ def dots(values: Mapping[str, Sequence[float]], intervals: Mapping[str, float | 
 
 
 def _measured(record: Record) -> list[str]:
-    return [setting for setting in SETTINGS if not np.isnan(record.matrix(setting).correct[:-1]).all()]
+    return [setting for setting in SETTINGS if not np.isnan(record.get_matrix(setting).correct[:-1]).all()]
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:

@@ -204,7 +204,7 @@ def _value(run: Run, metric: str) -> float | None:
     section, name = metric.split(".")
     if name != "first_task_accuracy":
         return run.value(section, name)
-    first = float(run.record.matrix(section).accuracy[0, 0])
+    first = float(run.record.get_matrix(section).accuracy[0, 0])
     return first if math.isfinite(first) else None
 
 

@@ -1,7 +1,7 @@
-"""Whether a finished run can be trusted: leaks of the task id, of test images, of labels, and hidden memory.
+"""The audit of a finished run: leaks of task id, test images or labels, and images hidden outside the buffer.
 
-Each check states what it looked at and how many; none of them trusts what the run says of itself. Training is looked
-at through a rehearsal of a few steps a phase, once with the test set as it is and once with another one in its place.
+Each check states what it examined. No check trusts what the run reports about itself. Training is checked by a
+rehearsal of a few steps per phase, once with the real test set and once with another one instead.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from cl_bench.engine.evaluate import Arrange, Evaluation, evaluate, mixed
 from cl_bench.loggers.group import Loggers
 
 ONE_BY_ONE = 400
-"""Images that are asked about in batches of one."""
+"""Images that are predicted in batches of one."""
 
 ROUNDING = 0.005
-"""Part of the answers that another order of summation may change: near ties."""
+"""Part of the predictions that another order of summation may change, where two scores are almost equal."""
 
 STEPS = 2
-"""Steps of each phase in the rehearsal."""
+"""Steps per phase in the rehearsal."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Check:
     """One line of an audit.
 
     Attributes:
-        name: what should hold.
-        passed: whether it does; None where this run could not fail it, so that passing would say nothing.
-        found: the figures it was judged by, or why it could not fail.
+        name: what should be true.
+        passed: whether it is; None if this run could not fail the check, so that passing would say nothing.
+        found: the figures behind the verdict, or why the check could not fail.
     """
 
     name: str
@@ -48,8 +48,8 @@ class Check:
     found: str
 
     @classmethod
-    def unless(cls, cannot_fail: str | None, name: str, passed: bool, found: str) -> "Check":
-        """The check, skipped where there is a reason why it could not fail."""
+    def skip_if(cls, cannot_fail: str | None, name: str, passed: bool, found: str) -> "Check":
+        """A check that is skipped if there is a reason why it could not fail."""
         return cls(name, passed, found) if cannot_fail is None else cls(name, None, cannot_fail)
 
     @property
@@ -64,30 +64,30 @@ def audit(
     """Every check of a run.
 
     Args:
-        rebuild: builds the run's parts anew, in the same way every time.
+        rebuild: builds the run's parts again, in the same way every time.
         learned: the method's state after the last task, from the checkpoint.
         predictions: the columns of ``predictions.npz``.
     """
     parts = rebuild()
     parts.method.load_state_dict(learned)
     return [
-        *answers_hold(parts, predictions),
-        labels_are_not_known(parts),
-        *contents_are_training_images(parts),
-        *rehearsal_is_clean(rebuild),
+        *check_answers(parts, predictions),
+        check_labels_unknown(parts),
+        *check_contents(parts),
+        *check_rehearsal(rebuild),
     ]
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------------
 
 
-def answers_hold(parts: Parts, predictions: Mapping[str, np.ndarray]) -> list[Check]:
-    """The stored answers come again, whatever batches the images come in, and answering changes nothing."""
+def check_answers(parts: Parts, predictions: Mapping[str, np.ndarray]) -> list[Check]:
+    """Checks that the stored predictions are reproduced, in any batches, and that predicting changes nothing."""
     before = cloned(parts.method.state_dict())
     gradients = [p.grad for p in parts.method.parameters()]
-    with training_batchnorms(parts.method) as in_training:
+    with watch_batchnorms(parts.method) as in_training:
         together = ask(parts, lambda task: mixed(len(task)))
-    unchanged = same(before, cloned(parts.method.state_dict()))
+    unchanged = are_equal(before, cloned(parts.method.state_dict()))
     quiet = all(p.grad is g for p, g in zip(parts.method.parameters(), gradients))
     order = np.argsort(together.index.numpy(), kind="stable")
     original = np.append(np.array(parts.scenario.class_order), -1)
@@ -95,13 +95,13 @@ def answers_hold(parts: Parts, predictions: Mapping[str, np.ndarray]) -> list[Ch
     unlike = int(np.any([again[of] != predictions[of] for of in SETTINGS], axis=0).sum())
     normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in parts.method.modules())
 
-    by_one = ask(parts, lambda task: few_images(len(task)))
-    by_task = ask(parts, one_task_a_batch)
+    by_one = ask(parts, lambda task: draw_few_images(len(task)))
+    by_task = ask(parts, split_by_task)
     return [
         Check("the stored answers come again", unlike <= ROUNDING * len(order), f"{unlike} of {len(order)} differ"),
-        agreement("one image a batch gives the same answers", together, by_one),
-        agreement("batches of a single task give the same answers", together, by_task),
-        Check.unless(
+        compare_answers("one image a batch gives the same answers", together, by_one),
+        compare_answers("batches of a single task give the same answers", together, by_task),
+        Check.skip_if(
             None if normalised else "the method has no BatchNorm",
             "BatchNorm is in evaluation mode",
             not in_training,
@@ -112,14 +112,14 @@ def answers_hold(parts: Parts, predictions: Mapping[str, np.ndarray]) -> list[Ch
     ]
 
 
-def labels_are_not_known(parts: Parts) -> Check:
-    """With test labels exchanged inside each task the Task-IL accuracy falls to chance: nothing looks labels up."""
+def check_labels_unknown(parts: Parts) -> Check:
+    """Check that shuffling the test labels inside each task brings Task-IL accuracy down to chance."""
     tasks = parts.scenario.tasks
-    kept = [task.asked(parts.settings.evaluate_on).labels.clone() for task in tasks]
+    kept = [task.get_split(parts.settings.evaluate_on).labels.clone() for task in tasks]
     generator = torch.Generator().manual_seed(0)
     images = expected = spread = 0.0
     for task in tasks:
-        labels = task.asked(parts.settings.evaluate_on).labels
+        labels = task.get_split(parts.settings.evaluate_on).labels
         labels.copy_(labels[torch.randperm(len(labels), generator=generator).to(labels.device)])
         images += len(labels)
         expected += len(labels) / len(task.classes)
@@ -127,14 +127,14 @@ def labels_are_not_known(parts: Parts) -> Check:
     answers = ask(parts, lambda task: mixed(len(task)))
     right = float((answers.task_il == answers.label).sum())
     for task, labels in zip(tasks, kept):
-        task.asked(parts.settings.evaluate_on).labels.copy_(labels)
+        task.get_split(parts.settings.evaluate_on).labels.copy_(labels)
     limit = expected + 5 * math.sqrt(spread)
     figures = (
         f"{100 * right / images:.2f} % right, chance {100 * expected / images:.2f} %, "
         f"limit {100 * limit / images:.2f} % (five standard deviations)"
     )
-    few = limit >= images  # which a method that looks every label up does not exceed
-    return Check.unless(
+    few = limit >= images  # not even a method that looks up every label exceeds it
+    return Check.skip_if(
         f"{images:.0f} test images are too few to tell: {figures}" if few else None,
         "exchanged test labels bring the accuracy down to chance",
         right <= limit,
@@ -143,7 +143,7 @@ def labels_are_not_known(parts: Parts) -> Check:
 
 
 def ask(parts: Parts, arrange: Arrange, learned: int | None = None) -> Evaluation:
-    """The run's own evaluation, with other batches."""
+    """The predictions of the run's own evaluation, in other batches."""
     learned = len(parts.scenario.tasks) if learned is None else learned
     split = parts.settings.evaluate_on
     return evaluate(
@@ -151,27 +151,27 @@ def ask(parts: Parts, arrange: Arrange, learned: int | None = None) -> Evaluatio
     )
 
 
-def few_images(images: int, size: int = 1) -> list[Tensor]:
-    """Batches of ``size`` of at most ``ONE_BY_ONE`` images, drawn over all tasks."""
+def draw_few_images(images: int, size: int = 1) -> list[Tensor]:
+    """Batches of ``size`` images, at most ``ONE_BY_ONE`` in all, drawn from all tasks."""
     return list(torch.cat(mixed(images))[:ONE_BY_ONE].split(size))
 
 
-def one_task_a_batch(task: Tensor) -> list[Tensor]:
-    """Batches of one task each."""
+def split_by_task(task: Tensor) -> list[Tensor]:
+    """Batches that each have images of one task only."""
     return [which for t in task.unique() for which in torch.nonzero(task == t).flatten().split(100)]
 
 
-def agreement(name: str, first: Evaluation, second: Evaluation) -> Check:
-    """Both settings' answers on the images that both were asked about."""
-    place = {int(index): i for i, index in enumerate(first.index)}
-    at = torch.tensor([place[int(index)] for index in second.index])
+def compare_answers(name: str, first: Evaluation, second: Evaluation) -> Check:
+    """Check that two evaluations agree, in both settings, on the images that both have."""
+    rows = {int(index): i for i, index in enumerate(first.index)}
+    at = torch.tensor([rows[int(index)] for index in second.index])
     unlike = int(((first.class_il[at] != second.class_il) | (first.task_il[at] != second.task_il)).sum())
     return Check(name, unlike <= ROUNDING * len(at), f"{unlike} of {len(at)} differ")
 
 
 @contextmanager
-def training_batchnorms(method: nn.Module) -> Iterator[set[str]]:
-    """Collect the names of BatchNorm layers that answer in training mode."""
+def watch_batchnorms(method: nn.Module) -> Iterator[set[str]]:
+    """Collect the names of BatchNorm layers that predict in training mode."""
     names: set[str] = set()
 
     def note(name: str) -> Callable[..., None]:
@@ -196,18 +196,18 @@ def training_batchnorms(method: nn.Module) -> Iterator[set[str]]:
 # -- contents ------------------------------------------------------------------------------------------------------
 
 
-def contents_are_training_images(parts: Parts) -> list[Check]:
-    """What is remembered was in the training set, is within its budget, and is nowhere but in the buffer."""
+def check_contents(parts: Parts) -> list[Check]:
+    """Checks that stored images are training images, within the budget, and only in the buffer."""
     tasks, buffer = parts.scenario.tasks, parts.buffer
-    train = prints(Data.concatenate(task.train for task in tasks).images)
-    held_out = {"test": prints(Data.concatenate(task.test for task in tasks).images)}
-    held_out["validation"] = prints(Data.concatenate(task.val for task in tasks).images)
-    remembered = prints(buffer.images[: len(buffer)])
+    train = hash_images(Data.concatenate(task.train for task in tasks).images)
+    held_out = {"test": hash_images(Data.concatenate(task.test for task in tasks).images)}
+    held_out["validation"] = hash_images(Data.concatenate(task.val for task in tasks).images)
+    remembered = hash_images(buffer.images[: len(buffer)])
     foreign = remembered - train
     twins = {name: len(train & images) for name, images in held_out.items()}
-    hidden = hidden_images(parts, train)
+    hidden = find_hidden_images(parts, train)
     return [
-        Check.unless(
+        Check.skip_if(
             None if remembered else "nothing is remembered",
             "every remembered image was in the training set",
             not foreign,
@@ -216,36 +216,36 @@ def contents_are_training_images(parts: Parts) -> list[Check]:
             + "; exact duplicates of training images, not the run's doing: "
             + ", ".join(f"{count} among the {name} images" for name, count in twins.items()),
         ),
-        within_budget(parts),
+        check_budget(parts),
         Check("no training image is kept outside the buffer", not hidden, ", ".join(hidden) or "none found"),
     ]
 
 
-def within_budget(parts: Parts) -> Check:
-    """Images and bytes of the buffer are those of its capacity.
+def check_budget(parts: Parts) -> Check:
+    """Check that the images and bytes of the buffer are within its capacity.
 
-    A place is an image, its label, and at most a confidence and a logit a class beside them.
+    A slot is an image, its label, and at most a confidence and one logit per class.
     """
     buffer = parts.buffer
     rows = max([len(buffer.images), len(buffer.labels), *map(len, buffer.columns.values())])
-    held = sum(tensor.nbytes for tensor in flat(buffer.state_dict()).values())
-    place = math.prod(parts.scenario.image_shape) + 8 + 4 * (1 + parts.scenario.num_classes)
+    held = sum(tensor.nbytes for tensor in flatten_state(buffer.state_dict()).values())
+    slot = math.prod(parts.scenario.image_shape) + 8 + 4 * (1 + parts.scenario.num_classes)
     return Check(
         "the buffer is within its budget",
-        len(buffer) <= buffer.capacity and rows <= buffer.capacity and held <= buffer.capacity * place,
-        f"{len(buffer)} images in {rows} places of {buffer.capacity}, {held:,} bytes of at most "
-        f"{buffer.capacity * place:,}",
+        len(buffer) <= buffer.capacity and rows <= buffer.capacity and held <= buffer.capacity * slot,
+        f"{len(buffer)} images in {rows} slots of {buffer.capacity}, {held:,} bytes of at most "
+        f"{buffer.capacity * slot:,}",
     )
 
 
-def hidden_images(parts: Parts, train: set[bytes]) -> list[str]:
-    """Tensors of the method outside the buffer's images that hold training images, in any shape.
+def find_hidden_images(parts: Parts, train: set[bytes]) -> list[str]:
+    """The tensors of the method, beside the buffer's images, that hold training images in any shape.
 
-    Looked for as bytes, as floating-point pixels of 0 to 255 or 0 to 1, and normalised.
+    They are searched as bytes, as floating-point pixels of 0 to 255 or 0 to 1, and as normalised images.
     """
     shape = parts.scenario.image_shape
     found = []
-    for name, tensor in flat(parts.method.state_dict()).items():
+    for name, tensor in flatten_state(parts.method.state_dict()).items():
         if (
             tensor.data_ptr() == parts.buffer.images.data_ptr()
             or tensor.numel() < 1
@@ -254,33 +254,35 @@ def hidden_images(parts: Parts, train: set[bytes]) -> list[str]:
             continue
         rows = tensor.reshape(-1, *shape)
         if rows.is_floating_point():
-            guesses = [rows.round(), (255 * rows).round(), parts.scenario.transform.pixels(rows)]
+            guesses = [rows.round(), (255 * rows).round(), parts.scenario.transform.recover_pixels(rows)]
         else:
             guesses = [rows]
-        if known := len(set().union(*(prints(guess.clamp(0, 255)) for guess in guesses)) & train):
+        if known := len(set().union(*(hash_images(guess.clamp(0, 255)) for guess in guesses)) & train):
             found.append(f"{name} holds {known}")
     return found
 
 
-def prints(images: Tensor) -> set[bytes]:
-    """A fingerprint of each image's pixels."""
+def hash_images(images: Tensor) -> set[bytes]:
+    """The set of hashes of the images' pixels."""
     rows = images.cpu().numpy().astype(np.uint8)
     return {hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows}
 
 
-def flat(state: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Every tensor of a nested state, by its path."""
+def flatten_state(state: Any, prefix: str = "") -> dict[str, Tensor]:
+    """All tensors of a nested state, by their paths."""
     if isinstance(state, Tensor):
         return {prefix: state}
     items = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, list | tuple) else ()
-    return {k: v for key, value in items for k, v in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        k: v for key, value in items for k, v in flatten_state(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-def rehearsal_is_clean(rebuild: Callable[[], Parts]) -> list[Check]:
-    """A few steps of every phase: on training images only, and the same whatever the test set is."""
+def check_rehearsal(rebuild: Callable[[], Parts]) -> list[Check]:
+    """Checks that a few steps of every phase use only training images, and do not depend on the test set."""
     strangers: list[str] = []
     over: list[str] = []
     early: list[str] = []
@@ -289,22 +291,22 @@ def rehearsal_is_clean(rebuild: Callable[[], Parts]) -> list[Check]:
         parts = rebuild()
         seen = [task.classes.stop for task in parts.scenario.tasks]  # before the method can change them
         if scrambled:
-            scramble_images_asked(parts)
-        allowed = prints(Data.concatenate(task.train for task in parts.scenario.tasks).images)
+            scramble_test_images(parts)
+        allowed = hash_images(Data.concatenate(task.train for task in parts.scenario.tasks).images)
         torch.manual_seed(0)
-        trainer = parts.trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
+        trainer = parts.build_trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
         trainer.settings = replace(parts.settings, checkpoint_seconds=math.inf, checkpoint_steps=None)
         for task in parts.scenario.tasks:
             parts.method.eval()
             for number, phase in enumerate(parts.method.learn(task)):
-                if unknown := len(prints(phase.data.images) - allowed):
+                if unknown := len(hash_images(phase.data.images) - allowed):
                     strangers.append(f"task {task.id}, phase {number}: {unknown}")
                 short = phase.data.take(slice(STEPS * parts.settings.batch_size))
                 trainer.run_phase(task, number, replace(phase, data=short, epochs=1, order=None), None)
                 parts.method.eval()
-            if (check := within_budget(parts)).passed is False:
+            if (check := check_budget(parts)).passed is False:
                 over.append(f"task {task.id}: {check.found}")
-            answered = ask(parts, lambda task: few_images(len(task), size=100), learned=task.id + 1).class_il
+            answered = ask(parts, lambda task: draw_few_images(len(task), size=100), learned=task.id + 1).class_il
             if unseen := int((answered >= seen[task.id]).sum()):
                 early.append(f"task {task.id}: {unseen}")
         ends.append(cloned(parts.method.state_dict()))
@@ -312,11 +314,11 @@ def rehearsal_is_clean(rebuild: Callable[[], Parts]) -> list[Check]:
         Check("every phase trains on training images", not strangers, "; ".join(strangers) or "none else found"),
         Check(
             "training does not depend on the images it is measured on",
-            same(*ends),
+            are_equal(*ends),
             f"{STEPS} steps a phase with these images and with others, weights compared bit by bit",
         ),
         Check("the buffer stays within its budget while learning", not over, "; ".join(over) or "after every task"),
-        Check.unless(
+        Check.skip_if(
             None if seen[0] < parts.scenario.num_classes else "the first task has every class",
             "no class is answered before it was seen",
             not early,
@@ -325,16 +327,16 @@ def rehearsal_is_clean(rebuild: Callable[[], Parts]) -> list[Check]:
     ]
 
 
-def scramble_images_asked(parts: Parts) -> None:
-    """Put other images and labels in the place of those that the run is measured on, and of the test set."""
+def scramble_test_images(parts: Parts) -> None:
+    """Replace the images and labels on which the run is measured, and the test set, by others."""
     generator = torch.Generator().manual_seed(1)
     for task in parts.scenario.tasks:
-        for data in {id(data): data for data in (task.test, task.asked(parts.settings.evaluate_on))}.values():
+        for data in {id(data): data for data in (task.test, task.get_split(parts.settings.evaluate_on))}.values():
             data.images.copy_(torch.randint(256, data.images.shape, dtype=torch.uint8, generator=generator))
             data.labels.copy_(data.labels.flip(0))
 
 
-def same(first: Any, second: Any) -> bool:
-    """Whether two states hold the same tensors, bit by bit."""
-    a, b = flat(first), flat(second)
+def are_equal(first: Any, second: Any) -> bool:
+    """Whether two states have the same tensors, bit by bit."""
+    a, b = flatten_state(first), flatten_state(second)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -15,11 +15,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
-from cl_bench.config.build import KINDS, Parts, build, component, identity, loggers
+from cl_bench.config.build import KINDS, Parts, build, build_component, build_loggers, identify_run
 from cl_bench.config.explain import refuse_unread_keys
-from cl_bench.config.schema import INCOMPARABLE, fingerprint, plain, split_override, typed_overrides
+from cl_bench.config.schema import (
+    INCOMPARABLE,
+    compute_fingerprint,
+    list_typed_overrides,
+    split_override,
+    to_plain_dict,
+)
 from cl_bench.core.errors import ConfigError, RunError, require
-from cl_bench.core.record import SCHEMA, SETTINGS, TITLES
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, replace_non_finite
 from cl_bench.core.types import Losses
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.step import Step
@@ -30,29 +36,29 @@ from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
 from cl_bench.runs import run_dir as files
 from cl_bench.scenarios.base import Scenario
-from cl_bench.system.memory import largest_tensors, peak_bytes, ran_out, reset_peak
-from cl_bench.system.signals import Interrupted, breakable, stop_signals
+from cl_bench.system.memory import get_peak_bytes, is_out_of_memory, list_largest_tensors, reset_peak
+from cl_bench.system.signals import Interrupted, allow_interruption, collect_stop_signals
 
 MOST_THREADS = 1024
 
 
 def run(config: DictConfig) -> float | None:
-    """Run, resume or find finished what ``config`` describes; ``trainer.replicas`` seeds of it, from ``seed`` on.
+    """Run what ``config`` describes, or resume it, or find it finished; with replicas, the seeds from ``seed`` on.
 
     Returns:
-        Class-IL average accuracy in percent on held-out validation images, for a search, the mean over the replicas;
-        None where the run was measured on test images, which a search must not see.
+        For a search: the Class-IL average accuracy in percent on validation images, as a mean over the replicas. None
+        if the run was measured on test images, which a search must not see.
     """
-    refuse_unread_keys(config, typed_overrides())
-    values = plain(config)
+    refuse_unread_keys(config, list_typed_overrides())
+    values = to_plain_dict(config)
     _refuse_false_names(values)
-    with threads(config.threads):
+    with limit_threads(config.threads):
         return _run(config, values)
 
 
 @contextmanager
-def threads(number: Any) -> Iterator[None]:
-    """Within, torch computes with so many threads of the CPU; ``auto`` leaves their number to it."""
+def limit_threads(number: Any) -> Iterator[None]:
+    """Inside, torch uses this number of CPU threads; ``auto`` leaves the number to torch."""
     require(
         number == "auto" or (type(number) is int and 0 < number <= MOST_THREADS),
         "threads",
@@ -75,41 +81,41 @@ def _run(config: DictConfig, values: dict[str, Any]) -> float | None:
     if values["dry_run"]:
         from cl_bench.runs.dry_run import dry_run
 
-        settings, scenario = identity(config, values)
+        settings, scenario = identify_run(config, values)
         parts = build(config, scenario)
-        with told_in_our_words(parts):
-            dry_run(parts, base_summary(values, settings))
+        with explain_errors(parts):
+            dry_run(parts, begin_summary(values, settings))
         return None
-    replicas = component(config.trainer, "trainer", list(config.allow_packages), KINDS["trainer"]).replicas
+    replicas = build_component(config.trainer, "trainer", list(config.allow_packages), KINDS["trainer"]).replicas
     seeds = range(values["seed"], values["seed"] + replicas)
-    with stop_signals() as caught:
+    with collect_stop_signals() as caught:
         try:
             if replicas == 1:
                 summaries = [follow(_course(config, caught))]
             else:
-                summaries = _side_by_side([_seeded(config, seed) for seed in seeds], caught)
+                summaries = _run_replicas([_copy_with_seed(config, seed) for seed in seeds], caught)
         except Interrupted:
             raise SystemExit(128 + caught[0]) from None
     if caught:  # all is written, but a sweep must not start its next job
         raise SystemExit(128 + caught[0])
-    objectives = [objective for summary in summaries if (objective := _objective(summary)) is not None]
+    objectives = [objective for summary in summaries if (objective := _read_objective(summary)) is not None]
     return sum(objectives) / len(objectives) if objectives else None
 
 
-def _seeded(config: DictConfig, seed: int) -> DictConfig:
+def _copy_with_seed(config: DictConfig, seed: int) -> DictConfig:
     config = copy.deepcopy(config)
     config.seed = seed
     return config
 
 
-def _side_by_side(configs: list[DictConfig], caught: list[int]) -> list[dict[str, Any]]:
-    """The summaries of several seeds, their steps computed as one where that can be."""
+def _run_replicas(configs: list[DictConfig], caught: list[int]) -> list[dict[str, Any]]:
+    """The summaries of several seeds, with their steps computed together if that is possible."""
     from cl_bench.engine.replicas import lead, obstacle
 
-    with breakable():
+    with allow_interruption():
         parts = build(configs[0])
     reason, scenario = obstacle(parts.method, parts.device), parts.scenario
-    del parts  # what it holds of the network; each replica builds its own
+    del parts  # frees its network; each replica builds its own
     if reason is None:
         return lead([_course(config, caught, scenario, terminal=n == 0) for n, config in enumerate(configs)])
     print(f"Replicas run one after the other: {reason}", file=sys.stderr)
@@ -122,35 +128,35 @@ def _course(
     """One run to its summary, step by step.
 
     Args:
-        caught: signals to stop that have come in.
-        scenario: of a replica before, which is shared.
-        terminal: whether its progress may be shown there.
+        caught: the signals received so far.
+        scenario: of an earlier replica, to be shared.
+        terminal: whether this run may show its progress on the terminal.
     """
-    values = plain(config)
+    values = to_plain_dict(config)
     again = "the same command goes on from here"
     try:
-        with breakable():
-            settings, scenario = identity(config, values, scenario)
-        place = run_folder(values, settings)
-        again = f"the same command goes on from here: {place}"
-        finished = None if values["overwrite"] else files.read_summary(place)
+        with allow_interruption():
+            settings, scenario = identify_run(config, values, scenario)
+        run_dir = choose_run_dir(values, settings)
+        again = f"the same command goes on from here: {run_dir}"
+        finished = None if values["overwrite"] else files.read_summary(run_dir)
         if finished:
-            print(f"Already finished, nothing to do: {place} (overwrite=true starts afresh)", file=sys.stderr)
-            show(place, finished, report=not (place / "report.html").exists())
+            print(f"Already finished, nothing to do: {run_dir} (overwrite=true starts afresh)", file=sys.stderr)
+            show_result(run_dir, finished, report=not (run_dir / "report.html").exists())
             return finished
-        with breakable():
+        with allow_interruption():
             parts = build(config, scenario)
-        chosen = {name: logger for name, logger in loggers(config).items() if terminal or name != "console"}
-        with files.locked(place), files.writing(place):
+        chosen = {name: logger for name, logger in build_loggers(config).items() if terminal or name != "console"}
+        with files.lock_run_dir(run_dir), files.explain_write_errors(run_dir):
             if values["overwrite"]:
-                _empty(place)
-                again = f"the same command without overwrite=true goes on from here: {place}"
-            files.write_config(place, values)
-            files.write_environment(place, parts.device)
-            summary = yield from _train(place, values, parts, chosen, base_summary(values, settings), caught)
-        again = f"this run is finished, and the same command writes its report: {place}"
-        with breakable():
-            show(place, summary, report=True)
+                _clear(run_dir)
+                again = f"the same command without overwrite=true goes on from here: {run_dir}"
+            files.write_config(run_dir, values)
+            files.write_environment(run_dir, parts.device)
+            summary = yield from _train(run_dir, values, parts, chosen, begin_summary(values, settings), caught)
+        again = f"this run is finished, and the same command writes its report: {run_dir}"
+        with allow_interruption():
+            show_result(run_dir, summary, report=True)
     except Interrupted:
         print(f"Stopped; {again}", file=sys.stderr)
         raise
@@ -158,69 +164,69 @@ def _course(
 
 
 def _refuse_false_names(values: dict[str, Any]) -> None:
-    """``choices`` is a record of what was chosen; set by hand, a run would go under another method's name."""
+    """Refuse a ``choices`` entry that was set by hand: the run would get the name of another method."""
     chosen = HydraConfig.get().runtime.choices
     for group, name in values["choices"].items():
         require(
-            group in chosen, f"choices.{group}", expected="what was chosen", got="no such group", fix="Leave it out."
+            group in chosen, f"choices.{group}", expected="a group of the configuration", got=group, fix="Leave it out."
         )
         if name != chosen.get(group):
             raise ConfigError(
                 f"choices.{group}",
-                expected=f"{chosen.get(group)}, the {group} that was chosen",
+                expected=f"{chosen.get(group)}, the chosen {group}",
                 got=name,
                 fix=f"Choose with {group}={name}.",
             )
 
 
-def show(place: Path, summary: dict[str, Any], report: bool) -> None:
-    """The report of a finished run, if it is to be made, and its table; training needs none of their packages."""
+def show_result(run_dir: Path, summary: dict[str, Any], report: bool) -> None:
+    """Print the table of a finished run, and write its report if asked; training does not need their packages."""
     try:
         if report:
-            _write_whole_report(place)
-        print_result(place, summary)
+            _write_whole_report(run_dir)
+        print_result(run_dir, summary)
     except OSError as error:
         raise RunError(
-            f"{place}: the run is finished, but its table could not be written: {error.strerror or error}. "
+            f"{run_dir}: the run is finished, but its table could not be written: {error.strerror or error}. "
             "Make room; the same command writes it."
         ) from error
     except ModuleNotFoundError as error:
-        print(f"No report: {error.name} is not installed. The same command writes it where it is.", file=sys.stderr)
+        print(f"No report: {error.name} is not installed. Install it; the same command writes it.", file=sys.stderr)
 
 
-def _write_whole_report(place: Path) -> None:
+def _write_whole_report(run_dir: Path) -> None:
     try:
-        write_report(place)
+        write_report(run_dir)
     except OSError as error:
         raise RunError(
-            f"{place}: the run is finished, but its report could not be written: {error.strerror or error}. "
-            "Make room or mend the folder; the same command writes it."
+            f"{run_dir}: the run is finished, but its report could not be written: {error.strerror or error}. "
+            "Make room or fix the folder; the same command writes it."
         ) from error
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # whatever is wrong with a page, the run is finished and its results are whole
+    except Exception as error:  # the results of the run are complete, whatever is wrong with the page
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"No report ({why}). The run is finished: {place}", file=sys.stderr)
+        print(f"No report ({why}). The run is finished: {run_dir}", file=sys.stderr)
 
 
-def write_report(place: Path) -> None:
-    """Plots and page of a finished run; matplotlib is loaded here and not before."""
+def write_report(run_dir: Path) -> None:
+    """Write plots and page of a finished run; matplotlib is loaded only here."""
     from cl_bench.report import page
 
-    page.write_report(place)
+    page.write_report(run_dir)
 
 
-def run_folder(values: dict[str, Any], settings: dict[str, Any]) -> Path:
-    """``results/<experiment>/<name>-<fingerprint>/seed<seed>``."""
+def choose_run_dir(values: dict[str, Any], settings: dict[str, Any]) -> Path:
+    """The run folder, ``results/<experiment>/<name>-<fingerprint>/seed<seed>``."""
     for key in ("experiment", "name"):
         if not values[key].isprintable() or Path(values[key]).name != values[key] or values[key].startswith("."):
             raise ConfigError(
-                key, expected="a plain name, a single folder", got=values[key], fix=f"Set {key}=NAME without slashes."
+                key, expected="the name of a single folder", got=values[key], fix=f"Set {key}=NAME without slashes."
             )
     if not values["results_dir"]:
         raise ConfigError("results_dir", expected="a folder", got="nothing", fix="results_dir=results is the default.")
     _refuse_unwritable_names(values)
-    name = f"{values['name']}-{fingerprint(settings)}"
+    name = f"{values['name']}-{compute_fingerprint(settings)}"
     return Path(values["results_dir"]) / values["experiment"] / name / f"seed{values['seed']}"
 
 
@@ -237,35 +243,35 @@ def _refuse_unwritable_names(values: dict[str, Any]) -> None:
             ) from error
 
 
-def base_summary(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def begin_summary(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The part of ``summary.json`` that is known before training."""
     scenario = values["scenario"]
     summary = {"schema": SCHEMA, "status": "running", "experiment": values["experiment"], "name": values["name"]}
-    summary["label"] = values["label"] or " ".join(_telling_overrides()) or None
+    summary["label"] = values["label"] or " ".join(_list_changes()) or None
     summary |= values["choices"]
     summary |= {"scale": values["scale"], "seed": values["seed"]}
     summary |= {key: scenario.get(key) for key in ("class_order_seed", "data_seed")}
-    summary |= {"fingerprint": fingerprint(settings), "comparable": settings}
-    return summary | {"published": values["published"] if _as_published(values) else None}
+    summary |= {"fingerprint": compute_fingerprint(settings), "comparable": settings}
+    return summary | {"published": values["published"] if _is_as_published(values) else None}
 
 
-def _as_published(values: dict[str, Any]) -> bool:
-    """Whether nothing that matters differs from the experiment's file: else it is held to no published number."""
+def _is_as_published(values: dict[str, Any]) -> bool:
+    """Whether the run may be compared with the published number: nothing that matters differs from its experiment."""
     if values["scale"] is not None or values["trainer"].get("evaluate_on") != "test":
         return False
-    return not _telling_overrides()
+    return not _list_changes()
 
 
-def _telling_overrides() -> list[str]:
-    """What was typed that makes this run another one than the experiment's file says."""
+def _list_changes() -> list[str]:
+    """The typed overrides that change what the experiment's file describes."""
     neutral = {*INCOMPARABLE, "scale"} - {"class_order_seed", "data_seed"}
     free = ("logger", "metrics", "hydra")
-    typed = [(text, split_override(text)[0]) for text in typed_overrides()]
+    typed = [(text, split_override(text)[0]) for text in list_typed_overrides()]
     return [text for text, key in typed if key not in neutral and key.split(".")[0] not in free]
 
 
 def _train(
-    place: Path,
+    run_dir: Path,
     values: dict[str, Any],
     parts: Parts,
     chosen: dict[str, Logger],
@@ -276,7 +282,7 @@ def _train(
     scenario = parts.scenario
     status, done = "failed", None
     info = RunInfo(
-        folder=place,
+        folder=run_dir,
         experiment=values["experiment"],
         name=values["name"],
         seed=values["seed"],
@@ -287,28 +293,28 @@ def _train(
     try:
         logger.start(info)
         reset_peak(parts.device)
-        trainer = parts.trainer(logger, Checkpoint(place / "checkpoint"), stop=lambda: bool(caught))
+        trainer = parts.build_trainer(logger, Checkpoint(run_dir / "checkpoint"), stop=lambda: bool(caught))
         try:
-            with told_in_our_words(parts):
+            with explain_errors(parts):
                 record = yield from trainer.course()
         except Interrupted:
             status = "interrupted"
             raise
-        record.cost.peak_memory_bytes = peak_bytes(parts.device)
+        record.cost.peak_memory_bytes = get_peak_bytes(parts.device)
         record.cost.buffer_bytes = parts.buffer.nbytes
-        record.write_csv(place / "accuracy_matrix.csv")
+        record.write_csv(run_dir / "accuracy_matrix.csv")
         assert trainer.answers is not None
-        files.write_predictions(place, trainer.answers, scenario)
-        summary = summary | parts.facts() | {"status": "finished"}
+        files.write_predictions(run_dir, trainer.answers, scenario)
+        summary = summary | parts.describe() | {"status": "finished"}
         for setting in SETTINGS:
-            matrix = record.matrix(setting)
-            summary[setting] = {name: _number(metric(matrix)) for name, metric in parts.metrics.items()}
+            matrix = record.get_matrix(setting)
+            summary[setting] = replace_non_finite({name: metric(matrix) for name, metric in parts.metrics.items()})
         areas = trainer.answers.auroc(scenario.tasks)
-        summary["task_il_auroc"] = {"mean": _number(math.fsum(areas) / len(areas)), "tasks": [*map(_number, areas)]}
+        summary["task_il_auroc"] = replace_non_finite({"mean": math.fsum(areas) / len(areas), "tasks": areas})
         summary["cost"] = record.to_json()["cost"]
         summary["speed"] = trainer.speed.facts() | {"replicas": parts.settings.replicas}
         summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
-        files.write_json(place / "summary.json", summary)  # from here on the run is finished
+        files.write_json(run_dir / "summary.json", summary)  # from here on the run is finished
         status, done = "finished", summary
     finally:
         logger.finish(status, done)
@@ -316,20 +322,20 @@ def _train(
 
 
 @contextmanager
-def told_in_our_words(parts: Parts) -> Iterator[None]:
-    """Within, errors of torch that a user can do something about become one message."""
+def explain_errors(parts: Parts) -> Iterator[None]:
+    """Inside, errors of torch that a user can fix become one message."""
     try:
         yield
     except Exception as error:
-        if ran_out(error):
-            raise RunError(_memory_message(error, parts)) from error
+        if is_out_of_memory(error):
+            raise RunError(_explain_memory(error, parts)) from error
         if "more than 1 value per channel" in str(error):
-            raise _single_value(parts) from error
+            raise _explain_single_value(parts) from error
         raise
 
 
-def _single_value(parts: Parts) -> ConfigError:
-    """What is wrong where BatchNorm was given one value of each channel; what always does is refused before."""
+def _explain_single_value(parts: Parts) -> ConfigError:
+    """The error for a batch of one value per channel; settings that always lead to one are refused earlier."""
     small = [str(task.id) for task in parts.scenario.tasks if len(task.train) == 1]
     return ConfigError(
         "scenario",
@@ -340,8 +346,8 @@ def _single_value(parts: Parts) -> ConfigError:
     )
 
 
-def _memory_message(error: Exception, parts: Parts) -> str:
-    """What takes the memory, and three ways out."""
+def _explain_memory(error: Exception, parts: Parts) -> str:
+    """The message for missing memory: the largest tensors, and three ways out."""
     named: dict[str, Tensor] = {f"method.{name}": tensor for name, tensor in parts.method.named_parameters()}
     named |= {f"method.{name}": tensor for name, tensor in parts.method.named_buffers()}
     named |= {f"buffer.{name}": tensor for name, tensor in parts.buffer.named_buffers()}
@@ -351,32 +357,28 @@ def _memory_message(error: Exception, parts: Parts) -> str:
     size = parts.settings.batch_size
     return (
         f"out of memory on {parts.device} ({str(error).splitlines()[0]}). "
-        f"The largest tensors: {'; '.join(largest_tensors(named))}. "
+        f"The largest tensors: {'; '.join(list_largest_tensors(named))}. "
         f"Ways out: trainer.batch_size={max(1, size // 2)} (and method.replay_size where there is one); "
         "a narrower backbone or a smaller buffer.capacity; precision=bf16 or another device."
     )
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _objective(summary: dict[str, Any]) -> float | None:
+def _read_objective(summary: dict[str, Any]) -> float | None:
     return summary["class_il"]["average_accuracy"] if summary["evaluate_on"] == "val" else None
 
 
-def _empty(place: Path) -> None:
-    (place / "summary.json").unlink(missing_ok=True)  # first: from here on the run is not finished any more
-    shutil.rmtree(place / "checkpoint", ignore_errors=True)
-    for path in place.iterdir():
+def _clear(run_dir: Path) -> None:
+    (run_dir / "summary.json").unlink(missing_ok=True)  # first: from here on the run is unfinished
+    shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)
+    for path in run_dir.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
 
 
-def print_result(place: Path, summary: dict[str, Any]) -> None:
-    """The accuracy table and where the report is, on standard output."""
+def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Print the accuracy table and the path of the report."""
     from rich.console import Console
     from rich.table import Table
 
@@ -389,4 +391,4 @@ def print_result(place: Path, summary: dict[str, Any]) -> None:
         table.add_row(metric.replace("_", " "), *("-" if cell is None else f"{cell:.2f}" for cell in cells))
     console = Console()
     console.print(table)
-    console.print(f"report: {place / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True, highlight=False)

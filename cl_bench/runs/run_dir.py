@@ -1,13 +1,12 @@
-"""The run folder: where it is, who may write to it, and the files that say what ran."""
+"""The files of a run folder, and the lock that keeps other processes out of it."""
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from cl_bench.config.schema import PACKAGE
 from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.engine.evaluate import Evaluation
 from cl_bench.scenarios.base import Scenario
-from cl_bench.system.atomic import write_text
+from cl_bench.system.atomic import hold_lock, write_text
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,35 +27,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_summary(folder: Path) -> Any:
-    """The content of ``summary.json``, None where the run has not finished."""
+    """The content of ``summary.json``; None if the run has not finished."""
     try:
         return json.loads((folder / "summary.json").read_text())
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _unusable(folder, error) from error
+        raise _explain_unusable(folder, error) from error
 
 
-def _unusable(folder: Path, error: OSError) -> ConfigError:
+def _explain_unusable(folder: Path, error: OSError) -> ConfigError:
     return ConfigError(
         "results_dir",
         expected="a folder that can be written to",
         got=f"{folder} ({error.strerror})",
-        fix="Point results_dir=PATH at another place, or mend its permissions or space.",
+        fix="Set results_dir=PATH to another folder, fix its permissions, or make room.",
     )
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it; a second process is refused. The lock goes with the process, even when killed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise _unusable(folder, error) from error
-    with lock:
+def lock_run_dir(folder: Path) -> Iterator[None]:
+    """Create the folder and hold its lock; a second process is refused."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold_lock(folder / ".lock"))
         except BlockingIOError:
             raise ConfigError(
                 "results_dir",
@@ -64,24 +59,25 @@ def locked(folder: Path) -> Iterator[None]:
                 got=str(folder),
                 fix="Wait for the other process, or change the seed or a setting to get another folder.",
             ) from None
+        except OSError as error:
+            raise _explain_unusable(folder, error) from error
         yield
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What cannot be written stops the run with one message; files are whole or absent, so nothing finished is lost."""
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """Turn an error of writing into one message; files are whole or absent, so nothing finished is lost."""
     try:
         yield
     except OSError as error:
         if not folder.exists():
             raise RunError(
-                f"{folder}: the folder was removed while the run wrote to it. The same command starts it afresh."
+                f"{folder}: the folder was removed while the run wrote to it. The same command starts the run again."
             ) from error
         where = f" ({error.filename})" if error.filename else ""
         raise RunError(
             f"{folder}: stopped, a file could not be written: {error.strerror or error}{where}. "
-            "What is finished is kept: make room or mend the folder, and the same command goes on from the last "
-            "checkpoint."
+            "What is finished is kept. Make room or fix the folder; the same command goes on from the last checkpoint."
         ) from error
 
 
@@ -91,9 +87,9 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def write_environment(folder: Path, device: torch.device) -> None:
-    """``env.json``: versions, commit, device and host facts.
+    """``env.json``: versions, commit, and facts about device and host.
 
-    Of the environment's variables only CL_BENCH_COMMIT: the commit where there is no checkout, e.g. on a lent machine.
+    The only environment variable in it is CL_BENCH_COMMIT: the commit if there is no checkout, e.g. on a lent machine.
     """
     packages = ("cl-bench", "torch", "torchvision", "numpy", "hydra-core", "omegaconf", "timm", "scikit-learn")
     facts = {
@@ -103,17 +99,17 @@ def write_environment(folder: Path, device: torch.device) -> None:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cuda": cuda_facts() if device.type == "cuda" else None,
-        "versions": {name: version(name) for name in packages},
-        "commit": commit() or os.environ.get("CL_BENCH_COMMIT"),
+        "cuda": collect_cuda_facts() if device.type == "cuda" else None,
+        "versions": {name: find_version(name) for name in packages},
+        "commit": find_commit() or os.environ.get("CL_BENCH_COMMIT"),
     }
     write_json(folder / "env.json", facts)
 
 
-def cuda_facts() -> dict[str, Any]:
-    """Versions of CUDA's libraries, and the switches that say how they round: torch's own unless a program sets them.
+def collect_cuda_facts() -> dict[str, Any]:
+    """Versions of CUDA's libraries, and the settings that decide how they round; by default those of torch.
 
-    With ``convolutions`` tf32, which is torch's way, ``precision=fp32`` keeps ten bits of a factor in a convolution.
+    With ``convolutions`` tf32, torch's default, convolutions keep ten bits of each factor even in ``precision=fp32``.
     """
     return {
         "cuda": torch.version.cuda,
@@ -125,22 +121,22 @@ def cuda_facts() -> dict[str, Any]:
     }
 
 
-def version(package: str) -> str | None:
-    """The installed version of a package, None where it is not installed."""
+def find_version(package: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def commit() -> str | None:
-    """The checkout's commit, with ``+changes`` where files differ from it; None where git does not track this package.
+def find_commit() -> str | None:
+    """The checkout's commit, with ``+changes`` if files differ from it; None if git does not track this package.
 
-    Installed into another project, e.g. its ``.venv``, the package lies inside that project's repository: the commit of
-    that one says nothing about this code.
+    If the package is installed into another project, e.g. in its ``.venv``, it is inside that project's repository,
+    whose commit says nothing about this code.
     """
 
-    # without GIT_DIR and the like, which a hook of another repository sets
+    # without GIT_DIR and similar variables, which a hook of another repository sets
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
@@ -156,7 +152,7 @@ def commit() -> str | None:
 
 
 def write_predictions(folder: Path, answers: Evaluation, scenario: Scenario) -> None:
-    """``predictions.npz``: an entry a test image, in the data set's own order, with its own class ids."""
+    """``predictions.npz``: one entry per test image, in the data set's own order, with its own class ids."""
     original = np.append(np.array(scenario.class_order), -1)  # position -1 (not answered) -> -1
     order = np.argsort(answers.index.numpy(), kind="stable")
     columns = {

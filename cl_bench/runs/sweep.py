@@ -1,8 +1,8 @@
-"""A sweep: what its jobs failed of, and how a signal to stop reaches those that run in other processes.
+"""Sweeps: why jobs failed, and how a signal to stop reaches the jobs in other processes.
 
-A launcher may run jobs in processes that a signal to the command does not reach and that outlive it. So the command
-and its jobs share a folder: the command writes ``stop`` into it, a running job is a file there, and a job that fails
-adds a line to ``failures``.
+A launcher may run jobs in processes that do not get the command's signals and that outlive it. So the command and its
+jobs share a folder. The command writes ``stop`` there, each running job has a file there, and a job that fails adds a
+line to ``failures``.
 """
 
 import json
@@ -24,8 +24,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cl_bench.config.explain import explain, status_of
-from cl_bench.config.schema import typed_overrides
+from cl_bench.config.explain import choose_exit_status, explain
+from cl_bench.config.schema import list_typed_overrides
 from cl_bench.system.signals import handle_once
 from cl_bench.system.streams import outlive_readers
 
@@ -33,11 +33,11 @@ POLL_SECONDS = 0.2
 
 
 class JobFailed(Exception):
-    """A job of a sweep failed. It is told by a text and a number, which any process can hand to any other.
+    """A job of a sweep failed. The error has only a text and a number, which can be passed between any processes.
 
     Args:
-        message: what the user is told.
-        status: the exit status that it stands for.
+        message: what is printed for the user.
+        status: the exit status of such an error.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -47,12 +47,12 @@ class JobFailed(Exception):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the processes of a sweep know of each other.
+    """What the processes of a sweep share.
 
     Attributes:
-        arguments: the command line; what is not in it in a job's overrides is the job's own.
-        tracebacks: whether the user wants them.
-        folder: where they write; made when there is something to write.
+        arguments: the command line; overrides of a job that are not in it belong to this job only.
+        tracebacks: whether the user wants tracebacks.
+        folder: the shared folder; created when there is something to write.
         pid: the command's process.
     """
 
@@ -64,21 +64,21 @@ class Sweep:
     # -- the command ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """On SIGINT or SIGTERM the jobs leave, each after a checkpoint, and then this process; the second kills it."""
+    def handle_signals(self) -> Iterator[None]:
+        """Inside, SIGINT or SIGTERM stops the jobs, each after a checkpoint, then this process; a second kills it."""
 
         def stop(number: int) -> None:
             self._make_folder()
             (self.folder / "stop").touch()
-            while any(_alive(int(file.suffix[1:])) for file in self.folder.glob("job.*")):
+            while any(_is_alive(int(file.suffix[1:])) for file in self.folder.glob("job.*")):
                 time.sleep(POLL_SECONDS)
             raise SystemExit(128 + number)
 
-        with handle_once(stop, "Stopping the jobs of this sweep; once more to stop at once."):
+        with handle_once(stop, "Stopping the jobs of this sweep; repeat the signal to stop at once."):
             yield
 
     def close(self) -> list[JobFailed]:
-        """The failures of all jobs, in the order of their coming; the folder is removed."""
+        """The failures of all jobs, in the order in which they happened; the folder is removed."""
         file = self.folder / "failures"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -87,53 +87,53 @@ class Sweep:
     # -- a job ---------------------------------------------------------------------------------------------------------
 
     def perform(self, job: Callable[[DictConfig], Any], config: DictConfig) -> Any:
-        """Run a job of the sweep, in whatever process.
+        """Run a job of the sweep, in any process.
 
         Raises:
-            JobFailed: it failed; the user has been told why.
+            JobFailed: it failed; the reason has been printed.
         """
         if os.getpid() == self.pid:
-            return self._told(job, config)
+            return self._run_and_report(job, config)
         outlive_readers()
         self._make_folder()
         mine = self.folder / f"job.{os.getpid()}"
-        mine.touch()  # before it looks for `stop`: who writes that waits for those that came before it
+        mine.touch()  # before it checks for `stop`: the command waits for the job files that exist then
         try:
-            with self._watched():
-                return None if self._stopped() else self._told(job, config)
-        except SystemExit:  # a signal; passed on it would make the launcher kill the other jobs in mid-step
-            time.sleep(0 if self._stopped() else 1)  # Ctrl-C comes to all processes, perhaps to the command last
-            if not self._stopped():
-                raise self._failed("stopped by a signal; the same command goes on from there", 1) from None
+            with self._watch_for_stop():
+                return None if self._is_stopped() else self._run_and_report(job, config)
+        except SystemExit:  # a signal; if it were passed on, the launcher would kill the other jobs during a step
+            time.sleep(0 if self._is_stopped() else 1)  # Ctrl-C reaches all processes, perhaps the command last
+            if not self._is_stopped():
+                raise self._report_failure("stopped by a signal; the same command goes on from there", 1) from None
             return None
         finally:
             mine.unlink(missing_ok=True)
-            if self._orphaned():  # nobody is there to end this process, or to remove the folder
+            if self._is_orphaned():  # nobody else would end this process or remove the folder
                 if not list(self.folder.glob("job.*")):
                     self.close()
                 os._exit(1)
 
-    def _told(self, job: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+    def _run_and_report(self, job: Callable[[DictConfig], Any], config: DictConfig) -> Any:
         try:
             return job(config)
         except Exception as error:
-            status = status_of(error)
+            status = choose_exit_status(error)
             if status is None or self.tracebacks:
                 traceback.print_exc()
             message = (
                 f"{type(error).__name__}: {error}"
                 if status is None
-                else explain(error, [*self.arguments, *typed_overrides()])
+                else explain(error, [*self.arguments, *list_typed_overrides()])
             )
-            raise self._failed(message, status or 1) from None
+            raise self._report_failure(message, status or 1) from None
 
-    def _failed(self, message: str, status: int) -> JobFailed:
-        """Tell the user of a failure now, and the command for its end."""
-        given = typed_overrides()
+    def _report_failure(self, message: str, status: int) -> JobFailed:
+        """Print a failure now, and save it for the command to print at the end."""
+        given = list_typed_overrides()
         own = [override for override in given if override not in self.arguments] or given
         failure = JobFailed(f"job {HydraConfig.get().job.num} ({' '.join(own)}): {message}", status)
         print(f"cl_bench: {failure.message}", file=sys.stderr)
-        with suppress(OSError):  # the error itself gets to the command, too, if only the first
+        with suppress(OSError):  # the command also gets the error itself, at least the first one
             self._make_folder()
             with (self.folder / "failures").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(failure.args) + "\n")
@@ -142,21 +142,21 @@ class Sweep:
     def _make_folder(self) -> None:
         self.folder.mkdir(mode=0o700, exist_ok=True)
 
-    def _stopped(self) -> bool:
-        return (self.folder / "stop").exists() or self._orphaned()
+    def _is_stopped(self) -> bool:
+        return (self.folder / "stop").exists() or self._is_orphaned()
 
-    def _orphaned(self) -> bool:
-        """Whether the command has died that this process was a child of."""
+    def _is_orphaned(self) -> bool:
+        """Whether the command, this process's parent, has died."""
         global _child
         _child = _child or os.getppid() == self.pid
         return _child and os.getppid() != self.pid
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Within, a stopped sweep makes this process catch SIGTERM, as often as it takes."""
+    def _watch_for_stop(self) -> Iterator[None]:
+        """Inside, a stopped sweep sends this process SIGTERM, again and again."""
         try:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to the command, which writes `stop`
-            # where the run does not catch it yet, or no more
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command gets Ctrl-C and writes `stop`
+            # for the time when the run does not catch it
             before = signal.signal(signal.SIGTERM, lambda *args: None)
         except ValueError:  # a launcher may run jobs in threads, where signals cannot be caught
             yield
@@ -165,7 +165,7 @@ class Sweep:
 
         def watch() -> None:
             while not over.wait(POLL_SECONDS):
-                if self._stopped():
+                if self._is_stopped():
                     os.kill(os.getpid(), signal.SIGTERM)
 
         thread = threading.Thread(target=watch, daemon=True)
@@ -178,10 +178,10 @@ class Sweep:
             signal.signal(signal.SIGTERM, before)
 
 
-_child = False  # of the command: known once, for after its death it cannot be told any more
+_child = False  # whether the command is this process's parent: after its death this cannot be found out
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,8 +1,7 @@
-"""What a scenario is: a data set cut into a sequence of tasks."""
+"""The base class of a scenario: a data set cut into a sequence of tasks."""
 
 import hashlib
 from abc import ABC
-from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
@@ -11,31 +10,31 @@ import torch
 from cl_bench.core.images import HostImages
 from cl_bench.core.types import Data, Task
 from cl_bench.data.transform import Transform
-from cl_bench.system.memory import free_bytes
+from cl_bench.system.memory import get_free_bytes
 
 LARGEST_SHARE = 0.5
-"""Part of the device's free memory that images may take; the rest is for the network and its activations."""
+"""Largest part of the free device memory for images; the rest is for the network and its activations."""
 
 CHUNK = 500
-"""Images that are looked at together."""
+"""Images that are hashed together."""
 
-Place = Literal["device", "host"]
+Storage = Literal["device", "host"]
 
 
 class Scenario(ABC):
     """A sequence of tasks over K classes.
 
     Attributes:
-        shared_labels: whether every task has all K classes; else each class belongs to one task.
+        shared_labels: whether every task has all K classes; otherwise each class belongs to one task.
         tasks: in the order of learning.
         class_order: (K) the data set's class id at each position; tasks hold positions.
-        class_names: a name a class id of the data set.
+        class_names: one name per class id of the data set.
         image_shape: (C, H, W).
         transform: augmentation and normalisation.
-        pretrain: training images of classes that are part of no task, for methods that train a network before the
-            first task; labels are positions in ``pretrain_order``. Both are empty unless the scenario holds some out.
+        pretrain: training images of classes that are in no task, for methods that train a network before the first
+            task; labels are positions in ``pretrain_order``. Both are empty if the scenario holds no classes out.
         pretrain_order: the data set's class id at each of those positions.
-        place: where the images lie: on the training device or on the host; None before they were put there.
+        storage: where the images are kept, on the training device or on the host; None before :meth:`to`.
     """
 
     shared_labels: ClassVar[bool] = False
@@ -46,19 +45,19 @@ class Scenario(ABC):
     transform: Transform
     pretrain: Data
     pretrain_order: list[int]
-    place: Place | None = None
+    storage: Storage | None = None
 
     @cached_property
     def data(self) -> str:
-        """16 hexadecimal digits of a hash of images, labels and class names: a run goes on on the same data only.
+        """16 hexadecimal digits of a hash of images, labels and class names: a run resumes only on the same data.
 
-        A scenario over an :class:`~cl_bench.data.base.ImageSet` sets that one's digest; this one, which looks at every
-        image, is for those that do not.
+        A scenario over an :class:`~cl_bench.data.base.ImageSet` sets the digest of that. Others use this default, which
+        reads every image.
         """
         content = hashlib.sha256(repr(self.class_names).encode())
-        for data in self._sets():
+        for data in self._list_sets():
             content.update(repr(tuple(data.images.shape)).encode())
-            for part in data.chunks(CHUNK):
+            for part in data.split(CHUNK):
                 content.update(part.images.cpu().contiguous().numpy().data)
                 content.update(part.labels.cpu().numpy().data)
         return content.hexdigest()[:16]
@@ -68,46 +67,38 @@ class Scenario(ABC):
         """K, over all tasks."""
         return len(self.class_order)
 
-    def to(self, device: torch.device, place: Place | Literal["auto"] = "auto") -> "Scenario":
-        """Put everything on ``device``, the images where they fit (``auto``) or as ``place`` says; returns self."""
-        if place == "auto":
-            fits = self.nbytes <= LARGEST_SHARE * free_bytes(device)
-            resting = device.type == "cpu" and not any(isinstance(d.images, HostImages) for d in self._sets())
-            place = "device" if fits or resting else "host"  # resting: they are in its memory already
-        self.place = place
+    def to(self, device: torch.device, storage: Storage | Literal["auto"] = "auto") -> "Scenario":
+        """This scenario on ``device``; the images are kept as ``storage`` says, or, with ``auto``, where they fit."""
+        if storage == "auto":
+            fits = self.nbytes <= LARGEST_SHARE * get_free_bytes(device)
+            in_ram = device.type == "cpu" and not any(isinstance(d.images, HostImages) for d in self._list_sets())
+            storage = "device" if fits or in_ram else "host"
+        self.storage = storage
         self.transform.to(device)
-        self.pretrain = _on(self.pretrain, device, place)
-        self.tasks = [
-            replace(
-                t,
-                train=_on(t.train, device, place),
-                val=_on(t.val, device, place),
-                test=_on(t.test, device, place),
-            )
-            for t in self.tasks
-        ]
+        self.pretrain = _move(self.pretrain, device, storage)
+        self.tasks = [task.change_data(lambda data: _move(data, device, storage)) for task in self.tasks]
         return self
 
     @property
     def nbytes(self) -> int:
         """Bytes of all images."""
-        return sum(data.images.numel() for data in self._sets())
+        return sum(data.images.numel() for data in self._list_sets())
 
-    def _sets(self) -> list[Data]:
+    def _list_sets(self) -> list[Data]:
         return [self.pretrain, *(data for task in self.tasks for data in (task.train, task.val, task.test))]
 
-    def original(self, task: Task) -> list[int]:
-        """The data set's class ids of a task."""
+    def list_class_ids(self, task: Task) -> list[int]:
+        """The class ids of a task in the data set's own numbering."""
         return [self.class_order[c] for c in task.classes]
 
 
-def _on(data: Data, device: torch.device, place: Place) -> Data:
+def _move(data: Data, device: torch.device, storage: Storage) -> Data:
     images = data.images
     if isinstance(images, HostImages):
-        images = images.bound_for(device)
-        images = images[:] if place == "device" else images
-    elif place == "host":
-        images = HostImages.of(images, torch.arange(len(images)), device)
+        images = images.move_to(device)
+        images = images[:] if storage == "device" else images
+    elif storage == "host":
+        images = HostImages.from_rows(images, torch.arange(len(images)), device)
     else:
         images = images.to(device)
     return Data(images, data.labels.to(device), data.index.to(device))

@@ -1,13 +1,14 @@
 """Tasks that share their labels (domain-incremental): the c-th class of every task is label c.
 
-van de Ven and Tolias 2019 derive their third scenario from the other two in this way: "which digit" whatever the
-permutation in permuted MNIST, "first or second class of its task" in split MNIST. Wortsman et al. 2020 call it "s".
+This is the third scenario of van de Ven and Tolias 2019: "which digit", for any permutation, in permuted MNIST; "first
+or second class of its task" in split MNIST. Wortsman et al. 2020 call it "s".
 """
 
 from dataclasses import replace
+from functools import partial
 
 from cl_bench.core.errors import require
-from cl_bench.core.types import Data, Task
+from cl_bench.core.types import Data
 from cl_bench.data.base import fixed_by_settings
 from cl_bench.scenarios.base import Scenario
 
@@ -16,10 +17,10 @@ from cl_bench.scenarios.base import Scenario
 class SharedLabels(Scenario):
     """The tasks of another scenario under one set of l labels, so that K = l.
 
-    Class-IL (task id unknown) is Domain-IL here: the label must be right, whatever the task.
+    Class-IL (task id unknown) is Domain-IL here: the label must be right, for an image of any task.
 
     Args:
-        disjoint: where the tasks come from; each has l classes of its own there.
+        disjoint: the scenario of the tasks, each with l classes of its own.
     """
 
     shared_labels = True
@@ -29,7 +30,7 @@ class SharedLabels(Scenario):
         require(
             len(sizes) == 1,
             "disjoint",
-            expected="tasks of equally many classes, since they are to share their labels",
+            expected="tasks with equally many classes, since they will share their labels",
             got=f"tasks of {' and '.join(map(str, sizes))} classes",
             fix="Set scenario.disjoint.classes_per_task=null and a scenario.disjoint.num_tasks.",
         )
@@ -39,16 +40,10 @@ class SharedLabels(Scenario):
         self.image_shape, self.transform = disjoint.image_shape, disjoint.transform
         self.pretrain, self.pretrain_order = disjoint.pretrain, disjoint.pretrain_order
         self.tasks = [
-            replace(
-                task,
-                classes=range(sizes[0]),
-                train=_relabelled(task.train, task),
-                val=_relabelled(task.val, task),
-                test=_relabelled(task.test, task),
-            )
+            replace(task.change_data(partial(_relabel, first=task.classes.start)), classes=range(sizes[0]))
             for task in disjoint.tasks
         ]
 
 
-def _relabelled(data: Data, task: Task) -> Data:
-    return replace(data, labels=data.labels - task.classes.start)
+def _relabel(data: Data, first: int) -> Data:
+    return replace(data, labels=data.labels - first)

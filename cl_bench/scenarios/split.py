@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cl_bench.core.errors import ConfigError, require, void
+from cl_bench.core.errors import ConfigError, require, require_fraction, void
 from cl_bench.core.images import HostImages
 from cl_bench.core.types import Data, Task
 from cl_bench.data.base import ImageSet, fixed_by_settings
@@ -37,16 +37,16 @@ class Split(Scenario):
 
     Args:
         source: the data set.
-        pretrain_classes: the first so many classes of the order are part of no task, but :attr:`Scenario.pretrain`.
-        num_tasks: equal tasks; must divide the number of classes. Not used where ``classes_per_task`` is given.
+        pretrain_classes: this many first classes of the order are in no task, but in :attr:`Scenario.pretrain`.
+        num_tasks: number of equal tasks; must divide the number of classes. Not used if ``classes_per_task`` is given.
         classes_per_task: sizes of the tasks, adding up to the number of classes; None for equal tasks.
         class_order: ``natural`` (0, 1, ...), ``random`` (numpy's legacy permutation of ``class_order_seed``, so that
             1993 gives iCaRL's order), ``superclass`` (classes of a superclass side by side), or a list of class ids.
-        class_order_seed: used by ``random`` only.
-        data_seed: which images are held out, and which are taken where a number a class is given.
-        val_fraction: part of each class's training images held out for validation, in [0, 1); at least one image of
-            each class where it is above 0.
-        train_per_class, test_per_class: images taken of each class; None for all.
+        class_order_seed: used only by ``random``.
+        data_seed: draws which images are held out, and which are used if a number per class is given.
+        val_fraction: part of each class's training images held out for validation, in [0, 1); above 0 it is at least
+            one image of each class.
+        train_per_class, test_per_class: images used of each class; None for all.
         crop_padding, flip: augmentation, see :class:`~cl_bench.data.transform.Transform`.
         rand_augment: ``rand-m{M}-mstd{S}-inc1`` adds timm's RandAugment of that name, see
             :mod:`cl_bench.data.rand_augment`; None for none.
@@ -69,15 +69,8 @@ class Split(Scenario):
         flip: bool,
         rand_augment: str | None,
     ) -> None:
-        self.data = source.digest
         num_classes = len(source.class_names)
-        require(
-            0 <= val_fraction < 1,
-            "val_fraction",
-            expected="a number in [0, 1)",
-            got=val_fraction,
-            fix="0.1 holds out a tenth of the training images.",
-        )
+        require_fraction(val_fraction=val_fraction, below_one=True, fix="0.1 holds out a tenth of the training images.")
         for key, seed in {"class_order_seed": class_order_seed, "data_seed": data_seed}.items():
             require(0 <= seed < 2**32, key, expected="a whole number in [0, 2^32)", got=seed, fix="Use a smaller seed.")
         require(
@@ -87,72 +80,42 @@ class Split(Scenario):
             got=pretrain_classes,
             fix="0 holds none out.",
         )
-        sizes = task_sizes(num_classes - pretrain_classes, num_tasks, classes_per_task)
+        sizes = choose_task_sizes(num_classes - pretrain_classes, num_tasks, classes_per_task)
         order = order_classes(source, class_order, class_order_seed)
         self.pretrain_order, self.class_order = order[:pretrain_classes], order[pretrain_classes:]
-        self.class_names = source.class_names
+        self.data, self.class_names = source.digest, source.class_names
         channels, height, width = source.train_images.shape[1:]
         self.image_shape = (channels, height, width)
-        require(
-            crop_padding <= min(height, width),
-            "crop_padding",
-            expected=f"at most the side of an image, {min(height, width)} pixels",
-            got=crop_padding,
-            fix="4 is usual for 32 x 32 pixels.",
-        )
-        fill = [round(255 * mean) for mean in source.mean]
-        self.transform = Transform(
-            mean=source.mean,
-            std=source.std,
-            crop_padding=crop_padding,
-            flip=flip,
-            rand_augment=None if rand_augment is None else RandAugment.parse(rand_augment, fill),
-        )
+        self.transform = _build_transform(source, crop_padding, flip, rand_augment)
 
-        train = _first(source.train_labels, source.class_names, train_per_class, "train_per_class", data_seed)
-        test = _first(source.test_labels, source.class_names, test_per_class, "test_per_class", data_seed)
-        held_out = [max(1, round(val_fraction * len(chosen))) if val_fraction else 0 for chosen in train]
-        bare = [name for name, chosen, n in zip(source.class_names, train, held_out) if len(chosen) <= n]
-        require(
-            not bare,
-            "val_fraction",
-            expected="at least one training image a class left beside those held out for validation",
-            got=f"none left of {', '.join(bare[:5])}{' and others' if len(bare) > 5 else ''} at {val_fraction}",
-            fix="Lower val_fraction, raise train_per_class, or give the class another image.",
-        )
-        unheld = [chosen[n:] for chosen, n in zip(train, held_out)]
-        self.pretrain = _gather(
-            source.train_images, source.train_labels, [unheld[c] for c in self.pretrain_order], self.pretrain_order
-        )
+        training, testing = (source.train_images, source.train_labels), (source.test_images, source.test_labels)
+        chosen = _draw_per_class(source.train_labels, source.class_names, train_per_class, "train_per_class", data_seed)
+        train, val = _hold_out(chosen, val_fraction, source.class_names)
+        test = _draw_per_class(source.test_labels, source.class_names, test_per_class, "test_per_class", data_seed)
+        self.pretrain = _gather(*training, train, self.pretrain_order, self.pretrain_order)
         self.tasks = []
         ends = np.cumsum(sizes).tolist()
-        for task, (start, end) in enumerate(zip([0, *ends], ends)):
+        for number, (start, end) in enumerate(zip([0, *ends], ends)):
             ids = self.class_order[start:end]
-            self.tasks.append(
-                Task(
-                    id=task,
-                    classes=range(start, end),
-                    train=_gather(source.train_images, source.train_labels, [unheld[c] for c in ids], self.class_order),
-                    val=_gather(
-                        source.train_images,
-                        source.train_labels,
-                        [train[c][: held_out[c]] for c in ids],
-                        self.class_order,
-                    ),
-                    test=_gather(source.test_images, source.test_labels, [test[c] for c in ids], self.class_order),
-                )
+            task = Task(
+                id=number,
+                classes=range(start, end),
+                train=_gather(*training, train, ids, self.class_order),
+                val=_gather(*training, val, ids, self.class_order),
+                test=_gather(*testing, test, ids, self.class_order),
             )
+            self.tasks.append(task)
 
 
-def task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[int] | None) -> list[int]:
-    """Classes of each task."""
+def choose_task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[int] | None) -> list[int]:
+    """The number of classes of each task."""
     if classes_per_task is not None:
         require(
             len(classes_per_task) > 0 and min(classes_per_task) > 0 and sum(classes_per_task) == num_classes,
             "classes_per_task",
             expected=f"positive numbers that add up to {num_classes} classes",
             got=f"{list(classes_per_task)} (sum {sum(classes_per_task)})",
-            fix=f"For equal tasks set classes_per_task=null and num_tasks to one of {_divisors(num_classes)}.",
+            fix=f"For equal tasks set classes_per_task=null and num_tasks to one of {_list_divisors(num_classes)}.",
         )
         return list(classes_per_task)
     if not 0 < num_tasks <= num_classes or num_classes % num_tasks:
@@ -163,7 +126,7 @@ def task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[int] | N
             fix = f"Choose one of them, or unequal tasks: 'scenario.classes_per_task={unequal}'."
         raise ConfigError(
             "num_tasks",
-            expected=f"a number that divides {num_classes} classes, one of {_divisors(num_classes)}",
+            expected=f"a number that divides {num_classes} classes, one of {_list_divisors(num_classes)}",
             got=num_tasks,
             fix=fix,
         )
@@ -188,15 +151,17 @@ def order_classes(source: ImageSet, order: Any, seed: int) -> list[int]:
         "class_order",
         expected=f"one of {', '.join(known)}, or a list of the {num_classes} class ids, each once",
         got=order if isinstance(order, str) else repr(explicit or order),
-        fix="Use class_order=random with a class_order_seed for a drawn order.",
+        fix="Use class_order=random with a class_order_seed for a random order.",
     )
 
 
-def _divisors(n: int) -> list[int]:
+def _list_divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _first(labels: np.ndarray, names: list[str], per_class: int | None, key: str, data_seed: int) -> list[np.ndarray]:
+def _draw_per_class(
+    labels: np.ndarray, names: list[str], per_class: int | None, key: str, data_seed: int
+) -> list[np.ndarray]:
     """For each class id the positions of its images, drawn by ``data_seed``; all of them, or ``per_class``."""
     counts = np.bincount(labels, minlength=len(names))
     smallest = int(counts.min())
@@ -205,27 +170,64 @@ def _first(labels: np.ndarray, names: list[str], per_class: int | None, key: str
         "source",
         expected=f"training and test images of each of {len(names)} classes",
         got=f"{key.split('_')[0]} images of {np.count_nonzero(counts)}, none of {names[int(counts.argmin())]}",
-        fix="Give every class images of both kinds.",
+        fix="Give every class training and test images.",
     )
     require(
         per_class is None or 0 < per_class <= smallest,
         key,
-        expected=f"1 to {smallest} images a class, or null for all",
+        expected=f"1 to {smallest} images per class, or null for all",
         got=per_class,
-        fix=f"Set {key}=null to take every image.",
+        fix=f"Set {key}=null to use every image.",
     )
     order = np.random.default_rng(data_seed).permutation(len(labels))
     return [order[labels[order] == c][:per_class] for c in range(len(names))]
 
 
-def _gather(images: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray], class_order: list[int]) -> Data:
-    """The images at the positions ``chosen`` of each class, in the data set's order."""
-    which = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
+def _hold_out(
+    chosen: list[np.ndarray], val_fraction: float, names: list[str]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """For each class id the positions of its training and of its validation images."""
+    counts = [max(1, round(val_fraction * len(own))) if val_fraction else 0 for own in chosen]
+    bare = [name for name, own, count in zip(names, chosen, counts) if len(own) <= count]
+    require(
+        not bare,
+        "val_fraction",
+        expected="at least one training image per class beside the validation images",
+        got=f"none left of {', '.join(bare[:5])}{' and others' if len(bare) > 5 else ''} at {val_fraction}",
+        fix="Lower val_fraction, raise train_per_class, or give the class another image.",
+    )
+    return [own[n:] for own, n in zip(chosen, counts)], [own[:n] for own, n in zip(chosen, counts)]
+
+
+def _build_transform(source: ImageSet, crop_padding: int, flip: bool, rand_augment: str | None) -> Transform:
+    side = min(source.train_images.shape[2:])
+    require(
+        crop_padding <= side,
+        "crop_padding",
+        expected=f"at most the side of an image, {side} pixels",
+        got=crop_padding,
+        fix="4 is usual for 32 x 32 pixels.",
+    )
+    fill = [round(255 * mean) for mean in source.mean]
+    return Transform(
+        mean=source.mean,
+        std=source.std,
+        crop_padding=crop_padding,
+        flip=flip,
+        rand_augment=None if rand_augment is None else RandAugment.parse(rand_augment, fill),
+    )
+
+
+def _gather(
+    images: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray], ids: list[int], class_order: list[int]
+) -> Data:
+    """The images of the classes ``ids`` at their ``chosen`` positions, in the data set's order."""
+    which = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *(chosen[c] for c in ids)]))
     position = np.full(int(labels.max()) + 1, -1)  # class id -> position in the order
     position[class_order] = np.arange(len(class_order))
     rows = torch.from_numpy(which)
-    if isinstance(images, np.memmap):  # perhaps larger than the memory: nothing is read yet
-        pixels = HostImages.of(torch.from_numpy(images), rows, torch.device("cpu"))
+    if isinstance(images, np.memmap):  # it may be larger than the RAM, so nothing is read yet
+        pixels = HostImages.from_rows(torch.from_numpy(images), rows, torch.device("cpu"))
     else:
         pixels = torch.from_numpy(images[which])
     return Data(pixels, torch.from_numpy(position[labels[which]]), rows)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and made by one process at a time."""
+"""Files that are written whole or not at all, and by one process at a time."""
 
 import fcntl
 import sys
@@ -8,27 +8,31 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole UTF-8 file or nothing, whenever the process is killed."""
+    """Write a whole UTF-8 file or nothing, even if the process is killed."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 @contextmanager
-def one_process(lock_file: Path, waiting: str) -> Iterator[None]:
-    """Hold a lock file; where another process holds it, say so and wait. The lock goes with its process, even killed.
+def hold_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
+    """Hold a lock file. The lock ends with its process, even if that is killed.
 
     Args:
-        lock_file: made if missing, and left behind: to remove it would let a third process in.
-        waiting: what is waited for, told on standard error.
+        lock_file: created if missing, and not removed: to remove it would let a third process in.
+        waiting: what another process is doing that holds the lock; it is printed, and this process waits. None to
+            refuse instead of waiting.
 
     Raises:
-        OSError: the file could not be made or locked.
+        BlockingIOError: another process holds the lock, and ``waiting`` is None.
+        OSError: the file could not be created or locked.
     """
     with lock_file.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if waiting is None:
+                raise
             print(f"cl_bench: waiting for another process, which {waiting}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Energy that the device uses during a run."""
+"""The energy that a device uses during a run."""
 
 from typing import Any
 
@@ -6,23 +6,23 @@ import torch
 
 
 class Meter:
-    """Joules a CUDA device has used, by the counter that NVML keeps for the whole card, other processes included.
+    """Measures the joules of a CUDA device, with NVML's counter for the whole card, other processes included.
 
     Args:
-        device: of the run. On any other kind of device, without the package ``pynvml`` (``nvidia-ml-py``), or where the
-            card keeps no counter, the energy is unknown.
+        device: of the run. The energy is unknown on any other kind of device, without the package ``pynvml``
+            (``nvidia-ml-py``), or if the card has no counter.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.counter = _counter(device) if device.type == "cuda" else None
+        self.counter = _open_counter(device) if device.type == "cuda" else None
         self._last = self._read()
 
     def start(self) -> float | None:
-        """What a run that begins now has used: nothing, or None where that cannot be told."""
+        """The energy at the start of a run: 0, or None if it cannot be measured."""
         return None if self._last is None else 0.0
 
     def add(self, joules: float | None) -> float | None:
-        """``joules`` and those since the last call (at first: since this was made); None where a part is unknown."""
+        """``joules`` plus the energy since the last call, or since the start; None if a part is unknown."""
         before, self._last = self._last, self._read()
         if joules is None or before is None or self._last is None:
             return None
@@ -38,8 +38,8 @@ class Meter:
             return None
 
 
-def _counter(device: torch.device) -> tuple[Any, Any] | None:
-    """NVML and its handle of the device, known by its UUID: its index may be another one than torch's."""
+def _open_counter(device: torch.device) -> tuple[Any, Any] | None:
+    """NVML and its handle of the device, found by UUID: NVML's index may differ from torch's."""
     try:
         import pynvml
     except ImportError:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a request to stop is noted, and obeyed where nothing is lost by it."""
+"""SIGINT and SIGTERM: a request to stop is noted, and obeyed when nothing is lost by it."""
 
 import signal
 import sys
@@ -11,25 +11,25 @@ T = TypeVar("T")
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop, and leaves. No ``Exception``: whoever handles errors must not take it for one."""
+    """The run stops because it was asked to. It is no ``Exception``, so that code that handles errors ignores it."""
 
 
-_caught: list[int] = []  # of the innermost stop_signals()
-_depth = 0  # of breakable() blocks
+_caught: list[int] = []  # of the innermost collect_stop_signals()
+_depth = 0  # of allow_interruption() blocks
 
 
 @contextmanager
 def handle_once(act: Callable[[int], None], words: str) -> Iterator[None]:
-    """Within, the first SIGINT and the first SIGTERM say ``words`` and call ``act`` with their number.
+    """Inside, the first SIGINT and the first SIGTERM print ``words`` and call ``act`` with their number.
 
-    The second one of a kind does what it did before. Outside the main thread, where a sweep may run its jobs, signals
+    The second one of each kind has its former effect. Outside the main thread, where a sweep may run its jobs, signals
     cannot be caught, and nothing changes.
     """
     before: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, before[number])
-        with suppress(RuntimeError, OSError, ValueError):  # stderr is gone, or was being written to at this moment
+        with suppress(RuntimeError, OSError, ValueError):  # stderr is closed, or was being written to
             print(words, file=sys.stderr)
         act(number)
 
@@ -44,8 +44,8 @@ def handle_once(act: Callable[[int], None], words: str) -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; the second one of a kind is not collected any more."""
+def collect_stop_signals() -> Iterator[list[int]]:
+    """A list of the SIGINT and SIGTERM received inside, which do not kill the process; a second one of a kind does."""
     global _caught
     caught: list[int] = []
     outer = _caught
@@ -57,17 +57,17 @@ def stop_signals() -> Iterator[list[int]]:
 
     _caught = caught
     try:
-        with handle_once(catch, "Stopping; once more to stop at once."):
+        with handle_once(catch, "Stopping; repeat the signal to stop at once."):
             yield caught
     finally:
         _caught = outer
 
 
 @contextmanager
-def breakable() -> Iterator[None]:
-    """Here a request to stop is obeyed at once, by :class:`Interrupted`; elsewhere it is obeyed after the step.
+def allow_interruption() -> Iterator[None]:
+    """Inside, a request to stop raises :class:`Interrupted` at once; elsewhere it is obeyed after the step.
 
-    For what may take minutes and can be done anew: reading data, measuring, what a method does between its phases.
+    It is for work that may take minutes and can be repeated: reading data, measuring, a method between its phases.
     """
     global _depth
     _depth += 1
@@ -79,10 +79,10 @@ def breakable() -> Iterator[None]:
         _depth -= 1
 
 
-def breakable_items(items: Iterator[T]) -> Iterator[T]:
-    """The items, each of which is made inside of :func:`breakable`."""
+def allow_interruption_between(items: Iterator[T]) -> Iterator[T]:
+    """The items; each one is created inside :func:`allow_interruption`."""
     while True:
-        with breakable():
+        with allow_interruption():
             try:
                 item = next(items)
             except StopIteration:

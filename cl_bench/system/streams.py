@@ -1,4 +1,4 @@
-"""Standard output and standard error that whoever reads them may leave, and that any character can be written to."""
+"""Standard output and standard error that accept any character, and whose reader may go away."""
 
 import errno
 import io
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class _Lasting(io.FileIO):
-    """A file whose reader may go away, as with ``| head`` or a terminal that is closed: from then on it takes all.
+    """A file whose reader may go away, as with ``| head`` or a closed terminal: then all output is discarded.
 
-    Any other error is raised once.
+    Any other error is raised once; after it, all output is discarded too.
     """
 
     def write(self, data: Any) -> int:
@@ -26,10 +26,10 @@ class _Lasting(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Let this process go on where nobody reads what it says; a run is worth more than its table."""
+    """Let this process go on if nobody reads its output; a run is worth more than its table."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None or stream is not getattr(sys, f"__{name}__"):  # closed; or somebody has put another one there
+        if stream is None or stream is not getattr(sys, f"__{name}__"):  # closed, or replaced by another program
             continue
         stream.flush()
         file = io.BufferedWriter(_Lasting(stream.fileno(), "wb", closefd=False))

@@ -23,7 +23,7 @@ class Clock(Logger):
         self._path = run.folder / FILE
         self.notes: list[dict[str, Any]] = []
 
-    def event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: dict[str, Any]) -> None:
         """Note one event."""
         now, bytes_now = time.perf_counter(), resident_bytes()
         self.notes.append(

@@ -19,7 +19,7 @@ import torch
 
 import cl_bench
 from cl_bench.config.build import Parts, build
-from cl_bench.config.schema import composed
+from cl_bench.config.schema import compose_config
 from cl_bench.core.types import Phase, Task
 from cl_bench.data.base import ImageSet
 from cl_bench.engine.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.console import Console
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
-from cl_bench.runs.run_dir import commit, version
+from cl_bench.runs.run_dir import find_commit, find_version
 
 BATCH = 32
 """Images of the stream a step, and images replayed beside them."""
@@ -146,7 +146,7 @@ def on_random_pixels(per_class: int) -> list[str]:
 
 def parts_of(*overrides: str) -> Parts:
     """What the command would build with these overrides."""
-    return build(composed(overrides))
+    return build(compose_config(overrides))
 
 
 def run_info(folder: Path, tasks: int) -> RunInfo:
@@ -163,7 +163,7 @@ def looping(parts: Parts, *others: Logger) -> Iterator[Trainer]:
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         logger = Loggers([JsonLines(), Console(min_seconds=1e9), *others])
         logger.start(run_info(Path(folder), len(parts.scenario.tasks)))
-        yield parts.trainer(logger, Checkpoint(Path(folder)), stop=lambda: False)
+        yield parts.build_trainer(logger, Checkpoint(Path(folder)), stop=lambda: False)
         logger.finish("finished", None)
 
 
@@ -224,9 +224,9 @@ def facts() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "cl_bench": cl_bench.__version__,
-        "commit": commit(),
+        "commit": find_commit(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: find_version(name) for name in packages},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

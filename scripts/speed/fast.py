@@ -71,7 +71,7 @@ def replicas(options: Options) -> Iterator[Row]:
         for parts in built:
             method, task = parts.method, parts.scenario.tasks[0]
             assert isinstance(method, FunctionalMethod)
-            trainer = parts.trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
+            trainer = parts.build_trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
             steps.append(next(trainer.phase_course(task, 0, first_phase(parts, task), None)))
             x = torch.randn(2 * BATCH, *parts.scenario.image_shape)
             inputs.append({"x": x, "y": torch.randint(100, (2 * BATCH,))})

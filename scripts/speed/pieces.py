@@ -74,7 +74,7 @@ def data_path(options: Options) -> Iterator[Row]:
 
     def ours() -> None:
         for which in torch.randperm(len(labels), generator=generator).split(BATCH)[: len(loader)]:
-            transform.train(images.index_select(0, which), generator), labels[which]
+            transform.augment(images.index_select(0, which), generator), labels[which]
 
     names = "torchvision, DataLoader", "our batches"
     with one_core():

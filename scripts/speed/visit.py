@@ -37,12 +37,12 @@ Facts = dict[str, Any]
 
 def carry(script: str, strips: str, into: str) -> Facts:
     """Make a folder of what travels: the wheels with the commit, and the files in ``strips`` in two halves."""
-    from cl_bench.runs.run_dir import commit
+    from cl_bench.runs.run_dir import find_commit
 
     folder, source = Path(into), Path(strips)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--constraint", str(ROOT / "constraints.txt")]
     subprocess.run([*pip, "--wheel-dir", str(folder / "wheels"), *WHEELS], check=True)
-    if known := commit():
+    if known := find_commit():
         (folder / "wheels" / "commit").write_text(known)
     files = sorted(source.iterdir())
     half, size = sum(file.stat().st_size for file in files) / 2, 0
@@ -75,20 +75,19 @@ def versions(device: str) -> Facts:
 
     import cl_bench.runs.run  # noqa: F401 - everything that a run imports
     from cl_bench.config.build import choose_device
-    from cl_bench.runs.run_dir import commit, cuda_facts
-    from cl_bench.runs.run_dir import version as version_of
+    from cl_bench.runs.run_dir import collect_cuda_facts, find_commit, find_version
 
     chosen = choose_device(device)
     on_gpu = chosen.type == "cuda"
     packages = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "timm", "pillow", "pytest", "nvidia-ml-py")
     return {
         "python": platform.python_version(),
-        "versions": {name: version_of(name) for name in packages},
-        "commit": commit() or os.environ.get("CL_BENCH_COMMIT"),
+        "versions": {name: find_version(name) for name in packages},
+        "commit": find_commit() or os.environ.get("CL_BENCH_COMMIT"),
         "webp": features.check("webp"),
         "device": torch.cuda.get_device_name(chosen) if on_gpu else chosen.type,
         "device_gib": round(torch.cuda.get_device_properties(chosen).total_memory / 2**30, 1) if on_gpu else None,
-        "flags": cuda_facts() if on_gpu else None,
+        "flags": collect_cuda_facts() if on_gpu else None,
     }
 
 
@@ -162,13 +161,13 @@ def rates(method: str, speed: str, steps: str, device: str, *overrides: str) -> 
         def start(self, run: Any) -> None:
             pass
 
-        def event(self, number: int, event: Facts) -> None:
+        def log_event(self, number: int, event: Facts) -> None:
             pass
 
         def finish(self, status: str, summary: Facts | None) -> None:
             pass
 
-        def step(self, progress: Progress) -> None:
+        def log_step(self, progress: Progress) -> None:
             if progress.step + 1 in self.after:
                 wait()
                 self.at.append(time.perf_counter())
