@@ -1,6 +1,7 @@
 """Continual-learning experiments, chosen by configuration.
 
-From Python: :func:`run` makes a run as the command does, :func:`load` reads a finished one. Both give its trained model.
+From Python: :func:`run` makes a run as the command does, :func:`load` reads a finished one. Both give its model,
+trained.
 """
 
 from collections.abc import Sequence

@@ -51,9 +51,8 @@ def test_a_run_is_made_and_its_model_answers_as_it_did_when_it_was_measured(meth
     if run.method.test_batches != "single_task":
         np.testing.assert_array_equal(run.predict(test.images.numpy()), stored["class_il"][rows])
     with (run.run_dir / "accuracy_matrix.csv").open() as file:
-        last = [
-            float(r["accuracy"]) for r in csv.DictReader(file) if (r["setting"], r["after_task"]) == ("class_il", "1")
-        ]
+        lines = [line for line in csv.DictReader(file) if (line["setting"], line["after_task"]) == ("class_il", "1")]
+    last = [float(line["accuracy"]) for line in lines]
     np.testing.assert_allclose(run.record.get_matrix("class_il").accuracy[-1], last, atol=1e-3)
     assert run.record.cost.parameters == run.summary["cost"]["parameters"]
 
