@@ -32,7 +32,7 @@ ORDER = {
     "engine": ["checkpoint evaluate step", "trainer", "replicas"],
     "config": ["schema", "build command_line", "explain"],
     "report": ["plots published", "page", "compare", "reproduction"],
-    "runs": ["run_dir sweep timing", "dry_run audit", "run"],
+    "runs": ["run_dir sweep timing", "dry_run audit", "run", "load"],
 }
 """Inside these folders a file imports from the earlier ones."""
 

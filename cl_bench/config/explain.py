@@ -49,6 +49,14 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     return _explain_hydra(error, line)
 
 
+def to_config_error(error: Exception, arguments: Sequence[str] = ()) -> ConfigError:
+    """The message of :func:`explain` as an error with its four parts, for programs."""
+    key, _, rest = explain(error, arguments).partition(": expected ")
+    expected, _, rest = rest.partition("; got ")
+    got, _, fix = rest.partition(". ")
+    return ConfigError(key, expected=expected, got=got, fix=fix)
+
+
 def refuse_unread_keys(config: DictConfig, arguments: Sequence[str]) -> None:
     """Refuse typed top-level keys that nothing reads: Hydra accepts any key with a plus."""
     line, known = CommandLine(arguments), [f.name for f in fields(Run)]
