@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from cl_bench.config.build import Parts, build
 from cl_bench.config.schema import Images, Run
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.engine.checkpoint import Checkpoint, get_final_state
 from cl_bench.engine.evaluate import read_predictions
 from cl_bench.runs.audit import audit
 from cl_bench.runs.run_dir import read_summary
@@ -65,7 +65,7 @@ def finished(folder: Path) -> tuple:  # of what audit() asks for
         )
         return parts
 
-    return rebuild, saved["task_start"]["method"], read_predictions(folder / "predictions.npz")
+    return rebuild, get_final_state(saved)["method"], read_predictions(folder / "predictions.npz")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, command, configure
 
 from cl_bench.config.build import Parts, build
 from cl_bench.core.types import Data, Phase
-from cl_bench.engine.checkpoint import Checkpoint, cloned
+from cl_bench.engine.checkpoint import Checkpoint, clone_state
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.er import ER
 from cl_bench.runs import run_dir as files
@@ -224,7 +224,7 @@ def verdicts(make: Callable[[Parts], ER], tmp_path, *more: str) -> dict[str, boo
     files.write_predictions(tmp_path, trainer.answers, parts.scenario)
     with np.load(tmp_path / "predictions.npz") as stored:
         predictions = dict(stored)
-    learned = cloned(parts.method.state_dict())
+    learned = clone_state(parts.method.state_dict())
     if make is OverfillsItsBuffer:  # a state of another shape does not load into fresh parts: look at these ones
         checks = [*contents_are_training_images(parts), *rehearsal_is_clean(rebuild)]
     else:

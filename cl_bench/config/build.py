@@ -18,7 +18,7 @@ from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.record import Matrix
 from cl_bench.data.base import is_fixed_by_settings
 from cl_bench.engine.checkpoint import Checkpoint
-from cl_bench.engine.step import obstacle_to_graphs
+from cl_bench.engine.step import find_obstacle_to_graphs
 from cl_bench.engine.trainer import Settings, Trainer
 from cl_bench.loggers.base import Logger
 from cl_bench.methods.base import Method
@@ -314,7 +314,7 @@ def _refuse_disjoint(config: DictConfig, method: Method, buffer: Buffer) -> None
 
 def _refuse_graphs(settings: Settings, method: Method, device: torch.device) -> None:
     """Refuse graphs that are asked for by name where there can be none; ``auto`` does without."""
-    why = obstacle_to_graphs(method, device)
+    why = find_obstacle_to_graphs(method, device)
     if settings.speed == "graph" and why is not None:
         raise ConfigError(
             "trainer.speed",

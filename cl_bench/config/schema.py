@@ -43,7 +43,7 @@ INCOMPARABLE = (
     "published", "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed", "label", "threads",
     "scenario.source.root", "scenario.source.cache", "scenario.source.download", "trainer.checkpoint_seconds",
     "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
-    "trainer.cudnn_benchmark",
+    "trainer.cudnn_benchmark", "trainer.keep_tasks",
 )  # fmt: skip
 """Keys in which two runs of one row may differ: they change no result, or (``seed``) are what a row averages over.
 The two scenario seeds count where they are used, as ``scenario.class_order_seed`` and ``scenario.data_seed``."""
@@ -58,6 +58,7 @@ LATER_KEYS = {
     "method.batch_size": "${trainer.batch_size}",
     "method.mean_over": "seen",
     "trainer.cudnn_benchmark": False,
+    "trainer.keep_tasks": False,
 }
 """Keys that were added after runs had been recorded, with the value that does what was done before. A fingerprint
 leaves them out at this value, and a ``config.yaml`` without them gets it: older runs stay in their row and can be
