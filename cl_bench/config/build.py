@@ -17,7 +17,7 @@ from cl_bench.config.schema import Precision, arguments, comparable, named, refu
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.record import Matrix
 from cl_bench.data.base import is_fixed_by_settings
-from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.engine.checkpoint import Checkpoint, check_weights, load_network
 from cl_bench.engine.step import find_obstacle_to_graphs
 from cl_bench.engine.trainer import Settings, Trainer
 from cl_bench.loggers.base import Logger
@@ -200,6 +200,9 @@ def partial_component(node: DictConfig, key: str, allow: list[str], kind: type) 
     parameters = inspect.signature(built).parameters
     values = arguments(node, key, built, RUNTIME.get(key, ()))
     refuse_void(node, key, built, values)
+    weights = values.pop("weights") if key == "backbone" else None
+    if weights is not None:
+        check_weights(weights)
     for name, value in values.items():
         if isinstance(node[name], DictConfig) and "_target_" in node[name]:
             values[name] = value = component(node[name], f"{key}.{name}", allow, parameters[name].annotation)
@@ -215,7 +218,10 @@ def partial_component(node: DictConfig, key: str, allow: list[str], kind: type) 
     def make(*positional: Any, **runtime: Any) -> Any:
         wanted = {name: value for name, value in runtime.items() if name in parameters}
         try:
-            return built(*positional, **values, **wanted)
+            made = built(*positional, **values, **wanted)
+            if weights is not None:
+                load_network(made, weights)
+            return made
         except ConfigError as error:
             # A component names its own keys; a nested one, or one that names a whole key, is left as it is.
             raise error.under(key) if error.key.split("[")[0] in values else error from None

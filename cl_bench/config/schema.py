@@ -59,13 +59,17 @@ LATER_KEYS = {
     "method.mean_over": "seen",
     "trainer.cudnn_benchmark": False,
     "trainer.keep_tasks": False,
+    "backbone.weights": None,
 }
 """Keys that were added after runs had been recorded, with the value that does what was done before. A fingerprint
 leaves them out at this value, and a ``config.yaml`` without them gets it: older runs stay in their row and can be
 read."""
 
-FILES = ("backbone.checkpoint",)
+FILES = ("backbone.checkpoint", "backbone.weights")
 """Keys that name a file. What makes two runs comparable is its content, not its name."""
+
+GROUP_KEYS: dict[str, dict[str, Any]] = {"backbone": {"weights": str | None}}
+"""Keys that every variant of a group has beside its constructor's, with their types; build.py uses them itself."""
 
 
 class Precision(Enum):
@@ -107,7 +111,7 @@ class Run:
     choices: dict[str, str] = field(default_factory=dict)
     scenario: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
-    backbone: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] = field(default_factory=lambda: {"weights": None})
     buffer: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
@@ -221,7 +225,7 @@ def _inside(path: str, packages: Iterable[str]) -> bool:
 
 
 def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: typing.Collection[str]) -> dict[str, Any]:
-    """The configured arguments of ``built``, checked against its signature.
+    """The configured arguments of ``built``, checked against its signature, and the keys of its group.
 
     Args:
         node: the component's configuration.
@@ -237,8 +241,9 @@ def arguments(node: DictConfig, key: str, built: Callable[..., Any], runtime: ty
         for name, parameter in inspect.signature(built).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY or (parameter.default is not parameter.empty and name != "self")
     }
-    configurable = {name for name in parameters if name not in runtime}
-    hints = typing.get_type_hints(built.__init__ if inspect.isclass(built) else built)
+    of_group = GROUP_KEYS.get(key, {})
+    configurable = {name for name in parameters if name not in runtime} | set(of_group)
+    hints = typing.get_type_hints(built.__init__ if inspect.isclass(built) else built) | of_group
     with open_dict(node):
         for later in sorted(configurable - set(map(str, node))):
             if f"{key}.{later}" in LATER_KEYS:

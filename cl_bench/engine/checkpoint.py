@@ -4,6 +4,7 @@ A checkpoint is plain tensors, numbers, strings, lists and dicts, so it loads wi
 archive with a CRC-32 of each of its members. torch writes the sums and does not check them when it loads.
 """
 
+import copy
 import os
 import random
 import shutil
@@ -123,6 +124,50 @@ def _check_sums(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if (member := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"{member} does not have its checksum")
+
+
+def check_weights(file: str) -> None:
+    """Refuse a file that is not there, which is known before the network is built."""
+    if not Path(file).is_file():
+        raise _wrong_weights(file, "no such file")
+
+
+def _wrong_weights(file: str, why: str) -> ConfigError:
+    return ConfigError(
+        "backbone.weights",
+        expected="a file with the weights of this network, a state dict saved by torch",
+        got=f"{file} ({why})",
+        fix="Take a file of a run with trainer.keep_tasks=true, the same backbone and the same number of classes.",
+    )
+
+
+def load_network(net: torch.nn.Module, file: str) -> None:
+    """Load the state dict in ``file``, e.g. of :meth:`Checkpoint.keep_network`, into a network before its first task.
+
+    A growing network takes what it has before its first task in the same shape; the new run grows by itself. What it
+    does not take is said on standard error.
+
+    Raises:
+        ConfigError: the file cannot be read, or its tensors are not those of this network.
+    """
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        # into a copy, which grows to the saved size; other shapes are an error
+        missing, unknown = copy.deepcopy(net).load_state_dict(saved, strict=False)
+    except Exception as error:  # torch raises many kinds of errors for another file
+        raise _wrong_weights(file, " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")) from error
+    if any(name.endswith("_extra_state") for name in net.state_dict()):
+        unknown = []  # what a method has added to a growing network
+    if missing or unknown:
+        found = [*(f"no {name}" for name in missing), *(f"an unknown {name}" for name in unknown)]
+        raise _wrong_weights(file, f"{', '.join(found[:3])}{' and more' if len(found) > 3 else ''}")
+    own = {name: value.shape for name, value in net.state_dict().items() if isinstance(value, torch.Tensor)}
+    taken = {name: value for name, value in saved.items() if name in own and value.shape == own[name]}
+    if left := [name for name in own if name not in taken]:
+        print(
+            f"cl_bench: backbone.weights: not taken, since they depend on the tasks: {', '.join(left)}", file=sys.stderr
+        )
+    net.load_state_dict(taken, strict=False)
 
 
 def get_final_state(saved: State) -> State:
