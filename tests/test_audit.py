@@ -284,6 +284,13 @@ def test_the_command_audits_a_run_folder(tmp_path, capsys):
     assert printed.count("SKIP  BatchNorm is in evaluation mode: the method has no BatchNorm") == 1
     assert len(written) == 14
     assert all(check["passed"] is not False and check["found"] for check in written)
+    last = run / "checkpoint" / "last.pt"
+    saved = torch.load(last, weights_only=True)
+    saved["task_start"] = saved.pop("final")  # as older versions wrote it
+    torch.save(saved, last)
+    assert module.main([str(run)]) == 0
+    assert json.loads((run / "audit.json").read_text()) == written
+    capsys.readouterr()
     assert module.main([str(tmp_path)]) == 2
     assert "RUN: expected the folder of a finished run" in capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())
