@@ -129,8 +129,10 @@ class Moments:
     def arm(self) -> None:
         """Put the counters into this process, which is a fork and ends after its run."""
         self._before(Decoder, "decode", lambda: "while pictures are decoded")
-        self._before(Trainer, "batch", lambda: "in mid-epoch" if self.counts["batch"] > 1 else "before the first step")
-        self._before(Trainer, "phase_course", lambda: "between phases")
+        self._before(
+            Trainer, "make_batch", lambda: "in mid-epoch" if self.counts["make_batch"] > 1 else "before the first step"
+        )
+        self._before(Trainer, "generate_phase_steps", lambda: "between phases")
         self._before(evaluation, "_answer", lambda: "during evaluation")
         for owner, name in ((os, "fsync"), (Path, "replace")):
             self._before(owner, name, lambda: "while a checkpoint is written")
@@ -503,20 +505,20 @@ def many_tasks(soak: Soak, tasks: int) -> dict[str, list[float]]:
     ]  # fmt: skip
 
     def watch() -> None:
-        phase_course = Trainer.phase_course
+        generate_phase_steps = Trainer.generate_phase_steps
         rows = []
 
         def measured(self: Trainer, *args: Any) -> Iterator[Any]:
-            steps, began = self.steps, time.process_time()
-            yield from phase_course(self, *args)
-            spent = (time.process_time() - began) / (self.steps - steps)
+            steps, began = self.steps_done, time.process_time()
+            yield from generate_phase_steps(self, *args)
+            spent = (time.process_time() - began) / (self.steps_done - steps)
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             opened = len(os.listdir("/proc/self/fd"))
             rows.append([pages * os.sysconf("SC_PAGE_SIZE") / 1e6, opened, 1e3 * spent])
             Path("rows.json").write_text(json.dumps(rows))
 
-        Trainer.phase_course = measured  # type: ignore[method-assign,assignment]
+        Trainer.generate_phase_steps = measured  # type: ignore[method-assign,assignment]
 
     if forked([*arguments, "results_dir=r"], place, seconds=3600, prepare=watch) != 0:
         soak.failures.append(f"{tasks} tasks: failed, see {place}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cl_bench.engine.step import state_of
+from cl_bench.engine.step import get_state
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -35,17 +35,17 @@ class Played:
         self.methods, self.captured, self.replayed = list(methods), 0, 0
         self.before: Callable[[], None] = lambda: None
 
-    def aside(self) -> contextlib.AbstractContextManager[None]:
+    def use_side_stream(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def __call__(self, compute: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         self.before()
         self.captured += 1
-        states = [{name: tensor.clone() for name, tensor in state_of(method).items()} for method in self.methods]
+        states = [{name: tensor.clone() for name, tensor in get_state(method).items()} for method in self.methods]
         rng = torch.get_rng_state()
         results = compute()
         for method, state in zip(self.methods, states):
-            for name, tensor in state_of(method).items():
+            for name, tensor in get_state(method).items():
                 tensor.copy_(state[name])
         torch.set_rng_state(rng)
 

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, command, configure
 
 from cl_bench.config.build import Parts, build
 from cl_bench.core.types import Data, Phase
-from cl_bench.engine.checkpoint import Checkpoint, cloned
+from cl_bench.engine.checkpoint import Checkpoint, clone_state
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.er import ER
 from cl_bench.runs import run_dir as files
@@ -226,7 +226,7 @@ def verdicts(make: Callable[[Parts], ER], tmp_path, *more: str) -> dict[str, boo
     files.write_predictions(tmp_path, trainer.answers, parts.scenario)
     with np.load(tmp_path / "predictions.npz") as stored:
         predictions = dict(stored)
-    learned = cloned(parts.method.state_dict())
+    learned = clone_state(parts.method.state_dict())
     if make is OverfillsItsBuffer:  # a state of another shape does not load into fresh parts: look at these ones
         checks = [*check_contents(parts), *check_rehearsal(rebuild)]
     else:
@@ -286,6 +286,13 @@ def test_the_command_audits_a_run_folder(tmp_path, capsys):
     assert printed.count("SKIP  BatchNorm is in evaluation mode: the method has no BatchNorm") == 1
     assert len(written) == 14
     assert all(check["passed"] is not False and check["found"] for check in written)
+    last = run / "checkpoint" / "last.pt"
+    saved = torch.load(last, weights_only=True)
+    saved["task_start"] = saved.pop("final")  # as older versions wrote it
+    torch.save(saved, last)
+    assert module.main([str(run)]) == 0
+    assert json.loads((run / "audit.json").read_text()) == written
+    capsys.readouterr()
     assert module.main([str(tmp_path)]) == 2
     assert "RUN: expected the folder of a finished run" in capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())

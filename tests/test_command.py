@@ -96,7 +96,7 @@ def test_a_run_from_end_to_end_and_once_more(tmp_path):
 
 def results_of(run: Path) -> dict[str, object]:
     """Everything a run leaves that may not depend on how often it was interrupted."""
-    weights = torch.load(run / "checkpoint" / "last.pt", weights_only=True)["task_start"]["method"]
+    weights = torch.load(run / "checkpoint" / "last.pt", weights_only=True)["final"]["method"]
     flat = {name: value.numpy() for name, value in weights.items() if isinstance(value, torch.Tensor)}
     predictions = dict(np.load(run / "predictions.npz"))
     texts = {name: (run / name).read_text() for name in ("accuracy_matrix.csv", "metrics.jsonl")}

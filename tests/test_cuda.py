@@ -26,9 +26,9 @@ from cl_bench.config.build import choose_device
 from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.core.images import HostImages
 from cl_bench.core.types import Data
-from cl_bench.engine.replicas import lead, obstacle
-from cl_bench.engine.step import Speed
-from cl_bench.engine.trainer import Interrupted, Trainer, follow
+from cl_bench.engine.replicas import find_obstacle, run_together
+from cl_bench.engine.step import StepExecutor
+from cl_bench.engine.trainer import Interrupted, Trainer, run_alone
 from cl_bench.methods import ewc, supsup
 from cl_bench.runs import run as run_module
 from cl_bench.runs.run_dir import collect_cuda_facts
@@ -63,7 +63,7 @@ def trained(method: str, folder, device: str, speed: str, *overrides: str, stop=
     trainer = trainer_of(parts_of(method, *settings_of(method, device, speed), *overrides), folder)
     trainer.stop = lambda: stop(trainer)
     if speed == "graph" and device == "cpu":
-        trainer.speed = Speed("graph", CPU, Played(trainer.method))
+        trainer.executor = StepExecutor("graph", CPU, Played(trainer.method))
     with contextlib.suppress(Interrupted):
         trainer.run()
     return trainer
@@ -84,7 +84,7 @@ def distance(first: Trainer, second: Trainer) -> float:
 
 def assert_same(first: Trainer, second: Trainer, device: str) -> None:
     """Bit for bit on the CPU, which adds up in the same order either way; there every weight is looked at."""
-    assert first.steps == second.steps >= 30
+    assert first.steps_done == second.steps_done >= 30
     if device == "cpu":
         assert largest_difference(first, second) == 0.0
     else:
@@ -195,12 +195,12 @@ def test_a_step_copies_each_draw_once_out_of_pinned_memory_and_waits_for_nothing
     augmented = ["scenario.crop_padding=1", "scenario.flip=true"]
     trainer = trainer_of(parts_of(method, "device=cuda:0", "trainer.speed=eager", *augmented), tmp_path)
     task = trainer.scenario.tasks[0]
-    course = trainer.phase_course(task, 0, next(trainer.method.learn(task)), None)
-    step = next(course)
-    step = course.send(step.speed.perform(step))  # the reservoir has images by now
+    steps = trainer.generate_phase_steps(task, 0, next(trainer.method.learn(task)), None)
+    step, executor = next(steps)
+    step, executor = steps.send(executor.perform(step))  # the reservoir has images by now
     pretence.copies.clear()
     pretence.waits.clear()
-    course.send(step.speed.perform(step))
+    steps.send(executor.perform(step))
     assert not pretence.waits
     assert len(pretence.copies) == copies
     assert all(pinned for _, pinned in pretence.copies)
@@ -242,12 +242,12 @@ def test_a_graph_that_is_captured_and_replayed_trains_as_eager_does(method, devi
     """Two shapes or more, a change of phase; LVT with dropout. No gradient lies where another one does: clipping, which
     changes them in place, would change it twice."""
     graph, eager = (trained(method, tmp_path / speed, device, speed) for speed in ("graph", "eager"))
-    assert eager.speed.used == "eager"
-    assert graph.speed.used == "graph"
-    why = graph.speed.facts()["why"]
+    assert eager.executor.used == "eager"
+    assert graph.executor.used == "graph"
+    why = graph.executor.describe()["why"]
     assert why.startswith("some steps are eager") if method in SOME_EAGER else why is None
     if device == "cpu":
-        capture = graph.speed.graphs.capture
+        capture = graph.executor.graphs.capture
         assert capture.captured > 1
         assert capture.replayed > 4 * capture.captured
         assert graph.record.to_json()["class_il"] == eager.record.to_json()["class_il"]
@@ -265,17 +265,17 @@ def test_a_graph_takes_images_from_the_host(device, tmp_path):
         trained("er", tmp_path / place, device, "graph", f"images={place}") for place in ("host", "device")
     )
     assert isinstance(host.scenario.tasks[0].train.images, HostImages)
-    assert host.speed.used == "graph"
+    assert host.executor.used == "graph"
     assert_same(host, resident, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_run_with_graphs_stops_and_goes_on(device, tmp_path):
     straight = trained("lvt", tmp_path / "straight", device, "graph")
-    stopped = trained("lvt", tmp_path / "resumed", device, "graph", stop=lambda trainer: trainer.steps == 27)
-    assert stopped.steps == 27
+    stopped = trained("lvt", tmp_path / "resumed", device, "graph", stop=lambda trainer: trainer.steps_done == 27)
+    assert stopped.steps_done == 27
     resumed = trained("lvt", tmp_path / "resumed", device, "graph")
-    assert resumed.speed.used == "graph"
+    assert resumed.executor.used == "graph"
     assert_same(resumed, straight, device)
 
 
@@ -292,15 +292,15 @@ def test_replicas_are_a_graph_together(device, tmp_path):
     if device == "cpu":
         capture = Played(*(trainer.method for trainer in joint))
         for trainer in joint:
-            trainer.speed = Speed("graph", CPU, capture)
+            trainer.executor = StepExecutor("graph", CPU, capture)
     else:
-        assert obstacle(joint[0].method, joint[0].speed.device) is None
-    lead([trainer.course() for trainer in joint])
+        assert find_obstacle(joint[0].method, joint[0].executor.device) is None
+    run_together([trainer.generate_steps() for trainer in joint])
     for trainer, expected in zip(joint, alone):
-        follow(expected.course())
-        assert trainer.steps == expected.steps >= 30
-        assert trainer.speed.facts()["used"] == "joint"
-        assert "as a CUDA graph" in trainer.speed.facts()["why"]
+        run_alone(expected.generate_steps())
+        assert trainer.steps_done == expected.steps_done >= 30
+        assert trainer.executor.describe()["used"] == "joint"
+        assert "as a CUDA graph" in trainer.executor.describe()["why"]
         assert distance(trainer, expected) < TOLERANCE
     assert distance(joint[0], joint[1]) > 10 * TOLERANCE
 
@@ -315,6 +315,6 @@ def test_a_capture_that_fails_leaves_the_device_as_it_was_or_says_so(method, tmp
     before = torch.cuda.current_stream()
     with contextlib.suppress(RunError):  # where it cannot be as it was, the run says so and ends
         trainer.run()
-        assert trainer.speed.used == "eager"
+        assert trainer.executor.used == "eager"
         assert "could not be captured" in capsys.readouterr().err
     assert torch.cuda.current_stream() == before

@@ -13,7 +13,7 @@ from torch import Tensor
 from cl_bench.backbones.den import DEN
 from cl_bench.config.build import Parts, build
 from cl_bench.core.errors import ConfigError
-from cl_bench.engine.checkpoint import Checkpoint, cloned
+from cl_bench.engine.checkpoint import Checkpoint, clone_state
 from cl_bench.engine.trainer import Interrupted
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.den import (
@@ -508,7 +508,7 @@ def phases_of(parts: Parts) -> list[int]:
     for task in parts.scenario.tasks:
         parts.method.eval()
         for number, phase in enumerate(parts.method.learn(task)):
-            begins.append(trainer.steps)
+            begins.append(trainer.steps_done)
             trainer.run_phase(task, number, phase, None)
             parts.method.eval()
     return begins
@@ -520,7 +520,7 @@ def test_resumes_bit_equal_in_every_phase(tmp_path):
     assert len(begins) == 6  # first task; head, selected, expansion, drift, after the split
     straight = parts_of()
     trainer_of(straight, tmp_path / "straight").run()
-    expected = cloned(straight.method.state_dict())
+    expected = clone_state(straight.method.state_dict())
     assert sum(expected["_extra_state"]["history"][1]["split"]) > 0
     for begin in begins:
         folder = tmp_path / str(begin)

@@ -143,7 +143,7 @@ def test_the_steps_of_a_run_are_counted(name, monkeypatch):
     monkeypatch.setattr(trainer.checkpoint, "load", lambda: None)
     trainer.run()
     low, expected, high = probe.estimate_training()
-    assert high == trainer.steps
+    assert high == trainer.steps_done
     assert low == expected == pytest.approx(trainer.record.cost.samples_seen / 16)
 
 

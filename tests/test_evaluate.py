@@ -52,9 +52,9 @@ def test_unseen_classes_and_other_tasks_are_never_answered():
     assert set(answers.class_il[answers.task == 1].tolist()) == {-1}  # not learned: not asked in Class-IL
     assert set(answers.task_il[answers.task == 0].tolist()) == {1}
     assert set(answers.task_il[answers.task == 1].tolist()) == {3}
-    assert answers.correct("class_il", 2)[0] == 6
-    assert math.isnan(answers.correct("class_il", 2)[1])
-    assert answers.correct("task_il", 2) == [6, 6]
+    assert answers.count_correct("class_il", 2)[0] == 6
+    assert math.isnan(answers.count_correct("class_il", 2)[1])
+    assert answers.count_correct("task_il", 2) == [6, 6]
     # Among the classes seen, 0 and 1 score 0 and 1.
     assert answers.confidence[answers.task == 0].tolist() == pytest.approx([math.e / (1 + math.e)] * 12)
     assert answers.confidence[answers.task == 1].isnan().all()
@@ -100,8 +100,8 @@ def test_with_shared_labels_the_label_counts_whatever_the_task():
     assert answers.task.tolist().count(1) == 12  # known although no label tells it
     assert set(answers.class_il[answers.task == 0].tolist()) == {1}
     assert set(answers.class_il[answers.task == 1].tolist()) == {-1}  # not learned: not asked without the id
-    assert answers.correct("class_il", 2)[0] == 6
-    assert answers.correct("task_il", 2) == [6, 6]
+    assert answers.count_correct("class_il", 2)[0] == 6
+    assert answers.count_correct("task_il", 2) == [6, 6]
 
 
 def test_a_method_that_needs_the_id_has_no_class_il():
@@ -109,8 +109,8 @@ def test_a_method_that_needs_the_id_has_no_class_il():
     method = NeedsId(lambda x, t: seen.append(t) or torch.nn.functional.one_hot(2 * t, 4).float())
     answers = evaluate(method, scenario(), learned=2, split="test", autocast=OFF)
     assert torch.equal(torch.cat(seen), answers.task)
-    assert all(map(math.isnan, answers.correct("class_il", 2)))
-    assert answers.correct("task_il", 2) == [6, 6]
+    assert all(map(math.isnan, answers.count_correct("class_il", 2)))
+    assert answers.count_correct("task_il", 2) == [6, 6]
     assert answers.confidence.isnan().all()
 
 
@@ -122,25 +122,25 @@ def test_areas_are_of_the_probabilities_among_the_classes_of_the_task():
     answers = evaluate(method, unequal, learned=2, split="test", autocast=OFF)
     task = unequal.tasks[1].test
     p = torch.softmax((unequal.transform.normalise(task.images).flatten(1) @ weight)[:, 1:], dim=1).double().numpy()
-    areas = answers.auroc(unequal.tasks)
+    areas = answers.compute_auroc(unequal.tasks)
     assert math.isnan(areas[0])  # a single class has no others
     assert areas[1] == pytest.approx(100 * one_vs_rest(p, task.labels.numpy() - 1))
     assert answers.of_task[answers.task == 0, 1:].isnan().all()
     never = Scores(lambda x, t: torch.full((len(x), 4), -torch.inf))
-    assert math.isnan(evaluate(never, unequal, learned=2, split="test", autocast=OFF).auroc(unequal.tasks)[1])
+    assert math.isnan(evaluate(never, unequal, learned=2, split="test", autocast=OFF).compute_auroc(unequal.tasks)[1])
 
 
 def test_no_answer_is_not_a_wrong_answer():
     method = Scores(lambda x, t: torch.full((len(x), 4), -torch.inf))
     answers = evaluate(method, scenario(), learned=2, split="test", autocast=OFF)
-    assert all(map(math.isnan, answers.correct("class_il", 2) + answers.correct("task_il", 2)))
+    assert all(map(math.isnan, answers.count_correct("class_il", 2) + answers.count_correct("task_il", 2)))
 
 
 def test_before_training_every_task_is_asked_in_task_il_only():
     method = Scores(lambda x, t: torch.arange(4.0).expand(len(x), 4))
     answers = evaluate(method, scenario(), learned=0, split="test", autocast=OFF)
-    assert all(map(math.isnan, answers.correct("class_il", 2)))
-    assert answers.correct("task_il", 2) == [6, 6]
+    assert all(map(math.isnan, answers.count_correct("class_il", 2)))
+    assert answers.count_correct("task_il", 2) == [6, 6]
 
 
 def test_validation_images_in_place_of_test_images():

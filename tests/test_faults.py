@@ -18,7 +18,7 @@ from test_command import assert_equal_results, in_process, the_run
 
 from cl_bench.core.errors import ConfigError
 from cl_bench.engine.checkpoint import Checkpoint, State
-from cl_bench.engine.step import Step
+from cl_bench.engine.step import PhaseContext
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.methods.finetune import Finetune
 from cl_bench.runs import run as run_module
@@ -389,7 +389,7 @@ def test_scores_that_are_no_numbers_are_no_result(run, tmp_path, method):
 @pytest.mark.parametrize(("step", "saved"), [(8, 6), (6, 3)], ids=["the last of a phase", "before a checkpoint"])
 @pytest.mark.parametrize("spoilt", ["net.head.weight", "precision_0"])
 def test_weights_are_looked_at_before_they_are_saved_or_measured(run, tmp_path, monkeypatch, spoilt, step, saved):
-    update, calls = Step.update, itertools.count(1)
+    update, calls = PhaseContext.update, itertools.count(1)
 
     def spoiling(self):
         update(self)
@@ -397,7 +397,7 @@ def test_weights_are_looked_at_before_they_are_saved_or_measured(run, tmp_path, 
             self.method.state_dict()[spoilt].view(-1)[0] = torch.inf if spoilt == "precision_0" else torch.nan
 
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "update", spoiling)
+        patch.setattr(PhaseContext, "update", spoiling)
         status, error = run("results_dir=r", "method=ewc", "optimizer.lr=0.001")
     assert status == 1
     assert error.startswith(f"cl_bench: the method is not finite at step {step} (task 0, phase 0): {spoilt} (1 of")

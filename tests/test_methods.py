@@ -111,7 +111,7 @@ def test_losses_are_finite_and_named_and_reach_exactly_the_trained_parameters(me
             parts.method.train()
             before = {name: p.detach().clone() for name, p in parts.method.named_parameters()}
             parts.method.zero_grad()
-            batch = trainer.batch(phase.data.images[:12], phase.data.labels[:12], task)
+            batch = trainer.make_batch(phase.data.images[:12], phase.data.labels[:12], task)
             losses = phase.observe(batch)
             assert losses
             for name, loss in losses.items():
@@ -165,7 +165,7 @@ def test_resumes_bit_equal_wherever_it_is_stopped(method, precision, tmp_path):
     straight = parts_of(method, f"precision={precision}")
     trainer = trainer_of(straight, tmp_path / "straight")
     record = trainer.run()
-    total = trainer.steps
+    total = trainer.steps_done
     assert total > 3
     for stop_after in sorted({1, 2, 4, total // 2, total // 2 + 1, total - 1, total}):
         folder = tmp_path / f"stop{stop_after}"
@@ -182,7 +182,7 @@ def test_resumes_bit_equal_wherever_it_is_stopped(method, precision, tmp_path):
         again = resumed.run()
         for setting in SETTINGS:
             np.testing.assert_array_equal(again.get_matrix(setting).correct, record.get_matrix(setting).correct)
-        assert resumed.steps == total
+        assert resumed.steps_done == total
         expected = state(straight)
         for name, tensor in state(parts).items():
             assert torch.equal(tensor, expected[name]), (stop_after, name)

@@ -9,8 +9,8 @@ from conftest import TINY, command, configure
 from test_methods import parts_of, trainer_of
 
 from cl_bench.config.build import build
-from cl_bench.engine.replicas import lead, obstacle
-from cl_bench.engine.trainer import Interrupted, follow
+from cl_bench.engine.replicas import find_obstacle, run_together
+from cl_bench.engine.trainer import Interrupted, run_alone
 
 pytestmark = pytest.mark.arithmetic
 
@@ -25,25 +25,25 @@ CONVOLUTIONS = [
 
 
 class Runs:
-    """Tiny runs of some seeds; each is built when its course begins, as the command does it."""
+    """Tiny runs of some seeds; each is built when it begins, as the command does it."""
 
     def __init__(self, method, folder, *overrides, stop=lambda: False, change=lambda trainer: None):
         self.method, self.folder, self.overrides, self.stop, self.change = method, folder, overrides, stop, change
         self.trainers = {}
 
-    def course(self, seed):
+    def steps(self, seed):
         settings = [f"seed={seed}", *self.overrides]
         parts = parts_of(self.method, *settings) if self.method else build(configure(*TINY, *settings))
         self.folder.mkdir(exist_ok=True)
         trainer = self.trainers[seed] = trainer_of(parts, self.folder / str(seed), self.stop)
         self.change(trainer)
-        return (yield from trainer.course())
+        return (yield from trainer.generate_steps())
 
     def side_by_side(self):
-        return lead([self.course(seed) for seed in SEEDS])
+        return run_together([self.steps(seed) for seed in SEEDS])
 
     def one_by_one(self):
-        return [follow(self.course(seed)) for seed in SEEDS]
+        return [run_alone(self.steps(seed)) for seed in SEEDS]
 
 
 def largest_difference(first, second):
@@ -78,7 +78,7 @@ def test_each_replica_is_the_run_of_its_seed(method, overrides, tmp_path):
             ours, theirs = (r.get_matrix(setting).correct for r in (record, expected))
             assert np.nanmax(np.abs(ours - theirs)) <= 1
     for seed in SEEDS:
-        assert joint.trainers[seed].steps == alone.trainers[seed].steps > 0
+        assert joint.trainers[seed].steps_done == alone.trainers[seed].steps_done > 0
         assert largest_difference(joint.trainers[seed], alone.trainers[seed]) < 1e-9
     assert largest_difference(joint.trainers[0], joint.trainers[1]) > 1e-2
 
@@ -92,9 +92,9 @@ def test_replicas_are_computed_as_one(tmp_path):
 
     runs = Runs("er", tmp_path, change=count)
     runs.side_by_side()
-    assert len(calls) == runs.trainers[0].steps  # of all three together
+    assert len(calls) == runs.trainers[0].steps_done  # of all three together
     assert {len(shape) for shape in calls} == {4}  # and yet written for one
-    assert runs.trainers[0].speed.facts()["used"] == "joint"
+    assert runs.trainers[0].executor.describe()["used"] == "joint"
 
 
 def test_a_replica_that_fails_leaves_the_others_alone(tmp_path):
@@ -129,17 +129,17 @@ def test_replicas_stop_and_go_on(tmp_path):
     resumed.side_by_side()
     alone.one_by_one()
     for seed in SEEDS:
-        assert resumed.trainers[seed].steps == alone.trainers[seed].steps
+        assert resumed.trainers[seed].steps_done == alone.trainers[seed].steps_done
         assert largest_difference(resumed.trainers[seed], alone.trainers[seed]) < 1e-4
 
 
 def test_what_cannot_be_computed_as_one_says_why():
     cuda = torch.device("cuda")
-    assert obstacle(parts_of("er").method, cuda) is None
-    assert "dropout" in obstacle(parts_of("lvt").method, cuda)
-    assert "keeps a network aside" in obstacle(parts_of("dytox").method, cuda)
-    assert "function of tensors" in obstacle(parts_of("den").method, cuda)
-    assert "CPU" in obstacle(parts_of("er").method, torch.device("cpu"))
+    assert find_obstacle(parts_of("er").method, cuda) is None
+    assert "dropout" in find_obstacle(parts_of("lvt").method, cuda)
+    assert "keeps a network aside" in find_obstacle(parts_of("dytox").method, cuda)
+    assert "function of tensors" in find_obstacle(parts_of("den").method, cuda)
+    assert "CPU" in find_obstacle(parts_of("er").method, torch.device("cpu"))
 
 
 def test_replicas_have_the_folders_and_results_of_separate_runs(tmp_path):

@@ -6,9 +6,9 @@ from stand_ins import CUDA, LowestCalls, Played
 from test_methods import METHODS, parts_of, trainer_of
 
 from cl_bench.core.errors import ConfigError, RunError
-from cl_bench.engine.replicas import lead
-from cl_bench.engine.step import Graphs, Speed, obstacle_to_graphs, state_of
-from cl_bench.engine.trainer import Interrupted, follow
+from cl_bench.engine.replicas import run_together
+from cl_bench.engine.step import Graphs, StepExecutor, find_obstacle_to_graphs, get_state
+from cl_bench.engine.trainer import Interrupted, run_alone
 from cl_bench.methods.base import FunctionalMethod
 from cl_bench.methods.er import ER
 
@@ -21,7 +21,7 @@ def trained(method, folder, speed=None, *overrides):
     """The trainer of a tiny run after its end."""
     trainer = trainer_of(parts_of(method, *overrides), folder)
     if speed is not None:
-        trainer.speed = speed(trainer)
+        trainer.executor = speed(trainer)
     trainer.run()
     return trainer
 
@@ -37,15 +37,15 @@ def test_the_methods_that_can_be_cut_are_known():
     assert set(FUNCTIONAL) == {"finetune", "joint", "er", "derpp", "lvt", "lwf", "ewc", "icarl", "dytox", "memory_vit"}
 
 
-def watched(course):
-    """The course, whose steps must give loss terms without an autograd graph."""
-    step = next(course)
+def watched(steps):
+    """The steps of a run, which must give loss terms without an autograd graph."""
+    request = next(steps)
     while True:
-        losses = yield step
+        losses = yield request
         assert losses
         assert not any(loss.requires_grad for loss in losses.values())
         try:
-            step = course.send(losses)
+            request = steps.send(losses)
         except StopIteration:
             return
 
@@ -53,18 +53,20 @@ def watched(course):
 @pytest.mark.parametrize("way", ["eager", "compile", "graph", "joint", "a step of its own"])
 def test_losses_and_columns_leave_a_step_without_their_autograd_graph(way, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    courses, columns = [], []
+    runs, columns = [], []
     for seed in range(2 if way == "joint" else 1):
         parts = parts_of("den" if way == "a step of its own" else "derpp", f"seed={seed}", "trainer.epochs=1")
         trainer = trainer_of(parts, tmp_path / str(seed))
         if way in ("compile", "graph"):
-            trainer.speed = Speed(way, torch.device("cpu"), Played(trainer.method) if way == "graph" else None)
+            trainer.executor = StepExecutor(
+                way, torch.device("cpu"), Played(trainer.method) if way == "graph" else None
+            )
         if way != "a step of its own":
             remember = trainer.method.remember
             trainer.method.remember = lambda batch, c, remember=remember: (columns.append(c), remember(batch, c))
             trainer.method.terms = attached(trainer.method)
-        courses.append(watched(trainer.course()))
-    lead(courses) if way == "joint" else follow(courses[0])
+        runs.append(watched(trainer.generate_steps()))
+    run_together(runs) if way == "joint" else run_alone(runs[0])
     if way in ("compile", "graph", "joint"):  # an eager step hands them on from within the method; a buffer detaches
         assert columns
         assert not any(column.requires_grad for of_step in columns for column in of_step.values())
@@ -88,7 +90,7 @@ def test_at_a_capture_no_parameter_belongs_to_an_earlier_step(method, tmp_path):
     trainer = trainer_of(parts_of(method, "trainer.epochs=4"), tmp_path)
     capture = Played(trainer.method)
     capture.before = lambda: stale.extend(node.metadata["step"] for node in nodes() if "step" in node.metadata)
-    trainer.speed = Speed("graph", torch.device("cpu"), capture)
+    trainer.executor = StepExecutor("graph", torch.device("cpu"), capture)
     terms = trainer.method.terms
 
     def nodes():
@@ -113,14 +115,14 @@ def test_warm_up_and_capture_run_on_a_stream_of_their_own_and_replays_on_the_ask
     trainer = trainer_of(parts_of("er"), tmp_path)
     terms = trainer.method.terms
     trainer.method.terms = lambda inputs, task: (streams.append(cuda.stream.name), terms(inputs, task))[1]
-    trainer.speed = Speed("graph", CUDA)
+    trainer.executor = StepExecutor("graph", CUDA)
     task = trainer.scenario.tasks[0]
-    course = trainer.phase_course(task, 0, next(trainer.method.learn(task)), None)
-    step = next(course)
+    steps = trainer.generate_phase_steps(task, 0, next(trainer.method.learn(task)), None)
+    step, _ = next(steps)
     inputs = trainer.method.inputs(step.batch)
     for _ in range(Graphs.WARM_UP + 2):
         cuda.log.append("step")
-        trainer.speed.perform(step, inputs)
+        trainer.executor.perform(step, inputs)
         assert cuda.stream is cuda.default
     assert streams == ["side 1"] * (Graphs.WARM_UP + 1)
     aside = ["side 1 waits for default", "default waits for side 1"]
@@ -133,7 +135,7 @@ def test_a_capture_lets_other_threads_pin_memory(tmp_path, monkeypatch):
     """The thread that looks images up ahead does; the mode of torch's own choice forbids it to all of them."""
     cuda = LowestCalls(monkeypatch)
     trainer = trainer_of(parts_of("er"), tmp_path)
-    trainer.speed = Speed("graph", CUDA)
+    trainer.executor = StepExecutor("graph", CUDA)
     trainer.run()
     begun = [line.split()[1] for line in cuda.log if line.startswith("begin")]
     assert begun
@@ -147,7 +149,7 @@ class Uncapturable:
         self.cuda = LowestCalls(monkeypatch)
         self.cuda.capture_fails = True
         self.trainer = trainer_of(parts_of("er"), folder)
-        self.trainer.speed = Speed(choice, CUDA)
+        self.trainer.executor = StepExecutor(choice, CUDA)
         terms = self.trainer.method.terms
 
         def asking(inputs, task):
@@ -173,8 +175,8 @@ def test_auto_goes_on_eagerly_from_a_clean_stream_and_generator_and_says_so(tmp_
     assert run.cuda.stream is run.cuda.default
     assert run.cuda.drawing
     assert run.cuda.log.count("_cuda_endAllocateToPool") == 1  # not tried again
-    assert run.trainer.speed.used == "eager"
-    assert "not permitted when stream is capturing" in run.trainer.speed.facts()["why"]
+    assert run.trainer.executor.used == "eager"
+    assert "not permitted when stream is capturing" in run.trainer.executor.describe()["why"]
     (line,) = capsys.readouterr().err.splitlines()
     assert "could not be captured" in line
     assert "eager from here on" in line
@@ -191,28 +193,28 @@ def test_where_a_failed_capture_spoils_cuda_nothing_goes_on(tmp_path, monkeypatc
 def test_a_fallback_is_not_kept_when_a_run_goes_on(tmp_path, monkeypatch):
     """With another driver the same command may do what was asked for."""
     run = Uncapturable(tmp_path, monkeypatch, "auto", draws=False)
-    run.trainer.stop = lambda: run.trainer.steps == 7
+    run.trainer.stop = lambda: run.trainer.steps_done == 7
     with pytest.raises(Interrupted):
         run.trainer.run()
-    assert run.trainer.speed.used == "eager"
+    assert run.trainer.executor.used == "eager"
     again = trainer_of(parts_of("er"), tmp_path)
-    again.speed = Speed("auto", CUDA)
+    again.executor = StepExecutor("auto", CUDA)
     again._restore(again.checkpoint.load())
-    assert again.speed.used == "graph"
+    assert again.executor.used == "graph"
 
 
 def test_a_step_looks_for_parameters_in_no_module(tmp_path, monkeypatch):
     """Which of them there are is listed once a phase."""
     trainer = trainer_of(parts_of("er"), tmp_path)
     task = trainer.scenario.tasks[0]
-    course = trainer.phase_course(task, 0, next(trainer.method.learn(task)), None)
-    step = next(course)
+    steps = trainer.generate_phase_steps(task, 0, next(trainer.method.learn(task)), None)
+    step, _ = next(steps)
     monkeypatch.setattr(torch.nn.Module, "named_modules", None)
     for choice in ("eager", "graph"):
-        speed = Speed(choice, torch.device("cpu"), Played())
+        speed = StepExecutor(choice, torch.device("cpu"), Played())
         for _ in range(Graphs.WARM_UP + 1):
             speed.perform(step)
-    assert len(step.all_params) == 4
+    assert len(step.context.all_params) == 4
 
 
 def test_a_method_with_an_observe_of_its_own_is_performed_by_it(tmp_path):
@@ -223,30 +225,30 @@ def test_a_method_with_an_observe_of_its_own_is_performed_by_it(tmp_path):
     trainer = trainer_of(parts_of("er"), tmp_path)
     trainer.method = Own(net=trainer.method.net, buffer=trainer.method.buffer, replay_size=4)
     task = trainer.scenario.tasks[0]
-    step = next(trainer.phase_course(task, 0, next(trainer.method.learn(task)), None))
-    assert step.functional is None
+    step, _ = next(trainer.generate_phase_steps(task, 0, next(trainer.method.learn(task)), None))
+    assert step.context.functional is None
 
 
 def test_results_of_a_graph_lie_in_the_same_places(tmp_path):
     trainer = trainer_of(parts_of("er"), tmp_path)
-    course = trainer.phase_course(
+    steps = trainer.generate_phase_steps(
         trainer.scenario.tasks[0], 0, next(trainer.method.learn(trainer.scenario.tasks[0])), None
     )
-    step = next(course)
+    step, _ = next(steps)
     inputs = trainer.method.inputs(step.batch)
-    speed = Speed("graph", torch.device("cpu"), Played(trainer.method))
+    speed = StepExecutor("graph", torch.device("cpu"), Played(trainer.method))
     places = [speed.perform(step, inputs)["ce"].data_ptr() for _ in range(Graphs.WARM_UP + 3)]
     assert places[-1] == places[-2]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch 2.11 itself calls it
 def test_a_compiled_step_trains_as_eager_does_within_rounding(tmp_path):
-    speed = lambda trainer: Speed("compile", torch.device("cpu"))  # noqa: E731
+    speed = lambda trainer: StepExecutor("compile", torch.device("cpu"))  # noqa: E731
     few_shapes = ["trainer.batch_size=10", "buffer.capacity=10"]  # each is compiled
     compiled, eager = (
         trained("derpp", tmp_path / name, s, *few_shapes) for name, s in (("compiled", speed), ("eager", None))
     )
-    assert compiled.speed.used == "compile", compiled.speed.why
+    assert compiled.executor.used == "compile", compiled.executor.why
     assert largest_difference(compiled, eager) < 1e-4
     stored = compiled.method.buffer.columns["logits"] - eager.method.buffer.columns["logits"]
     assert float(stored.abs().max()) < 1e-4
@@ -257,9 +259,9 @@ def test_a_compiler_that_fails_is_left_and_recorded_and_changes_nothing(tmp_path
         raise RuntimeError("no compiler\nhere")
 
     monkeypatch.setattr(torch, "compile", compile)
-    fallen = trained("er", tmp_path / "fallen", lambda trainer: Speed("compile", torch.device("cpu")))
+    fallen = trained("er", tmp_path / "fallen", lambda trainer: StepExecutor("compile", torch.device("cpu")))
     eager = trained("er", tmp_path / "eager")
-    assert fallen.speed.facts() == {
+    assert fallen.executor.describe() == {
         "asked": "compile", "used": "eager", "why": "compile failed: RuntimeError: no compiler here",
     }  # fmt: skip
     assert largest_difference(fallen, eager) == 0.0
@@ -284,25 +286,25 @@ def test_an_error_of_the_method_itself_is_not_hidden(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_sped_up_is_eager_and_says_why(method, choice, why, tmp_path):
     trainer = trained(method, tmp_path, None, f"trainer.speed={choice}", "trainer.epochs=1")
-    assert why in trainer.speed.facts()["why"]
+    assert why in trainer.executor.describe()["why"]
 
 
 def test_auto_is_a_graph_on_cuda_and_eager_elsewhere():
-    assert Speed("auto", CUDA).facts() == {"asked": "auto", "used": "graph", "why": None}
+    assert StepExecutor("auto", CUDA).describe() == {"asked": "auto", "used": "graph", "why": None}
     for device in ("cpu", "mps"):
-        assert Speed("auto", torch.device(device)).used == "eager"
+        assert StepExecutor("auto", torch.device(device)).used == "eager"
 
 
 def test_a_graph_by_name_is_refused_where_there_can_be_none(monkeypatch):
-    with pytest.raises(ConfigError, match=r"trainer.speed: expected .* since a graph wants a CUDA device.*speed=auto"):
+    with pytest.raises(ConfigError, match=r"trainer.speed: expected .* since a graph needs a CUDA device.*speed=auto"):
         parts_of("er", "trainer.speed=graph")
-    assert "function of tensors" in obstacle_to_graphs(parts_of("supsup").method, CUDA)
-    assert obstacle_to_graphs(parts_of("er").method, CUDA) is None
+    assert "function of tensors" in find_obstacle_to_graphs(parts_of("supsup").method, CUDA)
+    assert find_obstacle_to_graphs(parts_of("er").method, CUDA) is None
 
 
 def test_a_step_does_not_read_the_contents_of_the_rehearsal_buffer():
     method = parts_of("icarl").method
-    names = set(state_of(method))
+    names = set(get_state(method))
     assert "means" in names
     assert any(name.startswith("teacher.") for name in names)
     assert not any(name.startswith("buffer.") for name in names)

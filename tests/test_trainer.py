@@ -91,7 +91,7 @@ def test_phases_epochs_rates_and_modes(tmp_path):
         assert e["loss"] == pytest.approx(2 * e["losses"]["half"])
     # 50 images in batches of 16: 16, 16, 16, 2
     assert [len(b) for b in trainer.method.seen[:4]] == [16, 16, 16, 2]
-    assert trainer.steps == 2 * (2 + 3) * 4
+    assert trainer.steps_done == 2 * (2 + 3) * 4
     assert trainer.record.cost.samples_seen == 2 * (2 + 3) * 50
     last = trainer.logger.progress[7]
     assert (last.task, last.phase, last.epoch, last.epochs, last.step, last.steps) == (0, 0, 1, 2, 3, 4)

@@ -24,8 +24,8 @@ from cl_bench.config.schema import (
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.record import Matrix
 from cl_bench.data.base import is_fixed_by_settings
-from cl_bench.engine.checkpoint import Checkpoint
-from cl_bench.engine.step import obstacle_to_graphs
+from cl_bench.engine.checkpoint import Checkpoint, check_weights, load_network
+from cl_bench.engine.step import find_obstacle_to_graphs
 from cl_bench.engine.trainer import Settings, Trainer
 from cl_bench.loggers.base import Logger
 from cl_bench.methods.base import Method
@@ -223,6 +223,9 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
     parameters = inspect.signature(built).parameters
     values = read_arguments(node, key, built, RUNTIME.get(key, ()))
     refuse_void(node, key, built, values)
+    weights = values.pop("weights") if key == "backbone" else None
+    if weights is not None:
+        check_weights(weights)
     for name, value in values.items():
         if isinstance(node[name], DictConfig) and "_target_" in node[name]:
             values[name] = value = build_component(node[name], f"{key}.{name}", allow, parameters[name].annotation)
@@ -239,7 +242,10 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
     def make(*positional: Any, **runtime: Any) -> Any:
         accepted = {name: value for name, value in runtime.items() if name in parameters}
         try:
-            return built(*positional, **values, **accepted)
+            made = built(*positional, **values, **accepted)
+            if weights is not None:
+                load_network(made, weights)
+            return made
         except ConfigError as error:
             # A component knows only its own keys. An error of a nested one has its whole key already.
             raise error.under(key) if error.key.split("[")[0] in values else error from None
@@ -338,7 +344,7 @@ def _refuse_disjoint(config: DictConfig, method: Method, buffer: Buffer) -> None
 
 def _refuse_graphs(settings: Settings, method: Method, device: torch.device) -> None:
     """Refuse ``trainer.speed=graph`` if this method or device cannot use CUDA graphs."""
-    why = obstacle_to_graphs(method, device)
+    why = find_obstacle_to_graphs(method, device)
     if settings.speed == "graph" and why is not None:
         raise ConfigError(
             "trainer.speed",

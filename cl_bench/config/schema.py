@@ -43,7 +43,7 @@ INCOMPARABLE = (
     "published", "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed", "label", "threads",
     "scenario.source.root", "scenario.source.cache", "scenario.source.download", "trainer.checkpoint_seconds",
     "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
-    "trainer.cudnn_benchmark",
+    "trainer.cudnn_benchmark", "trainer.keep_tasks",
 )  # fmt: skip
 """Keys in which two runs of one row may differ: they change no result, or, like ``seed``, a row averages over them.
 The two scenario seeds count under the keys where they are used, ``scenario.class_order_seed`` and
@@ -59,13 +59,18 @@ LATER_KEYS = {
     "method.batch_size": "${trainer.batch_size}",
     "method.mean_over": "seen",
     "trainer.cudnn_benchmark": False,
+    "trainer.keep_tasks": False,
+    "backbone.weights": None,
 }
 """Keys that were added after runs had been recorded, with the value that keeps the old behaviour. A fingerprint leaves
 out a key with this value, and a ``config.yaml`` without the key gets it. So older runs stay in their row and can be
 read."""
 
-FILES = ("backbone.checkpoint",)
-"""Keys that name a file. Two runs are compared by its content, not by its name."""
+FILES = ("backbone.checkpoint", "backbone.weights")
+"""Keys that name a file. What makes two runs comparable is its content, not its name."""
+
+GROUP_KEYS: dict[str, dict[str, Any]] = {"backbone": {"weights": str | None}}
+"""Keys that every variant of a group has beside its constructor's, with their types; build.py uses them itself."""
 
 
 class Precision(Enum):
@@ -107,7 +112,7 @@ class Run:
     choices: dict[str, str] = field(default_factory=dict)
     scenario: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
-    backbone: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] = field(default_factory=lambda: {"weights": None})
     buffer: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
@@ -223,7 +228,7 @@ def _is_inside(path: str, packages: Iterable[str]) -> bool:
 def read_arguments(
     node: DictConfig, key: str, built: Callable[..., Any], runtime: typing.Collection[str]
 ) -> dict[str, Any]:
-    """The configured arguments of ``built``, checked against its signature.
+    """The configured arguments of ``built``, checked against its signature, and the keys of its group.
 
     Args:
         node: the component's configuration.
@@ -239,8 +244,9 @@ def read_arguments(
         for name, parameter in inspect.signature(built).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY or (parameter.default is not parameter.empty and name != "self")
     }
-    configurable = {name for name in parameters if name not in runtime}
-    hints = typing.get_type_hints(built.__init__ if inspect.isclass(built) else built)
+    of_group = GROUP_KEYS.get(key, {})
+    configurable = {name for name in parameters if name not in runtime} | set(of_group)
+    hints = typing.get_type_hints(built.__init__ if inspect.isclass(built) else built) | of_group
     with open_dict(node):
         for later in sorted(configurable - set(map(str, node))):
             if f"{key}.{later}" in LATER_KEYS:

@@ -1,12 +1,12 @@
-"""Several seeds of one configuration side by side, each of their steps computed as one.
+"""Several seeds of one configuration side by side; each of their steps is computed together.
 
-Every replica is a run of its own: its trainer, generators, buffer, loggers, checkpoint and folder. What they share is
-the arithmetic of a step: the parameters of all networks are stacked, and forward and backward pass are computed for all
-of them by ``torch.func.vmap``. The draws before it and the optimizer after it are each replica's own, so its result is
-that of a separate run up to rounding.
+Every replica is a run of its own, with its own trainer, generators, buffer, loggers, checkpoint and folder. What they
+share is the arithmetic of a step: the parameters of all networks are stacked, and ``torch.func.vmap`` computes the
+forward and backward pass for all of them. Each replica draws by itself before that, and steps its own optimizer after
+it. So its result is that of a separate run up to rounding.
 
-It wants a method whose step is a function of tensors (:class:`~cl_bench.methods.base.FunctionalMethod`) and a network
-without dropout, whose draws could not be a separate run's. :func:`obstacle` says what is in the way.
+This needs a method whose step is a function of tensors (:class:`~cl_bench.methods.base.FunctionalMethod`) and a network
+without dropout, whose draws would differ from those of a separate run. :func:`find_obstacle` says what is missing.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,25 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from cl_bench.core.types import Losses, Phase
-from cl_bench.engine.checkpoint import set_torch_rng_state, torch_rng_state
-from cl_bench.engine.step import NOT_FUNCTIONAL, Graphs, Results, Step, detached, laid_out_as, state_of, total
-from cl_bench.engine.trainer import Course
+from cl_bench.engine.checkpoint import get_torch_rng_state, set_torch_rng_state
+from cl_bench.engine.step import (
+    NOT_FUNCTIONAL,
+    Graphs,
+    Results,
+    Step,
+    StepExecutor,
+    StepGenerator,
+    detach,
+    get_state,
+    match_strides,
+    sum_losses,
+)
 from cl_bench.methods.base import FunctionalMethod, Inputs, Method, Terms
 from cl_bench.system.signals import Interrupted
 
 
-def obstacle(method: Method, device: torch.device) -> str | None:
-    """Why replicas of a method are not computed as one, None where they are."""
+def find_obstacle(method: Method, device: torch.device) -> str | None:
+    """Why the steps of replicas of a method are not computed together; None if they are."""
     if not isinstance(method, FunctionalMethod):
         return NOT_FUNCTIONAL
     if not method.self_contained:
@@ -37,99 +47,105 @@ def obstacle(method: Method, device: torch.device) -> str | None:
     return None
 
 
-class Lane:
-    """One replica on its way: its course, the step it waits for, and the state of torch's generators for it."""
+class Replica:
+    """One run among several: its generator, the step that it waits for, and its state of torch's random generators."""
 
-    def __init__(self, course: Course[Step, Losses, Any]) -> None:
-        self.course = course
-        self.step: Step | None = None
+    def __init__(self, steps: StepGenerator[Any]) -> None:
+        self.steps = steps
+        self.waiting: tuple[Step, StepExecutor] | None = None
         self.result: Any = None
         self.error: Exception | Interrupted | None = None
-        self._rng = torch_rng_state()
+        self._rng = get_torch_rng_state()
 
-    def go_on(self, losses: Losses | Exception | None) -> None:
-        """Up to the next step, or to the end: a result or an error. What a step failed with is raised in the course."""
+    def advance(self, losses: Losses | Exception | None) -> None:
+        """Run up to the next step, or to the end with a result or an error.
+
+        Args:
+            losses: of the step that it waited for, or the error of that step, which is raised in the run.
+        """
         set_torch_rng_state(self._rng)
-        self.step = None
+        self.waiting = None
         try:
             if isinstance(losses, Exception):
-                self.step = self.course.throw(losses)
+                self.waiting = self.steps.throw(losses)
             else:
-                self.step = next(self.course) if losses is None else self.course.send(losses)
+                self.waiting = next(self.steps) if losses is None else self.steps.send(losses)
         except StopIteration as end:
             self.result = end.value
-        except (Exception, Interrupted) as error:  # the others go on; it is raised when they are through
+        except (Exception, Interrupted) as error:  # the others go on; it is raised when they have ended
             self.error = error
-        self._rng = torch_rng_state()
+        self._rng = get_torch_rng_state()
 
-    def perform(self, step: Step, inputs: Inputs | None) -> Losses | Exception:
-        """The step by itself; an error of it is this lane's only."""
+    def perform(self, step: Step, executor: StepExecutor, inputs: Inputs | None) -> Losses | Exception:
+        """Perform the step by itself; its error concerns this replica only."""
         set_torch_rng_state(self._rng)
         try:
-            return step.speed.perform(step, inputs)
+            return executor.perform(step, inputs)
         except Exception as error:
             return error
         finally:
-            self._rng = torch_rng_state()
+            self._rng = get_torch_rng_state()
 
 
-def lead(courses: Sequence[Course[Step, Losses, Any]]) -> list[Any]:
-    """Follow all courses side by side; returns what each comes to.
+def run_together(runs: Sequence[StepGenerator[Any]]) -> list[Any]:
+    """Perform the steps of all runs side by side, and return the result of each.
 
     Raises:
-        Exception: the first error of a course, once the others have ended.
+        Exception: the first error of a run, when the others have ended.
     """
-    lanes = [Lane(course) for course in courses]
+    replicas = [Replica(steps) for steps in runs]
     joint = Joint()
-    for lane in lanes:
-        lane.go_on(None)
-    while waiting := [(lane, lane.step) for lane in lanes if lane.step is not None]:
-        for (lane, _), losses in zip(waiting, _perform(joint, waiting)):
-            lane.go_on(losses)
-    for lane in lanes:
-        if lane.error is not None:
-            raise lane.error
-    return [lane.result for lane in lanes]
+    for replica in replicas:
+        replica.advance(None)
+    while waiting := [replica for replica in replicas if replica.waiting is not None]:
+        for replica, losses in zip(waiting, _perform(joint, waiting)):
+            replica.advance(losses)
+    for replica in replicas:
+        if replica.error is not None:
+            raise replica.error
+    return [replica.result for replica in replicas]
 
 
-def _perform(joint: "Joint", waiting: list[tuple[Lane, Step]]) -> list[Losses | Exception]:
-    """The loss terms of each step, or what it failed with."""
-    methods = [step.functional for _, step in waiting]
-    inputs = [m.inputs(step.batch) if m is not None else None for m, (_, step) in zip(methods, waiting)]
+def _perform(joint: "Joint", replicas: list[Replica]) -> list[Losses | Exception]:
+    """The loss terms of the step that each replica waits for, or the error of the step."""
+    requests = [replica.waiting for replica in replicas if replica.waiting is not None]
+    steps, executors = [step for step, _ in requests], [executor for _, executor in requests]
+    methods = [step.context.functional for step in steps]
+    inputs = [m.inputs(step.batch) if m is not None else None for m, step in zip(methods, steps)]
     known = [(m, i) for m, i in zip(methods, inputs) if m is not None and i is not None]
-    steps = [step for _, step in waiting]
-    if len(known) < len(steps) or len({_shape(step, i) for step, (_, i) in zip(steps, known)}) > 1:
-        return [lane.perform(step, i) for (lane, step), i in zip(waiting, inputs)]
+    if len(known) < len(steps) or len({_get_shape(step, i) for step, (_, i) in zip(steps, known)}) > 1:
+        return [replica.perform(*request, i) for replica, request, i in zip(replicas, requests, inputs)]
     try:
-        results = joint.differentiate(steps, [m for m, _ in known], [i for _, i in known])
+        results = joint.differentiate(steps, executors, [m for m, _ in known], [i for _, i in known])
     except Exception as error:
         return [error for _ in steps]
-    return [_finish(step, m, terms, joint.how) for step, (m, _), terms in zip(steps, known, results)]
+    for executor in executors:
+        executor.joint = joint.describe()
+    return [_finish(step, m, terms) for step, (m, _), terms in zip(steps, known, results)]
 
 
-def _finish(step: Step, method: FunctionalMethod, terms: Terms, how: str) -> Losses | Exception:
+def _finish(step: Step, method: FunctionalMethod, terms: Terms) -> Losses | Exception:
     losses, columns = terms
-    step.speed.joint = how
     try:
-        with step.autocast:
+        with step.context.autocast:
             method.remember(step.batch, columns)
-        step.update()
+        step.context.update()
     except Exception as error:
         return error
     return losses
 
 
-def _shape(step: Step, inputs: Inputs) -> tuple:
-    """What must be alike for steps to be computed as one."""
-    return step.batch.task, len(step.params), tuple((name, t.shape, t.dtype) for name, t in inputs.items())
+def _get_shape(step: Step, inputs: Inputs) -> tuple:
+    """What must be equal for steps to be computed together."""
+    return step.batch.task, len(step.context.params), tuple((name, t.shape, t.dtype) for name, t in inputs.items())
 
 
 class Joint:
-    """Loss terms and gradients of several methods as one computation over stacked parameters.
+    """Loss terms and gradients of several methods, in one computation over stacked parameters.
 
-    Shapes: N replicas; a tensor of shape S of each of them is stacked to (N, S). The modules' own tensors become views
-    of the stacks, so that an optimizer's step on one of them, or a loaded checkpoint, is seen here. Where the replicas'
-    steps are graphs, so is this computation.
+    Shapes: N replicas; N tensors of shape S are stacked to (N, S). The modules' own tensors become views of the stacks,
+    so an optimizer step on one of them, or a loaded checkpoint, changes the stack. If the replicas' steps are CUDA
+    graphs, this computation is one too.
     """
 
     def __init__(self) -> None:
@@ -138,19 +154,25 @@ class Joint:
         self._state: dict[str, Tensor] = {}
         self._graphs: Graphs | None = None
 
-    @property
-    def how(self) -> str:
+    def describe(self) -> str:
         """How the replicas' steps are performed, for their summaries."""
         graph = self._graphs is not None and not self._graphs.failed
         return "computed with other replicas" + (", as a CUDA graph" if graph else "")
 
-    def differentiate(self, steps: list[Step], methods: list[FunctionalMethod], inputs: list[Inputs]) -> list[Terms]:
-        """Each replica's loss terms and columns, and its gradients on its parameters."""
-        phases = [step.phase for step in steps]
-        if list(map(id, phases)) != list(map(id, self._phases)):  # within a phase no tensor takes another's place
+    def differentiate(
+        self,
+        steps: list[Step],
+        executors: list[StepExecutor],
+        methods: list[FunctionalMethod],
+        inputs: list[Inputs],
+    ) -> list[Terms]:
+        """Each replica's loss terms and columns; its gradients are left on its parameters."""
+        phases = [step.context.phase for step in steps]
+        if list(map(id, phases)) != list(map(id, self._phases)):  # within a phase no tensor is replaced by another
             self._phases = phases
-            self._open(steps, methods)
-        task, module, trained = steps[0].batch.task, self._module, self._trained
+            self._open(executors, methods)
+        task, autocast = steps[0].batch.task, steps[0].context.autocast
+        module, trained = self._module, self._trained
 
         def terms(parameters: dict[str, Tensor], state: dict[str, Tensor], inputs: Inputs) -> Terms:
             named = {f"method.{name}": tensor for name, tensor in {**parameters, **state}.items()}
@@ -158,36 +180,37 @@ class Joint:
 
         def compute(together: Inputs) -> Results:
             leaves = {name: stack.detach().requires_grad_(trained[name]) for name, stack in self._parameters.items()}
-            with steps[0].autocast:
+            with autocast:
                 losses, columns = vmap(terms, randomness="error")(leaves, self._state, together)
-            wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
-            gradients = torch.autograd.grad(total(losses.values()).sum(), wanted, allow_unused=True)
-            return detached(losses), detached(columns), [*gradients]
+            differentiated = [leaf for leaf in leaves.values() if leaf.requires_grad]
+            total = sum_losses(losses.values()).sum()
+            gradients = torch.autograd.grad(total, differentiated, allow_unused=True)
+            return detach(losses), detach(columns), [*gradients]
 
         together = {name: torch.stack([i[name] for i in inputs]) for name in inputs[0]}
         losses, columns, gradients = self._graphs.run(compute, together) if self._graphs else compute(together)
         for n, step in enumerate(steps):
-            step.zero_grad()
-            for parameter, gradient in zip((p for p in step.all_params if p.requires_grad), gradients):
-                parameter.grad = None if gradient is None else laid_out_as(parameter, gradient[n])
+            step.context.zero_grad()
+            for parameter, gradient in zip((p for p in step.context.all_params if p.requires_grad), gradients):
+                parameter.grad = None if gradient is None else match_strides(parameter, gradient[n])
         return [
             ({k: v[n] for k, v in losses.items()}, {k: v[n] for k, v in columns.items()}) for n in range(len(steps))
         ]
 
-    def _open(self, steps: list[Step], methods: list[FunctionalMethod]) -> None:
-        """Stack what the methods are made of by now."""
-        self._parameters = _stacked([dict(m.named_parameters()) for m in methods], self._parameters)
-        self._state = _stacked([state_of(m) for m in methods], self._state)
+    def _open(self, executors: list[StepExecutor], methods: list[FunctionalMethod]) -> None:
+        """Stack the tensors that the methods have now."""
+        self._parameters = _stack([dict(m.named_parameters()) for m in methods], self._parameters)
+        self._state = _stack([get_state(m) for m in methods], self._state)
         self._module = _Terms(methods[0])
         self._trained = {name: p.requires_grad for name, p in methods[0].named_parameters()}
-        if steps[0].speed.used == "graph":
-            self._graphs = self._graphs or steps[0].speed.new_graphs()
-            for graphs in (self._graphs, *(step.speed.graphs for step in steps)):
-                graphs.clear()  # they look for the parameters where these were before
+        if executors[0].used == "graph":
+            self._graphs = self._graphs or executors[0].make_graphs()
+            for graphs in (self._graphs, *(executor.graphs for executor in executors)):
+                graphs.clear()  # their parameters lie elsewhere now
 
 
 class _Terms(nn.Module):
-    """A method whose ``forward`` is its :meth:`FunctionalMethod.terms`, which is what functional_call calls."""
+    """A method whose ``forward`` is its :meth:`FunctionalMethod.terms`, since functional_call calls ``forward``."""
 
     def __init__(self, method: FunctionalMethod) -> None:
         super().__init__()
@@ -198,8 +221,8 @@ class _Terms(nn.Module):
         return self.method.terms(inputs, task)
 
 
-def _stacked(owned: list[dict[str, Tensor]], before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each name's tensors as one, (N, ...), of which the owners' tensors are views from now on."""
+def _stack(owned: list[dict[str, Tensor]], before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of each name as one, (N, ...); from now on the owners' tensors are views of it."""
     stacks = {}
     for name in owned[0]:
         tensors, stack = [tensors[name] for tensors in owned], before.get(name)
@@ -209,7 +232,7 @@ def _stacked(owned: list[dict[str, Tensor]], before: dict[str, Tensor]) -> dict[
             or any(t.data_ptr() != s.data_ptr() for t, s in zip(tensors, stack))
         ):
             stack = torch.stack([t.detach() for t in tensors])
-            for tensor, place in zip(tensors, stack):
-                tensor.data = place
+            for tensor, view in zip(tensors, stack):
+                tensor.data = view
         stacks[name] = stack
     return stacks

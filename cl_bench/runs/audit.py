@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from cl_bench.config.build import Parts
 from cl_bench.core.record import SETTINGS
 from cl_bench.core.types import Data
-from cl_bench.engine.checkpoint import Checkpoint, cloned
-from cl_bench.engine.evaluate import Arrange, Evaluation, evaluate, mixed
+from cl_bench.engine.checkpoint import Checkpoint, clone_state
+from cl_bench.engine.evaluate import Arrange, Evaluation, evaluate, shuffle_batches
 from cl_bench.loggers.group import Loggers
 
 ONE_BY_ONE = 400
@@ -83,11 +83,11 @@ def audit(
 
 def check_answers(parts: Parts, predictions: Mapping[str, np.ndarray]) -> list[Check]:
     """Checks that the stored predictions are reproduced, in any batches, and that predicting changes nothing."""
-    before = cloned(parts.method.state_dict())
+    before = clone_state(parts.method.state_dict())
     gradients = [p.grad for p in parts.method.parameters()]
     with watch_batchnorms(parts.method) as in_training:
-        together = ask(parts, lambda task: mixed(len(task)))
-    unchanged = are_equal(before, cloned(parts.method.state_dict()))
+        together = ask(parts, lambda task: shuffle_batches(len(task)))
+    unchanged = are_equal(before, clone_state(parts.method.state_dict()))
     quiet = all(p.grad is g for p, g in zip(parts.method.parameters(), gradients))
     order = np.argsort(together.index.numpy(), kind="stable")
     original = np.append(np.array(parts.scenario.class_order), -1)
@@ -124,7 +124,7 @@ def check_labels_unknown(parts: Parts) -> Check:
         images += len(labels)
         expected += len(labels) / len(task.classes)
         spread += len(labels) / len(task.classes) * (1 - 1 / len(task.classes))
-    answers = ask(parts, lambda task: mixed(len(task)))
+    answers = ask(parts, lambda task: shuffle_batches(len(task)))
     right = float((answers.task_il == answers.label).sum())
     for task, labels in zip(tasks, kept):
         task.get_split(parts.settings.evaluate_on).labels.copy_(labels)
@@ -153,7 +153,7 @@ def ask(parts: Parts, arrange: Arrange, learned: int | None = None) -> Evaluatio
 
 def draw_few_images(images: int, size: int = 1) -> list[Tensor]:
     """Batches of ``size`` images, at most ``ONE_BY_ONE`` in all, drawn from all tasks."""
-    return list(torch.cat(mixed(images))[:ONE_BY_ONE].split(size))
+    return list(torch.cat(shuffle_batches(images))[:ONE_BY_ONE].split(size))
 
 
 def split_by_task(task: Tensor) -> list[Tensor]:
@@ -309,7 +309,7 @@ def check_rehearsal(rebuild: Callable[[], Parts]) -> list[Check]:
             answered = ask(parts, lambda task: draw_few_images(len(task), size=100), learned=task.id + 1).class_il
             if unseen := int((answered >= seen[task.id]).sum()):
                 early.append(f"task {task.id}: {unseen}")
-        ends.append(cloned(parts.method.state_dict()))
+        ends.append(clone_state(parts.method.state_dict()))
     return [
         Check("every phase trains on training images", not strangers, "; ".join(strangers) or "none else found"),
         Check(

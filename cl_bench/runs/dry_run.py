@@ -22,7 +22,7 @@ from cl_bench.core.record import Record
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.evaluate import MAX_BATCH, evaluate
-from cl_bench.engine.step import Graphs
+from cl_bench.engine.step import Graphs, StepGenerator
 from cl_bench.engine.trainer import count_parameters
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.base import Predict
@@ -161,7 +161,7 @@ class Steps:
     def __init__(self, probe: "Probe", task: Task, phase: Phase) -> None:
         self._probe, self._task, self._phase = probe, task, replace(phase, params=list(phase.params))
         self._size = 0
-        self._course: Any = None
+        self._steps: StepGenerator[None] | None = None
         self._losses: Losses = {}
 
     def __call__(self, size: int) -> int:
@@ -173,18 +173,19 @@ class Steps:
             trainer.settings = replace(trainer.settings, batch_size=size)
             order = torch.arange(size).repeat(2 * (Graphs.WARM_UP + TIMED))  # more steps than are ever asked for
             phase = replace(self._phase, data=take_few(self._phase.data, size), epochs=1, order=lambda generator: order)
-            self._course = trainer.phase_course(self._task, 0, phase, None)
-            step = next(self._course)
+            self._steps = trainer.generate_phase_steps(self._task, 0, phase, None)
+            step, executor = next(self._steps)
         else:
-            step = self._course.send(self._losses)
-        self._losses = step.speed.perform(step)
+            assert self._steps is not None
+            step, executor = self._steps.send(self._losses)
+        self._losses = executor.perform(step)
         self._probe.wait()
         return self._probe.drawn - before
 
     def close(self) -> None:
         """Leave the phase."""
-        if self._course:
-            self._course.close()
+        if self._steps:
+            self._steps.close()
 
 
 class Probe:

@@ -17,7 +17,7 @@ from cl_bench.config.explain import to_config_error
 from cl_bench.config.schema import Images, Run, compose_config, to_plain_dict
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.record import Record
-from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.engine.checkpoint import Checkpoint, get_final_state
 from cl_bench.engine.evaluate import MAX_BATCH, read_predictions
 from cl_bench.methods.base import Method
 from cl_bench.runs.run import choose_run_dir
@@ -160,7 +160,7 @@ def load(run_dir: str | Path, *, device: str = "auto", data_dir: str | Path | No
     if data_dir is not None:
         _move_data(config, str(config.data_dir), str(data_dir))
     record = Record.from_json({**saved["record"], "cost": summary["cost"]})
-    return FinishedRun(folder, summary, record, saved["task_start"]["method"], config)
+    return FinishedRun(folder, summary, record, get_final_state(saved)["method"], config)
 
 
 def _move_data(node: DictConfig, old: str, new: str) -> None:

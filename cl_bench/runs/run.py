@@ -26,10 +26,9 @@ from cl_bench.config.schema import (
 )
 from cl_bench.core.errors import ConfigError, RunError, require
 from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, replace_non_finite
-from cl_bench.core.types import Losses
 from cl_bench.engine.checkpoint import Checkpoint
-from cl_bench.engine.step import Step
-from cl_bench.engine.trainer import Course, follow
+from cl_bench.engine.step import StepGenerator
+from cl_bench.engine.trainer import run_alone
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
@@ -91,7 +90,7 @@ def _run(config: DictConfig, values: dict[str, Any]) -> float | None:
     with collect_stop_signals() as caught:
         try:
             if replicas == 1:
-                summaries = [follow(_course(config, caught))]
+                summaries = [run_alone(_generate_steps(config, caught))]
             else:
                 summaries = _run_replicas([_copy_with_seed(config, seed) for seed in seeds], caught)
         except Interrupted:
@@ -110,22 +109,24 @@ def _copy_with_seed(config: DictConfig, seed: int) -> DictConfig:
 
 def _run_replicas(configs: list[DictConfig], caught: list[int]) -> list[dict[str, Any]]:
     """The summaries of several seeds, with their steps computed together if that is possible."""
-    from cl_bench.engine.replicas import lead, obstacle
+    from cl_bench.engine.replicas import find_obstacle, run_together
 
     with allow_interruption():
         parts = build(configs[0])
-    reason, scenario = obstacle(parts.method, parts.device), parts.scenario
+    reason, scenario = find_obstacle(parts.method, parts.device), parts.scenario
     del parts  # frees its network; each replica builds its own
     if reason is None:
-        return lead([_course(config, caught, scenario, terminal=n == 0) for n, config in enumerate(configs)])
+        return run_together(
+            [_generate_steps(config, caught, scenario, terminal=n == 0) for n, config in enumerate(configs)]
+        )
     print(f"Replicas run one after the other: {reason}", file=sys.stderr)
-    return [follow(_course(config, caught, scenario)) for config in configs]
+    return [run_alone(_generate_steps(config, caught, scenario)) for config in configs]
 
 
-def _course(
+def _generate_steps(
     config: DictConfig, caught: list[int], scenario: Scenario | None = None, *, terminal: bool = True
-) -> Course[Step, Losses, dict[str, Any]]:
-    """One run to its summary, step by step.
+) -> StepGenerator[dict[str, Any]]:
+    """One run from its configuration to its summary, step by step.
 
     Args:
         caught: the signals received so far.
@@ -277,7 +278,7 @@ def _train(
     chosen: dict[str, Logger],
     summary: dict[str, Any],
     caught: list[int],
-) -> Course[Step, Losses, dict[str, Any]]:
+) -> StepGenerator[dict[str, Any]]:
     logger = Loggers([JsonLines(), Pace(), *chosen.values()])
     scenario = parts.scenario
     status, done = "failed", None
@@ -296,7 +297,7 @@ def _train(
         trainer = parts.build_trainer(logger, Checkpoint(run_dir / "checkpoint"), stop=lambda: bool(caught))
         try:
             with explain_errors(parts):
-                record = yield from trainer.course()
+                record = yield from trainer.generate_steps()
         except Interrupted:
             status = "interrupted"
             raise
@@ -309,10 +310,10 @@ def _train(
         for setting in SETTINGS:
             matrix = record.get_matrix(setting)
             summary[setting] = replace_non_finite({name: metric(matrix) for name, metric in parts.metrics.items()})
-        areas = trainer.answers.auroc(scenario.tasks)
+        areas = trainer.answers.compute_auroc(scenario.tasks)
         summary["task_il_auroc"] = replace_non_finite({"mean": math.fsum(areas) / len(areas), "tasks": areas})
         summary["cost"] = record.to_json()["cost"]
-        summary["speed"] = trainer.speed.facts() | {"replicas": parts.settings.replicas}
+        summary["speed"] = trainer.executor.describe() | {"replicas": parts.settings.replicas}
         summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
         files.write_json(run_dir / "summary.json", summary)  # from here on the run is finished
         status, done = "finished", summary

@@ -190,9 +190,9 @@ def steps_of(trainer: Trainer, task: Task, phase: Phase) -> Work:
     """A measurement: seconds of a step while the loop runs ``phase``, everything included that an epoch does."""
 
     def measure() -> float:
-        before, began = trainer.steps, time.perf_counter()
+        before, began = trainer.steps_done, time.perf_counter()
         trainer.run_phase(task, 0, phase, None)
-        return (time.perf_counter() - began) / (trainer.steps - before)
+        return (time.perf_counter() - began) / (trainer.steps_done - before)
 
     return measure
 

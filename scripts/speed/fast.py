@@ -14,7 +14,7 @@ import torch
 
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.replicas import Joint
-from cl_bench.engine.step import total
+from cl_bench.engine.step import sum_losses
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.base import FunctionalMethod
 from speed.clock import seconds_a_step
@@ -67,12 +67,14 @@ def replicas(options: Options) -> Iterator[Row]:
     for name, overrides in REPLICAS.items():
         options.tell(f"{name}, five seeds as one")
         built = [parts_of(*on_random_pixels(2), *overrides, f"seed={seed}") for seed in range(5)]
-        steps, methods, inputs = [], [], []
+        steps, executors, methods, inputs = [], [], [], []
         for parts in built:
             method, task = parts.method, parts.scenario.tasks[0]
             assert isinstance(method, FunctionalMethod)
             trainer = parts.build_trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
-            steps.append(next(trainer.phase_course(task, 0, first_phase(parts, task), None)))
+            step, executor = next(trainer.generate_phase_steps(task, 0, first_phase(parts, task), None))
+            steps.append(step)
+            executors.append(executor)
             x = torch.randn(2 * BATCH, *parts.scenario.image_shape)
             inputs.append({"x": x, "y": torch.randint(100, (2 * BATCH,))})
             methods.append(method)
@@ -80,10 +82,10 @@ def replicas(options: Options) -> Iterator[Row]:
 
         def alone(number: int = 0, methods: list = methods, inputs: list = inputs) -> None:
             methods[number].zero_grad()
-            total(methods[number].terms(inputs[number], 0)[0].values()).backward()
+            sum_losses(methods[number].terms(inputs[number], 0)[0].values()).backward()
 
-        def stacked(joint: Joint = joint, steps: list = steps, methods: list = methods, inputs: list = inputs) -> None:
-            joint.differentiate(steps, methods, inputs)
+        def stacked(joint: Joint = joint, of_all: tuple = (steps, executors, methods, inputs)) -> None:
+            joint.differentiate(*of_all)
 
         def in_a_row(alone: Callable[[int], None] = alone) -> None:
             for number in range(5):

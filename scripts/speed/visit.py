@@ -183,8 +183,8 @@ def rates(method: str, speed: str, steps: str, device: str, *overrides: str) -> 
         data = second.train.take(slice(0, BATCH))
         assert isinstance(parts.method, FunctionalMethod)
         assert isinstance(data.images, torch.Tensor)
-        inputs = parts.method.inputs(trainer.batch(data.images, data.labels, second))
-        facts = trainer.speed.facts()
+        inputs = parts.method.inputs(trainer.make_batch(data.images, data.labels, second))
+        facts = trainer.executor.describe()
     peak = torch.cuda.max_memory_allocated() / 2**20 if parts.device.type == "cuda" else None
     result = {
         "ms": round(took, 3),
@@ -209,7 +209,7 @@ def bare_step(parts: Any, phase: Any, inputs: Any, task: int, captured: bool) ->
     """The limit: one step on fixed inputs, its forward and backward pass captured where asked."""
     import torch
 
-    from cl_bench.engine.step import total
+    from cl_bench.engine.step import sum_losses
 
     method, optimizer = parts.method, parts.optimizer(phase.params)
     method.train()
@@ -218,7 +218,7 @@ def bare_step(parts: Any, phase: Any, inputs: Any, task: int, captured: bool) ->
         with parts.autocast:
             losses, _ = method.terms(inputs, task)
         optimizer.zero_grad()
-        total(losses.values()).backward()
+        sum_losses(losses.values()).backward()
 
     compute = gradients
     if captured:
