@@ -31,7 +31,7 @@ ORDER = {
     "core": ["images", "types"],
     "engine": ["checkpoint evaluate step", "trainer", "replicas"],
     "config": ["schema", "build command_line", "explain"],
-    "report": ["plots published", "page", "compare", "reproduction"],
+    "report": ["plots published statistics", "page", "rows", "tables", "compare", "reproduction"],
     "runs": ["run_dir sweep timing", "dry_run audit", "run"],
 }
 """Inside these folders a file imports from the earlier ones."""
@@ -65,8 +65,8 @@ def test_imports_point_one_way(path):
         if other != room:
             assert floors[other] < floors[room], f"{path} may not import {name}"
         elif room in ORDER:
-            places = {file: i for i, files in enumerate(ORDER[room]) for file in files.split()}
-            assert places.get(file.split(".")[0], 99) < places.get(rest[0], 50), f"{path} may not import {name}"
+            ranks = {file: i for i, files in enumerate(ORDER[room]) for file in files.split()}
+            assert ranks.get(file.split(".")[0], 99) < ranks.get(rest[0], 50), f"{path} may not import {name}"
         else:
             assert file.split(".")[0] in SHARED or rest[-1] == "group", f"{path} imports its sibling {name}"
 
