@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cl_bench.config.explain import explain
 from cl_bench.config.schema import compose_config, compute_fingerprint, select_comparable, to_plain_dict
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.report.published import Group, chosen, read_groups
+from cl_bench.report.published import Group, choose_rows, read_groups
 from cl_bench.runs.run import choose_run_dir
 from cl_bench.runs.run_dir import read_summary
 from cl_bench.system.signals import collect_stop_signals
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or (OUT if options.scale is None else OUT.with_name(f"{OUT.name}-{options.scale}"))
     try:
         groups = read_groups(ROWS)
-        rows = chosen(groups, options.names)
+        rows = choose_rows(groups, options.names)
         require(options.seeds is None or options.seeds > 0, "--seeds", expected="1 or more", got=options.seeds, fix="")
         jobs = plan(rows, options.seeds, options.scale, options.set, out / "records")
         if options.list:
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{job.state:9}  {job.command}")
             return 0
         status = run(jobs, deadline, options.grace)
-        tables(groups, [group for group, _ in rows], out)
+        write_tables(groups, [group for group, _ in rows], out)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"reproduce: {explain(error)}", file=sys.stderr)
         return 2
@@ -162,7 +162,7 @@ def _run(job: Job, deadline: float, caught: Sequence[int], grace: float) -> int:
     return status
 
 
-def tables(groups: dict[str, Group], wanted: Sequence[Group], out: Path) -> None:
+def write_tables(groups: dict[str, Group], wanted: Sequence[Group], out: Path) -> None:
     """Print the tables of the groups that were asked for, write all of them, and fill the pages that show them."""
     try:
         from cl_bench.report import reproduction

@@ -24,22 +24,20 @@ FLOORS = [
     {"runs"},
     {"__main__"},
 ]
-"""A file imports from the floors above its own in this list, the ground floor first, and from its own folder only as
-:data:`ORDER` says."""
+"""From the ground up. A file imports only from lower floors, and from its own folder only as :data:`ORDER` says."""
 
 ORDER = {
     "core": ["images", "types"],
     "engine": ["checkpoint evaluate step", "trainer", "replicas"],
     "config": ["schema", "build command_line", "explain"],
-    "report": ["plots published", "page", "compare", "reproduction"],
+    "report": ["plots published statistics", "page", "rows", "tables", "compare", "reproduction"],
     "runs": ["run_dir sweep timing", "dry_run audit", "run", "load"],
 }
 """Inside these folders a file imports from the earlier ones."""
 
 SHARED = {"base", "layers", "delivered", "jsonl", "cache", "pictures", "picture_files"}
-"""In the other folders one variant does not know another: only these may be imported by their siblings. Of them
-metrics.jsonl is what the other loggers catch up from, and a folder of pictures is decoded and stored by modules of
-their own."""
+"""In the other folders a variant does not import another variant, only these shared files: the other loggers catch up
+from metrics.jsonl, and a folder of pictures is decoded and stored by modules of their own."""
 
 
 def imports(path: Path) -> set[str]:
@@ -65,10 +63,34 @@ def test_imports_point_one_way(path):
         if other != room:
             assert floors[other] < floors[room], f"{path} may not import {name}"
         elif room in ORDER:
-            places = {file: i for i, files in enumerate(ORDER[room]) for file in files.split()}
-            assert places.get(file.split(".")[0], 99) < places.get(rest[0], 50), f"{path} may not import {name}"
+            ranks = {file: i for i, files in enumerate(ORDER[room]) for file in files.split()}
+            assert ranks.get(file.split(".")[0], 99) < ranks.get(rest[0], 50), f"{path} may not import {name}"
         else:
             assert file.split(".")[0] in SHARED or rest[-1] == "group", f"{path} imports its sibling {name}"
+
+
+def test_the_page_shows_these_floors_and_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    floors, order, tree = re.findall(r"^```\n(.*?)^```$", page, flags=re.M | re.S)[:3]
+    shown = [set(line.split(maxsplit=1)[1].split(", ")) for line in floors.splitlines()]
+    assert shown == [{"scripts"}, *reversed(FLOORS)]
+    lines = dict(line.split(maxsplit=1) for line in order.splitlines())
+    assert {room: files.replace(",", "").split(" < ") for room, files in lines.items()} == ORDER
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0]
+        name = path.name if room in {*ORDER, "system"} or path.parent == PACKAGE else f"{room}/"
+        assert path.name == "__init__.py" or re.search(rf"\s{re.escape(name)}\s", tree), path
+
+
+def test_every_decision_is_in_the_index():
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text()
+    lines = re.findall(r"^- \[(\d+)\]\((.*)\): .+\.$", index, flags=re.M)
+    assert [file for _, file in lines] == [path.name for path in sorted(folder.glob("0*.md"))]
+    for number, file in lines:
+        assert (folder / file).read_text().startswith(f"# {number}. ")
+    for page in ("docs/architecture.md", "CONTRIBUTING.md", "README.md"):
+        assert "decisions/README.md" in (ROOT / page).read_text(), page
 
 
 @pytest.mark.parametrize(

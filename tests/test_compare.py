@@ -14,7 +14,10 @@ from test_report import TASKS, make_run
 
 from cl_bench.core.errors import ConfigError
 from cl_bench.report import plots
-from cl_bench.report.compare import MAIN, Column, Stat, compare, holm, show, tables, write
+from cl_bench.report.compare import compare, make_tables, show, write
+from cl_bench.report.rows import MAIN
+from cl_bench.report.statistics import Stat, correct_by_holm
+from cl_bench.report.tables import Column, format_stat
 
 
 def command():
@@ -47,15 +50,15 @@ def test_statistics_of_three_seeds(tmp_path):
     assert (stat.n, stat.mean) == (3, 63.0)
     assert stat.std == pytest.approx(math.sqrt(13))
     assert stat.ci95 == pytest.approx(4.302653 * math.sqrt(13 / 3), rel=1e-6)  # t quantile for 2 degrees of freedom
-    assert stat.text(Column(MAIN, ""), interval=False) == "63.00 ± 3.61 (3)"
-    assert stat.text(Column(MAIN, ""), interval=True) == "63.00 ± 3.61 (3)\n95 % ± 8.96"
+    assert format_stat(stat, Column(MAIN, ""), interval=False) == "63.00 ± 3.61 (3)"
+    assert format_stat(stat, Column(MAIN, ""), interval=True) == "63.00 ± 3.61 (3)\n95 % ± 8.96"
 
 
 def test_one_seed_has_no_spread_and_no_seed_no_number():
     assert Stat.of(pd.Series([61.5])) == Stat(1, 61.5, None, None)
     assert Stat.of(pd.Series([], dtype=float)) == Stat(0, None, None, None)
-    assert Stat(1, 61.5, None, None).text(Column(MAIN, ""), interval=True) == "61.50 (1)"
-    assert Stat(0, None, None, None).text(Column(MAIN, ""), interval=True) == ""
+    assert format_stat(Stat(1, 61.5, None, None), Column(MAIN, ""), interval=True) == "61.50 (1)"
+    assert format_stat(Stat(0, None, None, None), Column(MAIN, ""), interval=True) == ""
 
 
 def test_unknown_values_are_left_out_of_the_mean_and_are_not_zero(tmp_path):
@@ -206,7 +209,7 @@ def test_two_seeds_in_common_are_not_tested(tmp_path):
     seeds(tmp_path, [70.0, 72.0, 75.0], name="old")
     comparison = compare([str(tmp_path)])
     assert comparison.pairs.empty
-    assert "Paired tests" not in [table.title for table in tables(comparison, interval=True)]
+    assert "Paired tests" not in [table.title for table in make_tables(comparison, interval=True)]
 
 
 def test_equal_differences_have_no_p(tmp_path):
@@ -215,29 +218,29 @@ def test_equal_differences_have_no_p(tmp_path):
     comparison = compare([str(tmp_path)])
     assert comparison.pairs["mean_difference"].tolist() == [1.0]
     assert comparison.pairs[["p", "p_holm"]].isna().all(axis=None)
-    assert tables(comparison, interval=True)[-1].lines[0][-2:] == ["-", "-"]
+    assert make_tables(comparison, interval=True)[-1].lines[0][-2:] == ["-", "-"]
 
 
 def test_holm_counts_the_tests_and_never_falls():
-    corrected = holm(pd.Series([0.01, 0.04, 0.03, math.nan, 0.9]))
+    corrected = correct_by_holm(pd.Series([0.01, 0.04, 0.03, math.nan, 0.9]))
     np.testing.assert_allclose(corrected, [0.04, 0.09, 0.09, math.nan, 0.9])
-    np.testing.assert_allclose(holm(pd.Series([0.8, 0.7])), [1.0, 1.0])
+    np.testing.assert_allclose(correct_by_holm(pd.Series([0.8, 0.7])), [1.0, 1.0])
 
 
 # ---- order robustness
 
 LAST = [60.0, 58.0, 64.0, 70.0, 91.0]
-"""Final Class-IL accuracies of the tasks of ``make_run`` by place; Task-IL: 91, 93, 95, 96, 98."""
+"""Final Class-IL accuracies of the tasks of ``make_run`` by position; Task-IL: 91, 93, 95, 96, 98."""
 
 
-def in_order(root: Path, places: list[int], last: list[float] = LAST, **options) -> None:
-    """A run of the tasks of ``make_run`` in another order, with the given final Class-IL accuracies by place."""
-    tasks = [TASKS[place] for place in places]
+def in_order(root: Path, positions: list[int], last: list[float] = LAST, **options) -> None:
+    """A run of the tasks of ``make_run`` in another order, with the given final Class-IL accuracies by position."""
+    tasks = [TASKS[position] for position in positions]
     order = [c for task in tasks for c in task]
     keys = {"trainer.epochs": 3, "method.alpha": 0.5, "scenario.class_order": order}
     settings = {
         "comparable": keys,
-        "fingerprint": "o" + "".join(map(str, places)),
+        "fingerprint": "o" + "".join(map(str, positions)),
         "class_order": order,
         "tasks": tasks,
     }
@@ -246,7 +249,7 @@ def in_order(root: Path, places: list[int], last: list[float] = LAST, **options)
 
 
 def order_lines(root: Path) -> list[list[str]]:
-    shown = tables(compare([str(root)]), interval=False)
+    shown = make_tables(compare([str(root)]), interval=False)
     return [line for table in shown if table.title == "Order robustness" for line in table.lines]
 
 
@@ -306,7 +309,9 @@ PUBLISHED = {"class_il_average_accuracy": 63.5, "tolerance": 1.0, "source": "A p
 
 
 def published_lines(root: Path) -> list[list[str]]:
-    return next(table for table in tables(compare([str(root)]), interval=False) if table.title.startswith("Pub")).lines
+    return next(
+        table for table in make_tables(compare([str(root)]), interval=False) if table.title.startswith("Pub")
+    ).lines
 
 
 def test_published_number_beside_the_mean_over_seeds(tmp_path):
@@ -338,7 +343,7 @@ def test_an_unknown_value_gives_no_verdict(tmp_path):
 
 def test_curves_have_a_band_of_one_standard_deviation():
     values = np.array([[90.0, 80.0], [90.0, 84.0]])
-    axes = plots.accuracy_by_row({"class_il": {"er": values}, "task_il": {}}).axes
+    axes = plots.draw_accuracy_by_row({"class_il": {"er": values}, "task_il": {}}).axes
     assert len(axes) == 1
     assert axes[0].lines[0].get_ydata().tolist() == [90.0, 82.0]
     band = axes[0].collections[0].get_paths()[0].vertices
@@ -347,18 +352,18 @@ def test_curves_have_a_band_of_one_standard_deviation():
 
 def test_one_seed_has_no_band_and_one_task_is_a_level():
     curves = {"class_il": {"er": np.array([[90.0, 80.0]]), "joint": np.array([[70.0]])}, "task_il": {}}
-    (axes,) = plots.accuracy_by_row(curves).axes
+    (axes,) = plots.draw_accuracy_by_row(curves).axes
     assert not axes.collections
     assert [list(line.get_ydata()) for line in axes.lines] == [[90.0, 80.0], [70.0, 70.0]]
-    assert plots.accuracy_by_row({"class_il": {}, "task_il": {}}) is None
+    assert plots.draw_accuracy_by_row({"class_il": {}, "task_il": {}}) is None
 
 
 def test_dots_show_each_seed_and_the_mean():
-    (axes,) = plots.dots({"er": [60.0, 64.0], "none": []}, {"er": 25.4, "none": None}, "accuracy [%]").axes
+    (axes,) = plots.draw_dots({"er": [60.0, 64.0], "none": []}, {"er": 25.4, "none": None}, "accuracy [%]").axes
     interval, mean, dots = (list(line.get_xdata()) for line in axes.lines)
     assert (interval, mean, dots) == ([62 - 25.4, 62 + 25.4], [62.0], [60.0, 64.0])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["er"]
-    assert plots.dots({"none": []}, {"none": None}, "accuracy [%]") is None
+    assert plots.draw_dots({"none": []}, {"none": None}, "accuracy [%]") is None
 
 
 def test_a_setting_that_was_not_measured_has_no_picture(tmp_path):

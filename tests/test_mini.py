@@ -5,7 +5,8 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from cl_bench.report.compare import MAIN, compare, write
+from cl_bench.report.compare import compare, write
+from cl_bench.report.rows import MAIN
 
 MINI = ROOT / "results" / "mini"
 SEEDS = [0, 1, 2]

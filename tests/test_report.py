@@ -101,12 +101,12 @@ def numbers_in(axes: Axes) -> list[str]:
 
 def test_metrics_over_tasks_are_those_of_the_first_tasks():
     golden = Matrix.from_accuracy(GOLDEN)
-    np.testing.assert_allclose(plots.over_tasks(forgetting, golden), [math.nan, 15, 20, 61 / 3, 28.25])
-    np.testing.assert_allclose(plots.over_tasks(average_accuracy, golden), [95, 85, 79, 76, 68.6])
+    np.testing.assert_allclose(plots.compute_over_tasks(forgetting, golden), [math.nan, 15, 20, 61 / 3, 28.25])
+    np.testing.assert_allclose(plots.compute_over_tasks(average_accuracy, golden), [95, 85, 79, 76, 68.6])
 
 
 def test_first_tasks_keep_the_untrained_row():
-    part = plots.first_tasks(Matrix.from_accuracy(GOLDEN, [1, 2, 3, 4, 5]), 2)
+    part = plots.take_first_tasks(Matrix.from_accuracy(GOLDEN, [1, 2, 3, 4, 5]), 2)
     np.testing.assert_equal(part.accuracy, [[95, math.nan], [80, 90]])
     np.testing.assert_equal(part.baseline, [1, 2])
 
@@ -125,11 +125,11 @@ def test_the_matrix_is_read_as_it_was_written(tmp_path):
 def test_confusion_shares_follow_the_task_order():
     label = np.array([5, 5, 5, 5, 2, 2])
     answer = np.array([5, 5, 5, 2, 5, 2])
-    np.testing.assert_equal(plots.confusion_shares([5, 2], label, answer), [[75, 25], [50, 50]])
+    np.testing.assert_equal(plots.compute_confusion([5, 2], label, answer), [[75, 25], [50, 50]])
 
 
 def test_no_answer_has_a_column_of_its_own_and_an_unseen_class_no_number():
-    shares = plots.confusion_shares([2, 0, 1], np.array([2, 2, 0, 0]), np.array([-1, 2, 0, -1]))
+    shares = plots.compute_confusion([2, 0, 1], np.array([2, 2, 0, 0]), np.array([-1, 2, 0, -1]))
     np.testing.assert_equal(shares, [[50, 0, 0, 50], [0, 50, 0, 50], [math.nan] * 4])
 
 
@@ -137,7 +137,7 @@ def test_no_answer_has_a_column_of_its_own_and_an_unseen_class_no_number():
 
 
 def test_accuracy_matrix_has_a_number_in_each_measured_cell():
-    class_il, task_il, _ = plots.accuracy_matrix(golden_record()).axes
+    class_il, task_il, _ = plots.draw_accuracy_matrix(golden_record()).axes
     assert class_il.get_title() == "Class-IL"
     assert numbers_in(class_il) == [f"{value:.1f}" for row in GOLDEN for value in row]
     assert numbers_in(task_il) == [f"{value:.1f}" for row in TASK_IL for value in row]
@@ -145,7 +145,7 @@ def test_accuracy_matrix_has_a_number_in_each_measured_cell():
 
 def test_untrained_row_stands_first_in_both_panels():
     record = Record(Matrix.from_accuracy(GOLDEN), Matrix.from_accuracy(TASK_IL, [50] * 5))
-    class_il, task_il, _ = plots.accuracy_matrix(record).axes
+    class_il, task_il, _ = plots.draw_accuracy_matrix(record).axes
     assert numbers_in(task_il)[:6] == ["50.0"] * 5 + ["96.0"]
     for axes in (class_il, task_il):
         assert [label.get_text() for label in axes.get_yticklabels()] == ["untrained", "0", "1", "2", "3", "4"]
@@ -154,13 +154,13 @@ def test_untrained_row_stands_first_in_both_panels():
 @pytest.mark.parametrize(("num_tasks", "numbers"), [(20, 210), (21, 0)])
 def test_numbers_up_to_20_tasks(num_tasks, numbers):
     matrix = Matrix.from_accuracy([[50.0] * (i + 1) for i in range(num_tasks)])
-    axes = plots.accuracy_matrix(Record(matrix, Matrix.empty(num_tasks))).axes
+    axes = plots.draw_accuracy_matrix(Record(matrix, Matrix.empty(num_tasks))).axes
     assert len(axes) == 2  # one setting and the colour bar: Task-IL was not measured
     assert numbers_in(axes[0]) == ["50"] * numbers
 
 
 def test_curves_show_both_metrics_of_both_settings():
-    accuracies, forgettings = plots.curves_over_tasks(golden_record()).axes
+    accuracies, forgettings = plots.draw_over_tasks(golden_record()).axes
     np.testing.assert_allclose(accuracies.lines[0].get_ydata(), [95, 85, 79, 76, 68.6])
     np.testing.assert_allclose(accuracies.lines[1].get_ydata()[-1], 94.6)
     np.testing.assert_allclose(forgettings.lines[0].get_ydata(), [math.nan, 15, 20, 61 / 3, 28.25])
@@ -168,21 +168,21 @@ def test_curves_show_both_metrics_of_both_settings():
 
 
 def test_one_task_has_no_curve_and_nothing_measured_no_picture():
-    assert plots.curves_over_tasks(Record(Matrix.from_accuracy([[90]]), Matrix.empty(1))) is None
-    assert plots.accuracy_matrix(Record.empty(3)) is None
-    assert plots.curves_over_tasks(Record.empty(3)) is None
+    assert plots.draw_over_tasks(Record(Matrix.from_accuracy([[90]]), Matrix.empty(1))) is None
+    assert plots.draw_accuracy_matrix(Record.empty(3)) is None
+    assert plots.draw_over_tasks(Record.empty(3)) is None
 
 
 def test_confusion_names_classes_up_to_20_and_tasks_beyond():
     few = np.arange(10)
-    axes = plots.confusion(
+    axes = plots.draw_confusion(
         TASKS, [f"digit_{i}" for i in range(10)], {"label": few, "class_il": few, "task_il": few}
     ).axes
     assert [label.get_text() for label in axes[0].get_yticklabels()] == [f"digit_{i}" for i in ORDER]
     many = np.arange(100)
     tasks = np.split(many, 10)
     names = [f"class_{i}" for i in many]
-    axes = plots.confusion(tasks, names, {"label": many, "class_il": many, "task_il": many}).axes
+    axes = plots.draw_confusion(tasks, names, {"label": many, "class_il": many, "task_il": many}).axes
     assert [label.get_text() for label in axes[0].get_yticklabels()] == [f"task {i}" for i in range(10)]
     assert axes[0].get_yticks()[:2].tolist() == [4.5, 14.5]
 
@@ -190,14 +190,16 @@ def test_confusion_names_classes_up_to_20_and_tasks_beyond():
 def test_confusion_leaves_out_a_setting_without_answers():
     label = np.arange(10)
     predictions = {"label": label, "class_il": np.full(10, -1), "task_il": label}
-    first, _colour_bar = plots.confusion(TASKS, [str(i) for i in label], predictions).axes
+    first, _colour_bar = plots.draw_confusion(TASKS, [str(i) for i in label], predictions).axes
     assert first.get_title() == "Task-IL"
-    assert plots.confusion(TASKS, [], predictions | {"task_il": np.full(10, -1)}) is None
+    assert plots.draw_confusion(TASKS, [], predictions | {"task_il": np.full(10, -1)}) is None
 
 
 def test_tasks_that_share_classes_show_each_class_once():
     label = np.array([0, 1, 1])
-    figure = plots.confusion([[1, 0], [1, 0]], ["no", "yes"], {"label": label, "class_il": label, "task_il": label})
+    figure = plots.draw_confusion(
+        [[1, 0], [1, 0]], ["no", "yes"], {"label": label, "class_il": label, "task_il": label}
+    )
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["yes", "no"]
     assert not figure.axes[0].lines  # no line between tasks: they are not apart
 
@@ -208,25 +210,25 @@ def test_loss_lines_break_between_phases_and_mark_the_ends_of_tasks():
 
     events = [epoch(5, 0, 0, ce=2.0), epoch(10, 0, 0, ce=1.0), {"event": "task", "step": 10, "task": 0}]
     events += [epoch(15, 1, 0, ce=3.0, kd=None), epoch(20, 1, 1, ce=1.5), {"event": "task", "step": 20, "task": 1}]
-    ce, kd = plots.losses(events).axes
+    ce, kd = plots.draw_losses(events).axes
     assert (ce.get_title("left"), kd.get_title("left")) == ("ce", "kd")
     assert [list(line.get_xdata()) for line in ce.lines[:3]] == [[5, 10], [15], [20]]
     assert [list(line.get_ydata()) for line in ce.lines[:3]] == [[2.0, 1.0], [3.0], [1.5]]
     assert [list(line.get_xdata()) for line in ce.lines[3:]] == [[10, 10], [20, 20]]
     assert math.isnan(kd.lines[0].get_ydata()[0])
-    assert plots.losses([{"event": "start", "step": 0}]) is None
+    assert plots.draw_losses([{"event": "start", "step": 0}]) is None
 
 
 def test_names_with_dollars_and_underscores_are_drawn_as_they_are():
     label = np.arange(2)
     names = [r"$\frac$", r"_$\frac$"]  # not a formula that could be parsed
-    plots.png(plots.confusion([[0], [1]], names, {"label": label, "class_il": label, "task_il": label}))
+    plots.render_png(plots.draw_confusion([[0], [1]], names, {"label": label, "class_il": label, "task_il": label}))
     event = {"event": "epoch", "step": 1, "task": 0, "phase": 0, "epoch": 0, "losses": {names[0]: 1.0}}
-    plots.png(plots.losses([event, {"event": "task", "step": 1, "task": 0}]))
-    figure = plots.accuracy_by_row({"class_il": {name: np.array([[1.0, 2.0]]) for name in names}, "task_il": {}})
-    plots.png(figure)
+    plots.render_png(plots.draw_losses([event, {"event": "task", "step": 1, "task": 0}]))
+    figure = plots.draw_accuracy_by_row({"class_il": {name: np.array([[1.0, 2.0]]) for name in names}, "task_il": {}})
+    plots.render_png(figure)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names
-    plots.png(plots.dots({name: [1.0] for name in names}, dict.fromkeys(names), "accuracy [%]"))
+    plots.render_png(plots.draw_dots({name: [1.0] for name in names}, dict.fromkeys(names), "accuracy [%]"))
 
 
 def test_pyplot_is_never_imported():
@@ -322,7 +324,7 @@ def test_a_reduced_or_validation_run_is_not_held_to_a_published_number(tmp_path,
     published = {"class_il_average_accuracy": 68.0, "tolerance": 1.0, "source": "A paper"}
     folder = make_run(tmp_path, published=published, **override)
     run = page.Run.read(folder)
-    (verdict,) = page.verdicts(run, run.value)
+    (verdict,) = page.judge(run, run.value)
     assert (verdict.published, verdict.difference, verdict.within, verdict.ours) == (None, None, None, 68.6)
     text = page.write_report(folder).read_text()
     assert note in text
@@ -340,7 +342,7 @@ def test_verdict_looks_both_ways_and_at_the_edge(published, ours, within):
 def test_several_published_numbers_are_told_apart(tmp_path):
     published = {"class_il_average_accuracy": 68.0, "task_il_forgetting": 9.0, "tolerance": 1.0, "source": "A paper"}
     run = page.Run.read(make_run(tmp_path, published=published))
-    lines = page.verdicts(run, run.value)
+    lines = page.judge(run, run.value)
     assert [(line.metric, line.ours, line.within) for line in lines] == [
         ("Class-IL average accuracy", 68.6, True),
         ("Task-IL forgetting", 2.5, False),
@@ -361,11 +363,15 @@ def test_durations(seconds, text):
 
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_unknown_is_a_dash(value):
-    assert page.number(value) == page.signed(value) == "-"
+    assert page.format_number(value) == page.format_signed(value) == "-"
 
 
 def test_numbers_have_no_negative_zero():
-    assert (page.number(-0.001), page.signed(-0.001), page.signed(1.005)) == ("0.00", "+0.00", "+1.00")
+    assert (page.format_number(-0.001), page.format_signed(-0.001), page.format_signed(1.005)) == (
+        "0.00",
+        "+0.00",
+        "+1.00",
+    )
 
 
 @pytest.mark.parametrize("name", ["summary.json", "accuracy_matrix.csv", "config.yaml", "env.json"])

@@ -17,8 +17,8 @@ from cl_bench.config.build import RUNTIME
 from cl_bench.config.schema import import_target, read_arguments, select_comparable, to_plain_dict
 from cl_bench.core.errors import ConfigError
 from cl_bench.report import reproduction
-from cl_bench.report.published import Group, Kind, chosen, read_groups
-from cl_bench.report.reproduction import fill, lines, read_records, tables, write_all
+from cl_bench.report.published import Group, Kind, choose_rows, read_groups
+from cl_bench.report.reproduction import fill_text, make_lines, make_tables, read_records, write_all
 
 
 def script():
@@ -70,7 +70,7 @@ def toy(tmp_path) -> dict[str, Group]:
 
 def cells(groups: dict[str, Group], records: Path) -> list[list[str]]:
     """row, published, ours, difference, verdict of every line."""
-    found = lines(groups["toy"], read_records(groups, records))
+    found = make_lines(groups["toy"], read_records(groups, records))
     return [[line.cells[i] for i in (0, 4, 5, 6, 7)] for line in found]
 
 
@@ -160,11 +160,11 @@ def test_mistakes_in_a_file_are_told(tmp_path, wrong, said):
 
 
 def test_names_of_rows_and_groups(toy):
-    assert [name for _, name in chosen(toy, ["toy"])] == ["er", "finetune", "ordered"]
-    assert [name for _, name in chosen(toy, ["ordered", "er"])] == ["ordered", "er"]
-    assert len(chosen(GROUPS, ["all", "lvt500"])) == len(ROWS)
+    assert [name for _, name in choose_rows(toy, ["toy"])] == ["er", "finetune", "ordered"]
+    assert [name for _, name in choose_rows(toy, ["ordered", "er"])] == ["ordered", "er"]
+    assert len(choose_rows(GROUPS, ["all", "lvt500"])) == len(ROWS)
     with pytest.raises(ConfigError, match="a group"):
-        chosen(toy, ["derp"])
+        choose_rows(toy, ["derp"])
 
 
 def test_the_search_is_of_keys_that_lvt_has():
@@ -218,8 +218,8 @@ def test_a_row_is_the_mean_over_its_orders_and_seeds(toy, tmp_path):
             make_run(tmp_path, name="ordered", seed=seed, **changed)
     runs = read_records(toy, tmp_path)["ordered"]
     assert len(runs) == 4
-    assert reproduction.statistics(runs, "class_il.average_accuracy").n == 4
-    disparity = reproduction.statistics(runs, "task_il.AOPD")  # 91 93 95 96 98 in one order, reversed in the other
+    assert reproduction.compute_stat(runs, "class_il.average_accuracy").n == 4
+    disparity = reproduction.compute_stat(runs, "task_il.AOPD")  # 91 93 95 96 98 in one order, reversed in the other
     assert (disparity.n, disparity.mean) == (2, pytest.approx((7 + 3 + 0 + 3 + 7) / 5))
     assert cells(toy, tmp_path)[-1] == ["ordered", "1.00", "4.00 ± 0.00 (2)", "+3.00", "not judged"]
 
@@ -244,7 +244,7 @@ def test_claims_are_judged_by_the_seeds_interval(toy, tmp_path):
         for name, accuracies in (("er", above), ("finetune", below)):
             for seed, accuracy in enumerate(accuracies):
                 make_run(records, name=name, seed=seed, accuracy=accuracy, **summary)
-        return tables(toy["toy"], read_records(toy, records))[1].lines[0][2:]
+        return make_tables(toy["toy"], read_records(toy, records))[1].lines[0][2:]
 
     metric = "Class-IL average accuracy"
     assert verdict([], [50.0]) == [metric, "0", "-", "not run"]
@@ -260,17 +260,17 @@ def test_claims_are_judged_by_the_seeds_interval(toy, tmp_path):
 def test_files_and_pages(toy, tmp_path):
     records, out = tmp_path / "out" / "records", tmp_path / "out"
     before = "a\n<!-- reproduction: toy -->\nold\n<!-- end of reproduction -->\nb\n"
-    empty = fill(before, toy, read_records(toy, records))
+    empty = fill_text(before, toy, read_records(toy, records))
     assert empty == before.replace("old", "No full-size run has been recorded yet.")
     make_run(records, accuracy=61.0)
     found = read_records(toy, records)
-    page = fill(empty, toy, found)
+    page = fill_text(empty, toy, found)
     assert "| er | replay | Class-IL average accuracy | gate | 60.00 ± 2.00 | 61.00 (1) | +1.00 | within |" in page
     assert "ordered" not in page  # not run
     assert page.startswith("a\n")
     assert page.endswith("\n<!-- end of reproduction -->\nb\n")
-    assert fill(page, toy, found) == page
-    assert fill(page.replace(": toy", ": all"), toy, found) == page.replace(": toy", ": all")
+    assert fill_text(page, toy, found) == page
+    assert fill_text(page.replace(": toy", ": all"), toy, found) == page.replace(": toy", ": all")
 
     write_all(toy, found, out, "python scripts/reproduce.py")
     text = (out / "table.md").read_text()
@@ -284,7 +284,7 @@ def test_the_projects_pages_are_what_the_command_makes():
     for page in [ROOT / "README.md", *(ROOT / "docs" / "methods").glob("*.md")]:
         text = page.read_text()
         marked += "<!-- reproduction: " in text
-        assert fill(text, GROUPS, records) == text, f"python scripts/reproduce.py brings {page.name} up to date"
+        assert fill_text(text, GROUPS, records) == text, f"python scripts/reproduce.py brings {page.name} up to date"
     assert marked == 9
 
 
@@ -346,7 +346,7 @@ def test_a_run_that_does_not_leave_is_killed_after_the_grace(command, tmp_path):
 
 def test_the_plan_begins_every_row_before_it_repeats_one(tmp_path):
     module = script()
-    rows = chosen(GROUPS, ["finetune", "apd_fixed"])
+    rows = choose_rows(GROUPS, ["finetune", "apd_fixed"])
     plan = module.plan(rows, 2, "mini", ["device=cpu"], tmp_path)
     seeds = [next(o for o in job.overrides if o.startswith("seed=")) for job in plan]
     assert [job.name for job in plan] == (["finetune"] + ["apd_fixed"] * 3) * 2

@@ -9,8 +9,8 @@ from conftest import TINY, configure
 from test_methods import parts_of, trainer_of
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.config.build import partial_component
-from cl_bench.config.schema import CONFIGS, comparable, plain
+from cl_bench.config.build import prepare_component
+from cl_bench.config.schema import CONFIGS, select_comparable, to_plain_dict
 from cl_bench.core.errors import ConfigError
 from cl_bench.engine.checkpoint import Checkpoint, clone_state, get_final_state
 from cl_bench.engine.trainer import Interrupted
@@ -102,7 +102,7 @@ def test_a_method_without_a_net_is_refused(tmp_path):
 def network(*overrides):
     """The network that these overrides choose; one that wants the images' mean and deviation is given them."""
     statistics = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if "memory_vit" in overrides[0] else {}
-    return partial_component(configure(*overrides).backbone, "backbone", [], Backbone)(
+    return prepare_component(configure(*overrides).backbone, "backbone", [], Backbone)(
         num_classes=100, image_shape=(3, 32, 32), **statistics
     )
 
@@ -196,16 +196,16 @@ def test_what_makes_runs_comparable_is_the_content_of_the_file(tmp_path):
         path.write_bytes(content)
 
     def settings(*overrides):
-        return comparable(plain(configure(*TINY, *overrides)))
+        return select_comparable(to_plain_dict(configure(*TINY, *overrides)))
 
     assert settings(f"backbone.weights={first}") == settings(f"backbone.weights={copy}")
     assert settings(f"backbone.weights={first}") != settings(f"backbone.weights={other}")
     assert settings(f"backbone.weights={first}").keys() - settings().keys() == {"backbone.weights"}
     assert settings("trainer.keep_tasks=true") == settings()
     assert "trainer.keep_tasks" not in settings()
-    without = plain(configure(*TINY))
+    without = to_plain_dict(configure(*TINY))
     del without["backbone"]["weights"], without["trainer"]["keep_tasks"]  # as an older version wrote it
-    assert comparable(without) == settings()
+    assert select_comparable(without) == settings()
 
 
 # -- the final state of a finished run -----------------------------------------------------------------------------

@@ -105,7 +105,7 @@ class Picture:
     @classmethod
     def of(cls, figure: Figure, title: str, caption: str) -> "Picture":
         """The picture of a figure."""
-        return cls(title, caption, plots.png(figure), round(figure.get_figwidth() * plots.PIXELS_PER_INCH))
+        return cls(title, caption, plots.render_png(figure), round(figure.get_figwidth() * plots.PIXELS_PER_INCH))
 
     @property
     def base64(self) -> str:
@@ -116,17 +116,17 @@ class Picture:
 def write_report(folder: Path) -> Path:
     """Write ``plots/*.png`` and ``report.html`` of the finished run in ``folder``; returns the page's path."""
     run = Run.read(folder)
-    pictures = {name: Picture.of(*figure) for name, figure in _figures(run)}
+    pictures = {name: Picture.of(*figure) for name, figure in _draw_figures(run)}
     summary = run.summary
     page = render(
         "report.html.j2",
         summary=summary,
-        warnings=_warnings(summary),
-        facts=_facts(summary),
-        cards=[(_card_label(*card), _card_value(run, *card)) for card in CARDS],
-        metrics=_metric_lines(run),
-        costs=[(label, _or_dash(run.value("cost", key), text)) for key, (label, text) in COSTS.items()],
-        verdicts=verdicts(run, run.value),
+        warnings=_list_warnings(summary),
+        facts=_list_facts(summary),
+        cards=[(_format_card_label(*card), _format_card_value(run, *card)) for card in CARDS],
+        metrics=_list_metrics(run),
+        costs=[(label, _format_or_dash(run.value("cost", key), text)) for key, (label, text) in COSTS.items()],
+        verdicts=judge(run, run.value),
         pictures=pictures.values(),
         missing=[text for name, text in _ABSENT.items() if name not in pictures],
         class_order=[[(summary["class_names"][c], c) for c in task] for task in summary["tasks"]],
@@ -150,11 +150,11 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "signed": signed}
+    environment.filters |= {"number": format_number, "signed": format_signed}
     return environment.get_template(template).render(**values)
 
 
-def verdicts(run: Run, ours: Callable[[str, str], float | None]) -> list[Verdict]:
+def judge(run: Run, ours: Callable[[str, str], float | None]) -> list[Verdict]:
     """The published numbers of a run's experiment beside ours.
 
     Args:
@@ -169,23 +169,23 @@ def verdicts(run: Run, ours: Callable[[str, str], float | None]) -> list[Verdict
     for key, value in published.items():
         setting = next(s for s in SETTINGS if key.startswith(f"{s}_"))
         metric = key.removeprefix(f"{setting}_")
-        words = f"{TITLES[setting]} {in_words(metric)}"
+        words = f"{TITLES[setting]} {to_words(metric)}"
         held = (None, None) if note else (value, tolerance)
         lines.append(Verdict(words, held[0], ours(setting, metric), held[1], source, note))
     return lines
 
 
-def in_words(metric: str) -> str:
+def to_words(metric: str) -> str:
     """A metric's name for people."""
     return metric.replace("_", " ")
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Two decimals, or ``-`` for what is unknown."""
     return "-" if value is None or math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
 
 
-def signed(value: float | None) -> str:
+def format_signed(value: float | None) -> str:
     """Two decimals with a sign, or ``-`` for what is unknown."""
     return "-" if value is None or math.isnan(value) else f"{round(value, 2) + 0.0:+.2f}"
 
@@ -237,32 +237,32 @@ def _read_record(path: Path, num_tasks: int) -> Record:
     return record
 
 
-def _figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
+def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
     """File name, figure, title and caption of every picture that there is something to show in."""
     summary = run.summary
     on = "test images" if summary["evaluate_on"] == "test" else f"{summary['evaluate_on']} images"
     candidates = {
         "accuracy_matrix": (
-            plots.accuracy_matrix(run.record),
+            plots.draw_accuracy_matrix(run.record),
             "Accuracy matrix",
             f"Accuracy in percent on the {on} of each task (columns) after learning each task (rows). "
             "Grey was not measured.",
         ),
         "over_tasks": (
-            plots.curves_over_tasks(run.record),
+            plots.draw_over_tasks(run.record),
             "Accuracy and forgetting over tasks",
             "Average accuracy: mean over the tasks seen so far. Forgetting: mean over the earlier tasks of the best "
             "accuracy once reached minus the present one; larger is worse, below 0 the earlier tasks have improved.",
         ),
         "confusion": (
-            _confusion(run),
+            _draw_confusion(run),
             "Confusion matrix",
             "After the last task: for each class (row), the percentage of its images that were taken for each class "
             "(column), classes in the order they were learned; lines part tasks, or groups of them. "
             "Numbers (up to 20 classes) from 0.5 up; colours follow the square root.",
         ),
         "losses": (
-            _losses(run.folder / "metrics.jsonl"),
+            _draw_losses(run.folder / "metrics.jsonl"),
             "Loss",
             "Mean of each loss term over an epoch, at its last step. Dashed: the end of a task.",
         ),
@@ -272,20 +272,20 @@ def _figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
             yield name, (figure, title, caption)
 
 
-def _confusion(run: Run) -> Figure | None:
+def _draw_confusion(run: Run) -> Figure | None:
     path = run.folder / "predictions.npz"
     if not path.is_file():
         return None
-    return plots.confusion(run.summary["tasks"], run.summary["class_names"], read_predictions(path))
+    return plots.draw_confusion(run.summary["tasks"], run.summary["class_names"], read_predictions(path))
 
 
-def _losses(path: Path) -> Figure | None:
+def _draw_losses(path: Path) -> Figure | None:
     if not path.is_file():  # the JSON-lines logger can be switched off
         return None
-    return plots.losses([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    return plots.draw_losses([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
 
 
-def _warnings(summary: dict[str, Any]) -> list[str]:
+def _list_warnings(summary: dict[str, Any]) -> list[str]:
     """What a reader of the numbers must know first."""
     warnings = []
     if summary["scale"] is not None:
@@ -299,25 +299,29 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _facts(summary: dict[str, Any]) -> list[tuple[str, Any]]:
+def _list_facts(summary: dict[str, Any]) -> list[tuple[str, Any]]:
     keys = ("experiment", "method", "backbone", "scenario", "buffer", "seed", "class_order_seed", "data_seed")
     return [(key.replace("_", " "), summary[key]) for key in (*keys, "fingerprint")]
 
 
-def _card_label(setting: str, metric: str, unit: str) -> str:
-    return f"{TITLES[setting]} {in_words(metric)}" + ("" if unit else " (points)")
+def _format_card_label(setting: str, metric: str, unit: str) -> str:
+    return f"{TITLES[setting]} {to_words(metric)}" + ("" if unit else " (points)")
 
 
-def _card_value(run: Run, setting: str, metric: str, unit: str) -> str:
-    text = number(run.value(setting, metric))
+def _format_card_value(run: Run, setting: str, metric: str, unit: str) -> str:
+    text = format_number(run.value(setting, metric))
     return text if text == "-" else f"{text}{unit}"
 
 
-def _metric_lines(run: Run) -> list[tuple[str, str, str]]:
+def _list_metrics(run: Run) -> list[tuple[str, str, str]]:
     names = dict.fromkeys(name for setting in SETTINGS for name in run.summary[setting] or {})
-    lines = [(in_words(n), number(run.value("class_il", n)), number(run.value("task_il", n))) for n in names]
+    lines = [
+        (to_words(n), format_number(run.value("class_il", n)), format_number(run.value("task_il", n))) for n in names
+    ]
     if area := run.summary.get("task_il_auroc"):  # records from before it was measured have none
-        lines.append(("area under the ROC curve, one class of a task against its others", "-", number(area["mean"])))
+        lines.append(
+            ("area under the ROC curve, one class of a task against its others", "-", format_number(area["mean"]))
+        )
     return lines
 
 
@@ -329,39 +333,39 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
-def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
+def _format_or_dash(value: float | None, text: Callable[[float], str]) -> str:
     return "-" if value is None else text(value)
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _size(count: float) -> str:
+def _format_size(count: float) -> str:
     if count < 2**20:
         return f"{count / 2**10:,.1f} KiB" if count else "0"
     return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
 
 
-def _energy(joules: float) -> str:
+def _format_energy(joules: float) -> str:
     return f"{joules / 1000:,.1f} kJ ({joules / 3600:,.1f} Wh)"
 
 
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "train_seconds": ("training time", _duration),
-    "evaluate_seconds": ("evaluation time", _duration),
+    "train_seconds": ("training time", _format_duration),
+    "evaluate_seconds": ("evaluation time", _format_duration),
     "samples_seen": ("images passed through training", "{:,}".format),
     "images_per_second": ("training speed", "{:,.1f} images/s".format),
-    "peak_memory_bytes": ("peak memory", _size),
+    "peak_memory_bytes": ("peak memory", _format_size),
     "parameters": ("parameters", "{:,}".format),
     "parameters_trainable": ("of these trainable", "{:,}".format),
     "capacity": ("capacity, relative to the first task or the method's base network", "{:.2f} ×".format),
-    "buffer_bytes": ("replay buffer", _size),
-    "method_bytes": ("masks, copies and statistics of old tasks", _size),
-    "energy_joules": ("energy", _energy),
+    "buffer_bytes": ("replay buffer", _format_size),
+    "method_bytes": ("masks, copies and statistics of old tasks", _format_size),
+    "energy_joules": ("energy", _format_energy),
 }
 """Field of :class:`cl_bench.core.record.Cost` -> its label and how its number is written."""
 

@@ -36,69 +36,71 @@ _COLOURS = {"class_il": "#1f5fa8", "task_il": "#c8641b"}
 _LINE_STYLES = ("-", "--", ":", "-.")
 
 
-def png(figure: Figure) -> bytes:
+def render_png(figure: Figure) -> bytes:
     """The figure as a PNG file; equal figures give equal bytes."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
     return file.getvalue()
 
 
-def first_tasks(matrix: Matrix, count: int) -> Matrix:
+def take_first_tasks(matrix: Matrix, count: int) -> Matrix:
     """The matrix as it stood when ``count`` tasks had been learned."""
     rows = [*range(count), -1]  # the last row is that of the untrained network
     return Matrix(matrix.correct[rows, :count], matrix.count[:count])
 
 
-def over_tasks(metric: Callable[[Matrix], float], matrix: Matrix) -> np.ndarray:
+def compute_over_tasks(metric: Callable[[Matrix], float], matrix: Matrix) -> np.ndarray:
     """(T,) what ``metric`` would have been after each task."""
-    return np.array([metric(first_tasks(matrix, count)) for count in range(1, matrix.num_tasks + 1)])
+    return np.array([metric(take_first_tasks(matrix, count)) for count in range(1, matrix.num_tasks + 1)])
 
 
-def accuracy_matrix(record: Record) -> Figure | None:
+def draw_accuracy_matrix(record: Record) -> Figure | None:
     """Both accuracy matrices as heat maps, with numbers up to 20 tasks; None when nothing was measured."""
-    settings = _measured(record)
+    settings = _list_measured(record)
     if not settings:
         return None
     num_tasks = record.class_il.num_tasks
-    shown = range(0, num_tasks, _stride(num_tasks))
+    shown = range(0, num_tasks, _choose_stride(num_tasks))
     # the row of the untrained network, in all panels or in none so that their rows stand at one height
     untrained = ["untrained"] if any(not np.isnan(record.get_matrix(s).baseline).all() for s in settings) else []
-    figure, panels = _panels(len(settings), height=min(4.8, 1.6 + 0.34 * num_tasks))
+    figure, panels = _make_panels(len(settings), height=min(4.8, 1.6 + 0.34 * num_tasks))
     for axes, setting in zip(panels, settings):
         matrix = record.get_matrix(setting)
         values = np.vstack([matrix.baseline, matrix.accuracy]) if untrained else matrix.accuracy
-        image = _heat_map(axes, values, "YlGnBu", Normalize(0, 100), decimals=1 if num_tasks <= 10 else 0, zeros=True)
+        image = _draw_heat_map(
+            axes, values, "YlGnBu", Normalize(0, 100), decimals=1 if num_tasks <= 10 else 0, zeros=True
+        )
         axes.set_xticks(shown, [str(task) for task in shown])
         rows = shown[1:] if untrained and shown.step > 1 else shown  # beside "untrained", a label 0 would touch it
-        places = [*range(len(untrained)), *(len(untrained) + task for task in rows)]
-        axes.set_yticks(places, [*untrained, *map(str, rows)])
+        ticks = [*range(len(untrained)), *(len(untrained) + task for task in rows)]
+        axes.set_yticks(ticks, [*untrained, *map(str, rows)])
         axes.set(title=TITLES[setting], xlabel="accuracy on task", ylabel="after task")
     figure.colorbar(image, ax=panels, label="accuracy [%]", fraction=0.05, pad=0.02)
     return figure
 
 
-def curves_over_tasks(record: Record) -> Figure | None:
+def draw_over_tasks(record: Record) -> Figure | None:
     """Average accuracy on the tasks seen and forgetting, after each task; None with one task, or nothing measured."""
-    settings = _measured(record)
+    settings = _list_measured(record)
     num_tasks = record.class_il.num_tasks
     if num_tasks == 1 or not settings:
         return None
-    figure, (accuracies, forgettings) = _panels(2, height=3.4)
+    figure, (accuracies, forgettings) = _make_panels(2, height=3.4)
     for setting in settings:
         style: dict[str, Any] = {"ms": 3.5, "color": _COLOURS[setting], "label": TITLES[setting]}
-        accuracies.plot(over_tasks(average_accuracy, record.get_matrix(setting)), "o-", **style)
-        forgettings.plot(over_tasks(forgetting, record.get_matrix(setting)), "o-", **style)
+        accuracies.plot(compute_over_tasks(average_accuracy, record.get_matrix(setting)), "o-", **style)
+        forgettings.plot(compute_over_tasks(forgetting, record.get_matrix(setting)), "o-", **style)
     accuracies.set(title="average accuracy on the tasks seen [%]", ylim=(0, 102))
     accuracies.legend(frameon=False)
     forgettings.set_title("forgetting [percentage points]")
     forgettings.axhline(0, color="0.4", lw=0.8)
     for axes in (accuracies, forgettings):
         _open_frame(axes)
-        _count_tasks(axes, num_tasks)
+        _set_task_axis(axes, num_tasks)
     return figure
 
 
-def confusion(
+def draw_confusion(
     tasks: Sequence[Sequence[int]], class_names: Sequence[str], predictions: Mapping[str, np.ndarray]
 ) -> Figure | None:
     """Shares of each class's images that were taken for each class, classes in the order of the tasks.
@@ -115,28 +117,28 @@ def confusion(
     if not settings:
         return None
     order = list(dict.fromkeys(c for task in tasks for c in task))  # tasks share classes in a domain scenario
-    figure, panels = _panels(len(settings), height=5.2 if len(order) <= _NUMBERS_UP_TO else 4.9)
+    figure, panels = _make_panels(len(settings), height=5.2 if len(order) <= _NUMBERS_UP_TO else 4.9)
     for axes, setting in zip(panels, settings):
-        shares = confusion_shares(order, predictions["label"], predictions[setting])
-        image = _heat_map(axes, shares, "Blues", PowerNorm(0.5, 0, 100), decimals=0, zeros=False)
+        shares = compute_confusion(order, predictions["label"], predictions[setting])
+        image = _draw_heat_map(axes, shares, "Blues", PowerNorm(0.5, 0, 100), decimals=0, zeros=False)
         _label_classes(axes, order, tasks, class_names, unanswered=shares.shape[1] > len(order))
         axes.set(title=TITLES[setting], xlabel="answer", ylabel="class of the image")
     figure.colorbar(image, ax=panels, label="share of the class's images [%]", fraction=0.05, pad=0.02)
     return figure
 
 
-def confusion_shares(order: Sequence[int], label: np.ndarray, answer: np.ndarray) -> np.ndarray:
+def compute_confusion(order: Sequence[int], label: np.ndarray, answer: np.ndarray) -> np.ndarray:
     """(K, K) shares in percent, a row a class in ``order``; (K, K + 1) when some images got no answer (-1)."""
-    place = np.full(max(order) + 2, len(order))  # -1 falls on the last entry, the column of no answer
-    place[list(order)] = range(len(order))
+    column = np.full(max(order) + 2, len(order))  # -1 falls on the last entry, the column of no answer
+    column[list(order)] = range(len(order))
     counts = np.zeros((len(order), len(order) + 1))
-    np.add.at(counts, (place[label], place[answer]), 1)
+    np.add.at(counts, (column[label], column[answer]), 1)
     images = counts.sum(axis=1, keepdims=True)
     shares = 100.0 * counts / np.where(images > 0, images, math.nan)
     return shares if counts[:, -1].any() else shares[:, :-1]
 
 
-def losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
+def draw_losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Epoch means of each loss term over optimizer steps, a panel a term; None when no epoch was trained.
 
     Args:
@@ -150,7 +152,7 @@ def losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
     figure = Figure((_WIDTH, 0.9 + 1.35 * len(terms)), layout="constrained")
     panels = figure.subplots(len(terms), 1, sharex=True, squeeze=False)[:, 0]
     for axes, term in zip(panels, terms):
-        for steps, values in _stretches(epochs, term):
+        for steps, values in _split_phases(epochs, term):
             axes.plot(steps, values, ".-", ms=3, lw=1.2, color="#1f5fa8")
         for end in ends:
             axes.axvline(end, color="0.55", lw=0.8, ls=(0, (4, 3)))
@@ -163,7 +165,7 @@ def losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure | None:
+def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure | None:
     """Average accuracy on the tasks seen, a line a row of the comparison, a band of one standard deviation.
 
     A row that learned everything in one task is drawn as a level.
@@ -181,14 +183,14 @@ def accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure | 
     wrapped = [textwrap.fill(label, 60) for label in labels]
     columns = max(1, 120 // (max(len(line) for label in wrapped for line in label.split("\n")) + 8))
     legend_lines = math.ceil(len(labels) / columns) * max(label.count("\n") + 1 for label in wrapped)
-    figure, panels = _panels(len(settings), height=3.4 + 0.2 * legend_lines)
+    figure, panels = _make_panels(len(settings), height=3.4 + 0.2 * legend_lines)
     for axes, setting in zip(panels, settings):
         for label, values in curves[setting].items():
-            _banded_line(axes, values, **_line_style(labels.index(label)))
+            _draw_band(axes, values, **_choose_line_style(labels.index(label)))
         _open_frame(axes)
         axes.set(title=f"{TITLES[setting]}: average accuracy on the tasks seen [%]", ylim=(0, 102))
-        _count_tasks(axes, max(values.shape[1] for values in curves[setting].values()))
-    handles = [Line2D([], [], **_line_style(i)) for i in range(len(labels))]
+        _set_task_axis(axes, max(values.shape[1] for values in curves[setting].values()))
+    handles = [Line2D([], [], **_choose_line_style(i)) for i in range(len(labels))]
     # the texts are put in afterwards: matplotlib leaves labels that begin with "_" out of a legend
     legend = figure.legend(
         handles, [str(i) for i in range(len(labels))], loc="outside lower center", ncols=columns, frameon=False
@@ -199,7 +201,9 @@ def accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure | 
     return figure
 
 
-def dots(values: Mapping[str, Sequence[float]], intervals: Mapping[str, float | None], title: str) -> Figure | None:
+def draw_dots(
+    values: Mapping[str, Sequence[float]], intervals: Mapping[str, float | None], title: str
+) -> Figure | None:
     """One line a row of the comparison: a dot a seed, a bar at the mean, a line over the 95 % confidence interval.
 
     Args:
@@ -214,12 +218,12 @@ def dots(values: Mapping[str, Sequence[float]], intervals: Mapping[str, float | 
     lines = sum(label.count("\n") + 1 for label in wrapped)
     figure = Figure((_WIDTH, 1.1 + 0.14 * lines + 0.2 * len(labels)), layout="constrained")
     axes = figure.subplots()
-    for place, label in enumerate(labels):
+    for line, label in enumerate(labels):
         mean, half = float(np.mean(values[label])), intervals[label]
         if half is not None:
-            axes.plot([mean - half, mean + half], [place, place], color="#1f5fa8", lw=2, alpha=0.45)
-        axes.plot([mean], [place], "|", color="#1f5fa8", ms=13, mew=2.2)
-        axes.plot(values[label], [place] * len(values[label]), "o", color="#c8641b", ms=5, alpha=0.75, mew=0)
+            axes.plot([mean - half, mean + half], [line, line], color="#1f5fa8", lw=2, alpha=0.45)
+        axes.plot([mean], [line], "|", color="#1f5fa8", ms=13, mew=2.2)
+        axes.plot(values[label], [line] * len(values[label]), "o", color="#c8641b", ms=5, alpha=0.75, mew=0)
     axes.set_yticks(range(len(labels)), wrapped, parse_math=False)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     _open_frame(axes)
@@ -227,11 +231,11 @@ def dots(values: Mapping[str, Sequence[float]], intervals: Mapping[str, float | 
     return figure
 
 
-def _measured(record: Record) -> list[str]:
+def _list_measured(record: Record) -> list[str]:
     return [setting for setting in SETTINGS if not np.isnan(record.get_matrix(setting).correct[:-1]).all()]
 
 
-def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+def _make_panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     figure = Figure((_WIDTH if count > 1 else _HALF, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
@@ -242,12 +246,12 @@ def _open_frame(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _count_tasks(axes: Axes, num_tasks: int) -> None:
+def _set_task_axis(axes: Axes, num_tasks: int) -> None:
     axes.set(xlabel="after task", xlim=(-0.3, num_tasks - 0.7))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _heat_map(
+def _draw_heat_map(
     axes: Axes, values: np.ndarray, colour_map: str, norm: Normalize, *, decimals: int, zeros: bool
 ) -> AxesImage:
     """An image with numbers in its cells up to 20 tasks or classes; without ``zeros``, none where it would read 0."""
@@ -265,7 +269,7 @@ def _heat_map(
     return image
 
 
-def _stride(count: int) -> int:
+def _choose_stride(count: int) -> int:
     """Every how many-th of ``count`` ticks to label: each up to 20, about ten of more."""
     return 1 if count <= _NUMBERS_UP_TO else math.ceil(count / 10)
 
@@ -281,30 +285,30 @@ def _label_classes(
     ends = np.cumsum([len(task) for task in tasks])
     disjoint = ends[-1] == len(order)
     if disjoint:
-        stride = _stride(len(tasks))
+        stride = _choose_stride(len(tasks))
         for end in ends[stride - 1 : -1 : stride]:
             axes.axhline(end - 0.5, color="0.45", lw=0.5)
             axes.axvline(end - 0.5, color="0.45", lw=0.5)
     if len(order) <= _NUMBERS_UP_TO:
-        places, labels = list(range(len(order))), [_cut(class_names[c]) for c in order]
+        ticks, labels = list(range(len(order))), [_shorten(class_names[c]) for c in order]
     elif disjoint:
-        shown = range(0, len(tasks), _stride(len(tasks)))
-        places = [ends[task] - (len(tasks[task]) + 1) / 2 for task in shown]
+        shown = range(0, len(tasks), _choose_stride(len(tasks)))
+        ticks = [ends[task] - (len(tasks[task]) + 1) / 2 for task in shown]
         labels = [f"task {task}" for task in shown]
     else:
-        places = list(range(0, len(order), _stride(len(order))))
-        labels = [str(order[place]) for place in places]
-    axes.set_yticks(places, labels, parse_math=False)
+        ticks = list(range(0, len(order), _choose_stride(len(order))))
+        labels = [str(order[tick]) for tick in ticks]
+    axes.set_yticks(ticks, labels, parse_math=False)
     if unanswered:
-        places, labels = [*places, len(order)], [*labels, "no answer"]
-    axes.set_xticks(places, labels, rotation=90, parse_math=False)
+        ticks, labels = [*ticks, len(order)], [*labels, "no answer"]
+    axes.set_xticks(ticks, labels, rotation=90, parse_math=False)
 
 
-def _cut(name: str, most: int = 20) -> str:
+def _shorten(name: str, most: int = 20) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def _stretches(epochs: Sequence[Mapping[str, Any]], term: str) -> list[tuple[list[int], list[float]]]:
+def _split_phases(epochs: Sequence[Mapping[str, Any]], term: str) -> list[tuple[list[int], list[float]]]:
     """Steps and means of one loss term, a pair a phase, since a line across two phases would mean nothing."""
     stretches: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
     for event in epochs:
@@ -318,18 +322,18 @@ def _stretches(epochs: Sequence[Mapping[str, Any]], term: str) -> list[tuple[lis
 
 def _label_tasks_above(axes: Axes, ends: Sequence[int]) -> None:
     centres = [(start + end) / 2 for start, end in zip([0, *ends], ends)]
-    shown = range(0, len(ends), _stride(len(ends)))
+    shown = range(0, len(ends), _choose_stride(len(ends)))
     above = axes.secondary_xaxis("top")
     above.set_xticks([centres[task] for task in shown], [f"task {task}" if task == 0 else str(task) for task in shown])
     above.tick_params(length=0, labelsize=8, pad=0)
     above.spines["top"].set_visible(False)
 
 
-def _line_style(number: int) -> dict[str, Any]:
+def _choose_line_style(number: int) -> dict[str, Any]:
     return {"color": f"C{number % 10}", "ls": _LINE_STYLES[number // 10 % len(_LINE_STYLES)], "marker": "o", "ms": 3}
 
 
-def _banded_line(axes: Axes, values: np.ndarray, **style: Any) -> None:
+def _draw_band(axes: Axes, values: np.ndarray, **style: Any) -> None:
     mean = values.mean(axis=0)
     if len(mean) == 1:  # all classes learned at once: a level to hold the others against, since a dot would be lost
         axes.axhline(mean[0], color=style["color"], ls=style["ls"])

@@ -103,7 +103,7 @@ class Group:
 
 def read_groups(folder: Path) -> dict[str, Group]:
     """The groups of ``folder`` by name; :class:`ConfigError` names the file and what is wrong in it."""
-    groups = {path.stem: _read(path) for path in sorted(folder.glob("*.yaml"))}
+    groups = {path.stem: _read_group(path) for path in sorted(folder.glob("*.yaml"))}
     names = [name for group in groups.values() for name in group.rows]
     for group in groups.values():
         for name in [end for claim in group.claims for end in (claim.above, claim.below)]:
@@ -114,7 +114,7 @@ def read_groups(folder: Path) -> dict[str, Group]:
     return groups
 
 
-def chosen(groups: dict[str, Group], names: Sequence[str]) -> list[tuple[Group, str]]:
+def choose_rows(groups: dict[str, Group], names: Sequence[str]) -> list[tuple[Group, str]]:
     """The rows that ``names`` mean, each once: names of rows and of groups, or ``all``."""
     found: dict[str, Group] = {}
     for name in names:
@@ -132,7 +132,7 @@ def chosen(groups: dict[str, Group], names: Sequence[str]) -> list[tuple[Group, 
     return [(group, row) for row, group in found.items()]
 
 
-def _read(path: Path) -> Group:
+def _read_group(path: Path) -> Group:
     try:
         read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Group), OmegaConf.load(path)))
     except (OmegaConfBaseException, yaml.YAMLError) as error:

@@ -11,31 +11,18 @@ import pandas as pd
 
 from cl_bench.core.errors import require
 from cl_bench.core.record import TITLES
-from cl_bench.report.compare import (
-    DISPARITIES,
-    MIN_SEEDS,
-    ORDER_KEYS,
-    Column,
-    Stat,
-    Table,
-    compare,
-    make_orders,
-    make_rows,
-    markdown,
-    paired_test,
-    settings,
-    show_tables,
-    unlike,
-    write,
-)
-from cl_bench.report.page import Run, Verdict, in_words, number, signed
+from cl_bench.report.compare import compare, write
+from cl_bench.report.page import Run, Verdict, format_number, format_signed, to_words
 from cl_bench.report.published import Claim, Group, Number, Row
+from cl_bench.report.rows import DISPARITIES, ORDER_KEYS, find_differences, get_settings, make_orders, make_rows
+from cl_bench.report.statistics import MIN_SEEDS, Stat, run_paired_test
+from cl_bench.report.tables import Column, Table, format_markdown, format_stat, show_tables
 
 Records = Mapping[str, list[Run]]
 """Finished runs by the name of their row."""
 
 MARKED = re.compile(r"(<!-- reproduction: ([\w ]+) -->\n)(.*?)(<!-- end of reproduction -->)", re.DOTALL)
-"""A place in a page for the table of some groups, or of ``all``."""
+"""A rank in a page for the table of some groups, or of ``all``."""
 
 HEADER = ["row", "what", "metric", "kind", "published", "ours (n)", "difference", "verdict", "source"]
 
@@ -60,81 +47,81 @@ class Line:
         """Ours; of a disparity only when every order of the row has been run."""
         orders = {str(run.summary["class_order"]) for run in self.runs}
         partial = self.number.metric.split(".")[1] in DISPARITIES and len(orders) < len(self.row.orders)
-        return statistics([] if partial else self.runs, self.number.metric)
+        return compute_stat([] if partial else self.runs, self.number.metric)
 
     @property
-    def held(self) -> Verdict:
+    def compared(self) -> Verdict:
         """The published number beside ours; nothing is published for a run that was cut down."""
         why = f"reduced: {self.row.reduced}" if self.row.reduced else self.runs[0].incomparable if self.runs else ""
         section, name = self.number.metric.split(".")
-        words = f"{TITLES.get(section, section)} {in_words(name)}"
+        words = f"{TITLES.get(section, section)} {to_words(name)}"
         published, tolerance = (None, None) if why else (self.number.published, self.number.tolerance)
         return Verdict(words, published, self.stat.mean, tolerance, self.number.source, why)
 
     @property
     def verdict(self) -> str:
         """within, below or above; or why there is none."""
-        held = self.held
+        compared = self.compared
         if not self.runs:
             return "not run"
-        if held.note:
-            return f"not comparable ({held.note})"
-        if held.ours is None:
+        if compared.note:
+            return f"not comparable ({compared.note})"
+        if compared.ours is None:
             return "not measured"
-        if held.difference is None:
+        if compared.difference is None:
             return "-"
-        if held.tolerance is None:
+        if compared.tolerance is None:
             return "not judged"
-        return "within" if held.within else "above" if held.difference > 0 else "below"
+        return "within" if compared.within else "above" if compared.difference > 0 else "below"
 
     @property
     def cells(self) -> list[str]:
         """Its line in a table."""
-        held = self.held
-        tolerance = f" ± {number(held.tolerance)}" if held.tolerance is not None else ""
-        kind = self.number.kind.value if self.number.kind and held.published is not None else "-"
-        ours = self.stat.text(Column("", ""), interval=False) or "-"
-        published = f"{number(held.published)}{tolerance}"
-        source = "-" if held.published is None else held.source
-        cells = [kind, published, ours, signed(held.difference), self.verdict, source]
-        return [self.name, self.row.what, held.metric, *cells]
+        compared = self.compared
+        tolerance = f" ± {format_number(compared.tolerance)}" if compared.tolerance is not None else ""
+        kind = self.number.kind.value if self.number.kind and compared.published is not None else "-"
+        ours = format_stat(self.stat, Column("", ""), interval=False) or "-"
+        published = f"{format_number(compared.published)}{tolerance}"
+        source = "-" if compared.published is None else compared.source
+        cells = [kind, published, ours, format_signed(compared.difference), self.verdict, source]
+        return [self.name, self.row.what, compared.metric, *cells]
 
 
 def read_records(groups: Mapping[str, Group], records: Path) -> Records:
     """The finished runs of every row below the folder ``records``, which may be missing."""
-    return {name: _runs(name, row, records) for group in groups.values() for name, row in group.rows.items()}
+    return {name: _read_runs(name, row, records) for group in groups.values() for name, row in group.rows.items()}
 
 
-def statistics(runs: Sequence[Run], metric: str) -> Stat:
+def compute_stat(runs: Sequence[Run], metric: str) -> Stat:
     """A metric over runs that differ in seed and order."""
     section, name = metric.split(".")
     if name in DISPARITIES:
         orders = make_orders(make_rows(runs))
         return orders[0].stat(section, name) if orders else Stat.of(pd.Series([], dtype=float))
-    return Stat.of(_values(runs, metric))
+    return Stat.of(_collect(runs, metric))
 
 
-def lines(group: Group, records: Records) -> list[Line]:
+def make_lines(group: Group, records: Records) -> list[Line]:
     """The numbers of a group."""
     return [Line(name, row, number, records[name]) for name, row in group.rows.items() for number in row.numbers]
 
 
-def tables(group: Group, records: Records) -> list[Table]:
+def make_tables(group: Group, records: Records) -> list[Table]:
     """The numbers of a group, and what is claimed of its rows."""
-    shown = [Table(group.title, NOTE, HEADER, [line.cells for line in lines(group, records)], (4, 5, 6))]
+    shown = [Table(group.title, NOTE, HEADER, [line.cells for line in make_lines(group, records)], (4, 5, 6))]
     if group.claims:
         header = ["above", "below", "metric", "runs in common", "difference [95 % CI]", "verdict"]
         note = (
             f"Holds: the paired 95 % confidence interval of the difference lies above 0 (Student's t; {MIN_SEEDS} runs "
             "with the same seed and order, or more)."
         )
-        shown.append(Table("Claims", note, header, [_claim(claim, records) for claim in group.claims], (3, 4)))
+        shown.append(Table("Claims", note, header, [_judge_claim(claim, records) for claim in group.claims], (3, 4)))
     return shown
 
 
 def show(group: Group, records: Records) -> None:
     """Print the tables of a group."""
-    show_tables(tables(group, records), [])
+    show_tables(make_tables(group, records), [])
 
 
 def write_all(groups: Mapping[str, Group], records: Records, out: Path, command: str) -> None:
@@ -142,10 +129,10 @@ def write_all(groups: Mapping[str, Group], records: Records, out: Path, command:
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Published numbers and ours", f"Made by `{command}`. {NOTE}"]
     for name, group in groups.items():
-        numbers, *claims = tables(group, records)
-        parts += [f"## {group.title} (`{name}`)", markdown(numbers)]
+        numbers, *claims = make_tables(group, records)
+        parts += [f"## {group.title} (`{name}`)", format_markdown(numbers)]
         for table in claims:
-            parts += [f"### {table.title}", markdown(table), table.note]
+            parts += [f"### {table.title}", format_markdown(table), table.note]
         folders = [str(run.folder) for row in group.rows for run in records[row]]
         if folders:
             write(compare(folders), out / name, command)
@@ -153,37 +140,38 @@ def write_all(groups: Mapping[str, Group], records: Records, out: Path, command:
     (out / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def fill(text: str, groups: Mapping[str, Group], records: Records) -> str:
-    """A page with the numbers of finished rows at its marked places."""
+def fill_text(text: str, groups: Mapping[str, Group], records: Records) -> str:
+    """A page with the numbers of finished rows at its marked ranks."""
 
     def table(match: re.Match[str]) -> str:
         wanted = list(groups) if match[2] == "all" else match[2].split()
-        found = [line for name in wanted for line in lines(groups[name], records) if line.runs]
+        found = [line for name in wanted for line in make_lines(groups[name], records) if line.runs]
         body = "No full-size run has been recorded yet."
         if found:
-            body = f"{markdown(Table('', '', HEADER[:-1], [line.cells[:-1] for line in found], (4, 5, 6)))}\n\n{NOTE}"
+            shown = Table("", "", HEADER[:-1], [line.cells[:-1] for line in found], (4, 5, 6))
+            body = f"{format_markdown(shown)}\n\n{NOTE}"
         return f"{match[1]}{body}\n{match[4]}"
 
     return MARKED.sub(table, text)
 
 
 def fill_pages(pages: Sequence[Path], groups: Mapping[str, Group], records: Records) -> None:
-    """Bring the marked places of pages up to date."""
+    """Bring the marked ranks of pages up to date."""
     for page in pages:
         before = page.read_text(encoding="utf-8")
-        after = fill(before, groups, records)
+        after = fill_text(before, groups, records)
         if after != before:
             page.write_text(after, encoding="utf-8")
 
 
-def _runs(name: str, row: Row, records: Path) -> list[Run]:
+def _read_runs(name: str, row: Row, records: Path) -> list[Run]:
     """The runs of a row: alike in all but seed and order, each seed once in each order."""
     files = sorted(records.glob(f"{row.experiment}/{name}-*/seed*/summary.json"))
     runs = [run for run in (Run.read(file.parent) for file in files) if run.summary["name"] == name]
     seen: dict[str, Run] = {}
     for run in runs:
-        keys = [key for key in unlike(settings(runs[0]), settings(run)) if key not in ORDER_KEYS]
-        twin = runs[0] if keys else seen.get(_place(run))
+        keys = [key for key in find_differences(get_settings(runs[0]), get_settings(run)) if key not in ORDER_KEYS]
+        twin = runs[0] if keys else seen.get(_identify(run))
         got = f"{', '.join(keys) or 'the same seed and order'} in {run.folder} and {twin.folder if twin else ''}"
         require(
             twin is None,
@@ -192,15 +180,15 @@ def _runs(name: str, row: Row, records: Path) -> list[Run]:
             got=got,
             fix="Remove the folder that is out of date.",
         )
-        seen[_place(run)] = run
+        seen[_identify(run)] = run
     return runs
 
 
-def _place(run: Run) -> str:
+def _identify(run: Run) -> str:
     return json.dumps([run.summary["seed"], run.summary["class_order"]])
 
 
-def _value(run: Run, metric: str) -> float | None:
+def _get_value(run: Run, metric: str) -> float | None:
     section, name = metric.split(".")
     if name != "first_task_accuracy":
         return run.value(section, name)
@@ -208,23 +196,23 @@ def _value(run: Run, metric: str) -> float | None:
     return first if math.isfinite(first) else None
 
 
-def _values(runs: Sequence[Run], metric: str) -> pd.Series:
-    return pd.Series({_place(run): _value(run, metric) for run in runs}, dtype=float).dropna()
+def _collect(runs: Sequence[Run], metric: str) -> pd.Series:
+    return pd.Series({_identify(run): _get_value(run, metric) for run in runs}, dtype=float).dropna()
 
 
-def _claim(claim: Claim, records: Records) -> list[str]:
+def _judge_claim(claim: Claim, records: Records) -> list[str]:
     above, below = records[claim.above], records[claim.below]
     section, name = claim.metric.split(".")
-    metric = f"{TITLES.get(section, section)} {in_words(name)}"
-    both = pd.concat([_values(above, claim.metric), _values(below, claim.metric)], axis=1, join="inner")
+    metric = f"{TITLES.get(section, section)} {to_words(name)}"
+    both = pd.concat([_collect(above, claim.metric), _collect(below, claim.metric)], axis=1, join="inner")
     start = [claim.above, claim.below, metric, str(len(both))]
     if not len(both):
         return [*start, "-", "not run"]
-    difference = signed(float((both.iloc[:, 0] - both.iloc[:, 1]).mean()))
+    difference = format_signed(float((both.iloc[:, 0] - both.iloc[:, 1]).mean()))
     why = above[0].incomparable or below[0].incomparable
     if len(both) < MIN_SEEDS:
         return [*start, difference, f"not judged ({why or 'too few runs'})"]
-    test = paired_test(both)
-    interval = f"{difference} [{signed(test['ci95_low'])}, {signed(test['ci95_high'])}]"
+    test = run_paired_test(both)
+    interval = f"{difference} [{format_signed(test['ci95_low'])}, {format_signed(test['ci95_high'])}]"
     verdict = f"not judged ({why})" if why else "holds" if test["ci95_low"] > 0 else "does not hold"
     return [*start, interval, verdict]

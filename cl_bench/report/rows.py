@@ -1,0 +1,278 @@
+"""Rows of finished runs, and rows that differ only in the order of the same tasks.
+
+A row holds runs that differ in nothing but ``seed``: equal experiment, name and fingerprint.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cl_bench.core.errors import ConfigError, require
+from cl_bench.metrics.order_robustness import (
+    Classes,
+    average_order_disparity,
+    final_accuracies,
+    maximum_order_disparity,
+)
+from cl_bench.report.page import Run
+from cl_bench.report.statistics import Stat
+
+MAIN = "class_il.average_accuracy"
+"""The number that orders the rows and that the paired tests look at, as ``section.name`` of ``summary.json``."""
+
+FREE = ("method", "backbone", "buffer", "optimizer", "schedule")
+"""Groups of settings in which the rows of a comparison are meant to differ."""
+
+ORDER_KEYS = ("scenario.class_order", "scenario.class_order_seed")
+"""Settings in which rows may differ whose order robustness is measured."""
+
+DISPARITIES = {"AOPD": average_order_disparity, "MOPD": maximum_order_disparity}
+"""Columns of the table of order robustness, in each setting."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ only in ``seed``.
+
+    Attributes:
+        runs: by seed.
+        label: the shortest name that no other row has.
+        differs: settings that make this row unlike rows above it, with both values; ``reference`` for the first row.
+    """
+
+    runs: list[Run]
+    label: str
+    differs: str
+
+    def values(self, key: str) -> pd.Series:
+        """One number by seed, ``key`` being ``section.name`` of ``summary.json``; unknown ones are left out."""
+        return _collect(self.runs, key)
+
+    def stat(self, key: str) -> Stat:
+        """One number over the seeds."""
+        return Stat.of(self.values(key))
+
+    def mean(self, section: str, name: str) -> float | None:
+        """Mean of one number over the seeds that have it."""
+        return self.stat(f"{section}.{name}").mean
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Runs that differ only in ``seed`` and in the order of the same tasks.
+
+    Attributes:
+        label: experiment and name.
+        ranks: of their rows in the tables.
+        runs: by seed, an entry an order.
+    """
+
+    label: str
+    ranks: list[int]
+    runs: list[dict[int, Run]]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that every order was run with."""
+        return sorted(set.intersection(*(set(of_order) for of_order in self.runs)))
+
+    def final(self, setting: str, seed: int) -> list[dict[Classes, float]]:
+        """Final accuracies of each task, an entry an order."""
+        runs = [of_order[seed] for of_order in self.runs]
+        return [final_accuracies(run.record.get_matrix(setting), run.summary["tasks"]) for run in runs]
+
+    def stat(self, setting: str, disparity: str) -> Stat:
+        """AOPD or MOPD over the seeds in common."""
+        values = [DISPARITIES[disparity](self.final(setting, seed)) for seed in self.seeds]
+        return Stat.of(pd.Series(values, dtype=float).dropna())
+
+
+def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[Path]]:
+    """The finished runs under ``paths``, each once, and the folders of the unfinished ones."""
+    finished: dict[Path, Path] = {}  # resolved -> as reached first: paths may overlap
+    unfinished: dict[Path, Path] = {}
+    for text in paths:
+        path = Path(text)
+        require(
+            path.is_dir(),
+            "RUN_OR_FOLDER",
+            expected="a run folder or a folder of runs",
+            got=f"{text!r}, which is {'a file' if path.exists() else 'not there'}",
+            fix="Name a folder, e.g. results/.",
+        )
+        found, begun = _scan(path)
+        if not found:
+            raise _explain_nothing(text, begun)
+        finished |= {folder.resolve(): folder for folder in found if folder.resolve() not in finished}
+        unfinished |= {folder.resolve(): folder for folder in begun if folder.resolve() not in unfinished}
+    return [Run.read(folder) for folder in finished.values()], list(unfinished.values())
+
+
+def make_rows(runs: Sequence[Run]) -> list[Row]:
+    """Rows of runs that differ only in ``seed``, best Class-IL accuracy first, unknown accuracy last."""
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(identify(run), []).append(run)
+    for group in groups.values():
+        group.sort(key=lambda run: run.summary["seed"])
+        for first, second in itertools.pairwise(group):
+            _refuse_differences(first, second)
+    ordered = sorted(groups.items(), key=lambda item: (-_get_main_mean(item[1]), item[0]))
+    labels = _make_labels([identity for identity, _ in ordered])
+    members = [group for _, group in ordered]
+    return [Row(group, labels[i], _describe_differences(members, i)) for i, group in enumerate(members)]
+
+
+def make_orders(rows: Sequence[Row]) -> list[Orders]:
+    """Runs that differ only in seed and in the order of the same tasks, where two orders have a seed in common.
+
+    A task is known by its set of classes; rows whose tasks share classes are left out, since they could not be told
+    apart. Where one order was run twice with one seed, the run of the upper row counts.
+    """
+    groups: dict[tuple[str, str, str], dict[tuple[Classes, ...], list[int]]] = {}
+    for rank, row in enumerate(rows, start=1):
+        run = row.runs[0]
+        tasks = tuple(frozenset(task) for task in run.summary["tasks"])
+        if len(set(tasks)) == len(tasks):
+            alike = {key: value for key, value in get_settings(run).items() if key not in ORDER_KEYS}
+            same = json.dumps([alike, sorted(map(sorted, tasks))], sort_keys=True)
+            groups.setdefault((*identify(run)[:2], same), {}).setdefault(tasks, []).append(rank)
+    found = []
+    for (experiment, name, _), orders in groups.items():
+        runs = [
+            {run.summary["seed"]: run for rank in reversed(ranks) for run in rows[rank - 1].runs}
+            for ranks in orders.values()
+        ]
+        found.append(Orders(f"{experiment}/{name}", sorted(itertools.chain(*orders.values())), runs))
+    return [orders for orders in found if len(orders.runs) > 1 and orders.seeds]
+
+
+def identify(run: Run) -> tuple[str, str, str]:
+    """Experiment, name and fingerprint: what the runs of a row have in common."""
+    return run.summary["experiment"], run.summary["name"], run.summary["fingerprint"]
+
+
+def get_settings(run: Run) -> dict[str, Any]:
+    """What makes the run comparable with others: flat keys and values."""
+    return run.summary["comparable"] | {key: run.summary[key] for key in ("scale", "evaluate_on")}
+
+
+def find_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Keys with unlike values, in order."""
+    missing = object()
+    keys = sorted(first.keys() | second.keys())
+    return [key for key in keys if first.get(key, missing) != second.get(key, missing)]
+
+
+def _scan(path: Path) -> tuple[list[Path], list[Path]]:
+    """Folders of finished runs and of begun ones at or below ``path``, in order."""
+    finished = sorted(file.parent for file in path.rglob("summary.json"))
+    begun = sorted(file.parent for file in path.rglob("env.json") if (file.parent / "config.yaml").is_file())
+    return finished, [folder for folder in begun if folder not in finished]
+
+
+def _explain_nothing(text: str, unfinished: Sequence[Path]) -> ConfigError:
+    got = f"{len(unfinished)} unfinished, the first being {unfinished[0]}" if unfinished else "no run at all"
+    fix = "Finish it: the same command goes on where it stopped." if unfinished else "Name the folder of a run."
+    return ConfigError("RUN_OR_FOLDER", expected=f"a finished run (summary.json) in {text!r}", got=got, fix=fix)
+
+
+def _refuse_differences(first: Run, second: Run) -> None:
+    """The runs of a row are one each seed and alike in all else, whatever their fingerprints say."""
+    folders = f"{first.folder} and {second.folder}"
+    require(
+        first.summary["seed"] != second.summary["seed"],
+        "seed",
+        expected="each seed of a row once",
+        got=f"seed {first.summary['seed']} in both {folders}",
+        fix="Leave one of them out.",
+    )
+    both = (first.summary, second.summary)
+    kept = [key for key in ("class_order", "tasks", "class_names", "data") if all(key in summary for summary in both)]
+    keys = find_differences(
+        get_settings(first) | {key: first.summary[key] for key in kept},
+        get_settings(second) | {key: second.summary[key] for key in kept},
+    )
+    names = [_list_missing_classes(*pair) for pair in (both, both[::-1])] if "class_names" in keys else []
+    require(
+        not keys,
+        "fingerprint",
+        expected="runs with one fingerprint to differ only in their seed",
+        got=f"{', '.join(keys)} in {folders}{''.join(names)}",
+        fix="Leave one of them out, or run it again with overwrite=true.",
+    )
+
+
+def _list_missing_classes(summary: dict[str, Any], other: dict[str, Any]) -> str:
+    """The classes that the other run does not have."""
+    names = [name for name in summary["class_names"] if name not in other["class_names"]]
+    return f"; of one only: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
+
+
+def _collect(runs: Sequence[Run], key: str) -> pd.Series:
+    section, name = key.split(".")
+    seeds = [run.summary["seed"] for run in runs]
+    return pd.Series([run.value(section, name) for run in runs], index=seeds, dtype=float).dropna()
+
+
+def _get_main_mean(runs: Sequence[Run]) -> float:
+    mean = Stat.of(_collect(runs, MAIN)).mean
+    return -np.inf if mean is None else mean
+
+
+def _make_labels(identities: Sequence[tuple[str, str, str]]) -> list[str]:
+    """For each row the shortest of its names that no other row has."""
+    forms = [
+        [name, f"{experiment}/{name}", f"{name}-{fingerprint}", f"{experiment}/{name}-{fingerprint}"]
+        for experiment, name, fingerprint in identities
+    ]
+    counts = pd.Series([text for form in forms for text in form]).value_counts()
+    return [next((text for text in form if counts[text] == 1), form[-1]) for form in forms]
+
+
+def _describe_differences(groups: Sequence[list[Run]], this: int) -> str:
+    """What makes a row unlike the first one, and unlike the first one of the same experiment and name."""
+    if this == 0:
+        return "reference"
+    run = groups[this][0]
+    namesake = next((i for i in range(this) if identify(groups[i][0])[:2] == identify(run)[:2]), None)
+    parts = []
+    if namesake != 0:
+        first = groups[0][0]
+        keys = find_differences(get_settings(first), get_settings(run))
+        parts = _format_both_values([key for key in keys if not _is_free(key)], run, first, 1)
+    if namesake is not None:
+        other, rank = groups[namesake][0], namesake + 1
+        keys = find_differences(get_settings(other), get_settings(run))
+        unlisted = [f"row {rank}: in the fingerprint, though in no listed key"]
+        parts += _format_both_values(keys, run, other, rank) or unlisted
+    return "; ".join(parts) or "-"
+
+
+def _is_free(key: str) -> bool:
+    return key.split(".")[0] in FREE
+
+
+def _format_both_values(keys: Sequence[str], run: Run, other: Run, rank: int) -> list[str]:
+    """One text that names the other's row and, of each key, the run's value and (in brackets) the other's."""
+    mine, theirs = get_settings(run), get_settings(other)
+    said = ", ".join(f"{key} = {_shorten(mine, theirs, key)} ({_shorten(theirs, mine, key)})" for key in keys)
+    return [f"row {rank}: {said}"] if keys else []
+
+
+def _shorten(values: dict[str, Any], others: dict[str, Any], key: str) -> str:
+    """A value in at most 40 characters, from shortly before the rank where it parts from the other one."""
+    if key not in values:
+        return "absent"
+    text, other = json.dumps(values[key]), json.dumps(others.get(key))
+    if len(text) <= 40:
+        return text
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, other)))
+    start = max(0, same - 10)
+    return ("…" if start else "") + text[start : start + 38] + ("…" if start + 38 < len(text) else "")

@@ -1,0 +1,75 @@
+"""Statistics over the seeds of a row, and paired tests between rows."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+
+MIN_SEEDS = 3
+"""A pair of rows with fewer seeds in common is not tested."""
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A number over the seeds of a row; None where it is not defined.
+
+    Attributes:
+        n: seeds that have the number.
+        mean, std: mean and sample standard deviation (ddof = 1).
+        ci95: half width of the 95 % confidence interval of the mean (Student's t).
+    """
+
+    n: int
+    mean: float | None
+    std: float | None
+    ci95: float | None
+
+    @classmethod
+    def of(cls, values: pd.Series) -> "Stat":
+        """The statistics of the values of a row's seeds."""
+        n = len(values)
+        if n < 2:
+            return cls(n, float(values.iloc[0]) if n else None, None, None)
+        std = float(values.std(ddof=1))
+        return cls(n, float(values.mean()), std, float(scipy.stats.t.ppf(0.975, n - 1)) * std / n**0.5)
+
+
+def run_paired_tests(rows: Sequence[tuple[str, pd.Series]]) -> pd.DataFrame:
+    """Paired t-tests between all rows that have at least 3 seeds in common.
+
+    Args:
+        rows: label and values by seed.
+
+    Returns:
+        One line per pair: ``first``, ``second``, ``seeds``, ``mean_difference`` (first minus second),
+        ``ci95_low``, ``ci95_high``, ``p``, ``p_holm`` (over all lines; nan where every seed has the same difference).
+    """
+    lines = []
+    for (first, its_values), (second, other_values) in itertools.combinations(rows, 2):
+        both = pd.concat([its_values, other_values], axis=1, join="inner")
+        if len(both) >= MIN_SEEDS:
+            lines.append({"first": first, "second": second, **run_paired_test(both)})
+    names = ["first", "second", "seeds", "mean_difference", "ci95_low", "ci95_high", "p"]
+    pairs = pd.DataFrame(lines, columns=names)
+    return pairs.assign(p_holm=correct_by_holm(pairs["p"].astype(float)))
+
+
+def run_paired_test(both: pd.DataFrame) -> dict[str, float]:
+    """Paired t-test of the first column against the second: ``seeds``, ``mean_difference``, ``ci95_*``, ``p``."""
+    difference = both.iloc[:, 0] - both.iloc[:, 1]
+    mean = float(difference.mean())
+    line = {"seeds": len(both), "mean_difference": mean}
+    if np.ptp(difference) < 1e-9:  # all seeds differ by the same amount, so t is infinite or undefined
+        return line | {"ci95_low": mean, "ci95_high": mean, "p": np.nan}
+    test = scipy.stats.ttest_rel(both.iloc[:, 0], both.iloc[:, 1])
+    low, high = test.confidence_interval(0.95)
+    return line | {"ci95_low": float(low), "ci95_high": float(high), "p": float(test.pvalue)}
+
+
+def correct_by_holm(p: pd.Series) -> pd.Series:
+    """p-values corrected for the number of tests (Holm 1979); nan stays nan and is not counted."""
+    ordered = p.dropna().sort_values()
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0).reindex(p.index)

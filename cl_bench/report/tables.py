@@ -1,0 +1,205 @@
+"""Tables of a comparison as text, for the terminal, Markdown and HTML."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import rich.box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from cl_bench.core.record import SETTINGS, TITLES
+from cl_bench.report.page import Verdict, format_number, format_signed
+from cl_bench.report.rows import DISPARITIES, FREE, MAIN, Orders, Row
+from cl_bench.report.statistics import Stat
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of the tables: where it stands in ``summary.json``, how its column is called and written."""
+
+    key: str
+    title: str
+    unit: float = 1.0
+    decimals: int = 2
+
+
+ACCURACIES = (
+    Column(MAIN, "Class-IL accuracy [%]"),
+    Column("class_il.average_incremental_accuracy", "Class-IL avg. incremental [%]"),
+    Column("class_il.forgetting", "Class-IL forgetting [points]"),
+    Column("task_il.average_accuracy", "Task-IL accuracy [%]"),
+    Column("task_il.forgetting", "Task-IL forgetting [points]"),
+)
+"""Columns of the first table."""
+
+COSTS = (
+    Column("cost.parameters", "parameters [millions]", unit=1e6, decimals=3),
+    Column("cost.buffer_bytes", "buffer [MiB]", unit=2.0**20),
+    Column("cost.method_bytes", "masks and copies [MiB]", unit=2.0**20),
+    Column("cost.train_seconds", "training [s]", decimals=1),
+    Column("cost.images_per_second", "images/s", decimals=1),
+    Column("cost.peak_memory_bytes", "peak memory [MiB]", unit=2.0**20, decimals=0),
+    Column("cost.energy_joules", "energy [kJ]", unit=1e3, decimals=1),
+)
+"""Columns of the table of costs."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text, for the terminal, Markdown and HTML alike.
+
+    Attributes:
+        title, note: what it shows, and how to read it.
+        header: names of its columns.
+        lines: its cells.
+        numbers: columns to align to the right.
+    """
+
+    title: str
+    note: str
+    header: list[str]
+    lines: list[list[str]]
+    numbers: Sequence[int]
+
+
+def show_tables(shown: Sequence[Table], notes: Sequence[str]) -> None:
+    """Print tables, and notes below them."""
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe has no width of its own, and the usual 80 would break every cell
+        console = Console(highlight=False, width=180)
+    for table in shown:
+        console.print(_to_rich(table))
+        console.print(Text(table.note, style="dim"), end="\n\n")
+    for line in notes:
+        console.print(Text(line))
+
+
+def format_markdown(table: Table) -> str:
+    """The table in Markdown, without its title and note."""
+    rule = ["---:" if i in table.numbers else ":---" for i in range(len(table.header))]
+    return "\n".join(map(_format_line, [table.header, rule, *table.lines]))
+
+
+def make_accuracy_table(rows: Sequence[Row], interval: bool) -> Table:
+    """Accuracy and forgetting of each row, and the settings in which it differs."""
+    table = make_stat_table(rows, "Accuracy", ACCURACIES, interval)
+    note = (
+        f"{table.note} Forgetting: larger is worse. Differs in: settings outside {', '.join(FREE)} that are unlike "
+        "those of the row named, its values in brackets; all settings, where experiment and name are the same."
+    )
+    lines = [[*line, row.differs] for line, row in zip(table.lines, rows)]
+    return replace(table, note=note, header=[*table.header, "differs in"], lines=lines)
+
+
+def make_stat_table(rows: Sequence[Row], title: str, columns: Sequence[Column], interval: bool) -> Table:
+    """Each column's mean, standard deviation and number of seeds, one line per row."""
+    lines = [
+        [
+            str(rank),
+            row.label,
+            str(len(row.runs)),
+            *(format_stat(row.stat(column.key), column, interval) for column in columns),
+        ]
+        for rank, row in enumerate(rows, start=1)
+    ]
+    header = ["row", "run", "n", *(column.title for column in columns)]
+    note = "Mean ± sample standard deviation over seeds (number of seeds)"
+    note += "; 95 % ±: half width of the confidence interval of the mean (Student's t)." if interval else "."
+    note += " An empty cell was not measured or is not defined."
+    return Table(title, note, header, lines, [0, *range(2, len(columns) + 3)])
+
+
+def make_orders_table(groups: Sequence[Orders], interval: bool) -> Table:
+    """AOPD and MOPD of each group of orders."""
+    columns = [(setting, disparity) for setting in SETTINGS for disparity in DISPARITIES]
+    lines = [
+        [
+            orders.label,
+            ", ".join(map(str, orders.ranks)),
+            str(len(orders.runs)),
+            str(len(orders.seeds)),
+            *(format_stat(orders.stat(*column), Column("", ""), interval) for column in columns),
+        ]
+        for orders in groups
+    ]
+    titles = [f"{TITLES[setting]} {disparity} [points]" for setting, disparity in columns]
+    header = ["run", "rows", "orders", "seeds in common", *titles]
+    note = (
+        "Rows that differ only in the order of the same tasks. The disparity of a task is its highest minus its lowest "
+        "final accuracy over the orders, a task being known by its set of classes; AOPD is its mean and MOPD its "
+        "maximum over the tasks. Smaller is better; more orders make it larger. Mean ± sample standard deviation over "
+        "the seeds that every order was run with."
+    )
+    return Table("Order robustness", note, header, lines, range(2, len(header)))
+
+
+def make_published_table(published: Sequence[tuple[str, Verdict]]) -> Table:
+    """Published numbers beside ours."""
+    lines = []
+    for label, verdict in published:
+        within = {None: "-", True: "yes", False: "no"}[verdict.within]
+        numbers = [
+            format_number(verdict.published),
+            format_number(verdict.ours),
+            format_signed(verdict.difference),
+            format_number(verdict.tolerance),
+        ]
+        source = f"{verdict.source} ({verdict.note})" if verdict.note else verdict.source
+        lines.append([label, verdict.metric, *numbers, within, source])
+    header = ["run", "metric", "published", "ours", "difference", "tolerance", "within", "source"]
+    note = "Ours: mean over seeds. Within: the difference, up or down, is at most the tolerance. Percent and points."
+    return Table("Published numbers", note, header, lines, range(2, 6))
+
+
+def make_pairs_table(pairs: pd.DataFrame) -> Table:
+    """The paired tests of :func:`~cl_bench.report.statistics.run_paired_tests`."""
+    lines = [
+        [
+            pair["first"],
+            pair["second"],
+            str(pair["seeds"]),
+            format_signed(pair["mean_difference"]),
+            f"{format_signed(pair['ci95_low'])} to {format_signed(pair['ci95_high'])}",
+            _format_p(pair["p"]),
+            _format_p(pair["p_holm"]),
+        ]
+        for pair in pairs.to_dict("records")
+    ]
+    header = ["first", "second", "seeds in common", "first - second [points]", "95 % CI", "p", "p (Holm)"]
+    note = "Paired t-tests on Class-IL accuracy over the seeds in common, corrected for their number (Holm)."
+    return Table("Paired tests", note, header, lines, range(2, 7))
+
+
+def format_stat(stat: Stat, column: Column, interval: bool) -> str:
+    """``mean ± std (n)``, with the confidence interval on a second line if asked for; empty without a value."""
+    if stat.mean is None:
+        return ""
+    mean, std, ci95 = (_scale(value, column) for value in (stat.mean, stat.std, stat.ci95))
+    text = f"{mean} ± {std} ({stat.n})" if std else f"{mean} ({stat.n})"
+    return f"{text}\n95 % ± {ci95}" if interval and ci95 else text
+
+
+def _scale(value: float | None, column: Column) -> str:
+    return "" if value is None else f"{round(value / column.unit, column.decimals) + 0.0:,.{column.decimals}f}"
+
+
+def _format_p(p: float) -> str:
+    return "-" if np.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def _to_rich(table: Table) -> RichTable:
+    # cells are Text, since a "[" in a plain string would be markup
+    shown = RichTable(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, show_lines=False)
+    for i, name in enumerate(table.header):
+        shown.add_column(Text(name), justify="right" if i in table.numbers else "left", overflow="fold")
+    for line in table.lines:
+        shown.add_row(*(Text(cell) for cell in line))
+    return shown
+
+
+def _format_line(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(" ".join(cell.split()) for cell in escaped) + " |"
