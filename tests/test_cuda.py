@@ -219,11 +219,11 @@ def test_gradients_of_single_images_come_in_larger_pieces_on_a_card(method, modu
     """A 32nd of the 8 GiB that it says it has, where the host takes one image at a time here."""
     monkeypatch.setattr(module, "GRADIENT_BYTES", 1, raising=False)
     sizes: dict[str, set[int]] = {"cpu": set(), "cuda:0": set()}
-    chunks, vmap = Data.chunks, torch.func.vmap
+    split, vmap = Data.split, torch.func.vmap
     for device, seen in sizes.items():
         parts = parts_of(method, f"device={device}", "trainer.speed=eager", "trainer.epochs=1")
         if method == "ewc":
-            monkeypatch.setattr(Data, "chunks", lambda data, size, seen=seen: (seen.add(size), chunks(data, size))[1])
+            monkeypatch.setattr(Data, "split", lambda data, size, seen=seen: (seen.add(size), split(data, size))[1])
         else:
             counted = lambda *a, seen=seen, **k: (seen.add(k["chunk_size"]), vmap(*a, **k))[1]  # noqa: E731
             monkeypatch.setattr(torch.func, "vmap", counted)

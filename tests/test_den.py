@@ -548,7 +548,7 @@ def test_the_networks_are_the_papers():
 
 
 def build_net(name: str, image_shape: tuple[int, int, int], num_classes: int) -> DEN:
-    keys = {k: v for k, v in configure(f"backbone={name}").backbone.items() if k != "_target_"}
+    keys = {k: v for k, v in configure(f"backbone={name}").backbone.items() if k not in ("_target_", "weights")}
     return DEN(**keys, image_shape=image_shape, num_classes=num_classes)
 
 
