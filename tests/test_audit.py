@@ -294,7 +294,7 @@ def test_the_command_audits_a_run_folder(tmp_path, capsys):
     assert json.loads((run / "audit.json").read_text()) == written
     capsys.readouterr()
     assert module.main([str(tmp_path)]) == 2
-    assert "RUN: expected the folder of a finished run" in capsys.readouterr().err
+    assert "run_dir: expected the folder of a finished run" in capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"data": "other images"}))
     assert module.main([str(run)]) == 2

@@ -383,7 +383,7 @@ WRONG = {
     "letters beyond ASCII": (["method=größer"], ""),
     "too many images": (
         ["scenario.train_per_class=99999"],
-        "scenario.train_per_class: expected 1 to .* images a class",
+        "scenario.train_per_class: expected 1 to .* images per class",
     ),
     "nothing left to train on": (["scenario.val_fraction=0.9999"], "scenario.val_fraction: expected at least one"),
     "momentum": (["optimizer.momentum=1.5"], r"optimizer.momentum: expected a number in \[0, 1\); got 1.5"),

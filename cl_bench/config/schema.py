@@ -383,7 +383,7 @@ def select_comparable(config: dict[str, Any]) -> dict[str, Any]:
         as_before = flat.get(value[2:-1]) if isinstance(value, str) and value.startswith("${") else value
         if key in flat and flat[key] == as_before:
             del flat[key]
-    return {key: OLD_PATHS.get(value, value) if key.endswith("_target_") else value for key, value in flat.items()}
+    return {key: OLD_PATHS.get(value, value) if isinstance(value, str) else value for key, value in flat.items()}
 
 
 def _hash_content(file: str) -> str:
