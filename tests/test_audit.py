@@ -298,7 +298,7 @@ def test_the_command_audits_a_run_folder(tmp_path, capsys):
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"data": "other images"}))
     assert module.main([str(run)]) == 2
-    assert "RUN: expected the images that it learned (data other images); got others" in capsys.readouterr().err
+    assert "run_dir: expected the images that it learned (data other images); got others" in capsys.readouterr().err
 
 
 def test_batches_of_one_task_are_said_and_are_no_pass(tmp_path):

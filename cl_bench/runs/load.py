@@ -55,7 +55,7 @@ class FinishedRun:
         parts = build(self.config)
         require(
             self.summary.get("data", parts.scenario.data) == parts.scenario.data,
-            str(self.run_dir),
+            "run_dir",
             expected=f"the images that it learned (data {self.summary.get('data')})",
             got=f"others (data {parts.scenario.data})",
             fix="Put them back where config.yaml says they were, or pass data_dir=PATH to cl_bench.load.",
