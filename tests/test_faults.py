@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY
 from test_command import assert_equal_results, in_process, the_run
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cl_bench.core.errors import ConfigError
 from cl_bench.engine.checkpoint import Checkpoint, State
@@ -23,6 +24,7 @@ from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.methods.finetune import Finetune
 from cl_bench.runs import run as run_module
 from cl_bench.runs import run_dir as files
+from cl_bench.system.memory import list_largest_tensors
 
 RUN = [*TINY, "backbone.hidden=[4]", "trainer.checkpoint_steps=3", "logger=none"]
 
@@ -411,6 +413,16 @@ def finite(folder: Path) -> bool:
     saved = torch.load(last, weights_only=True)
     states = [saved["task_start"], *saved["phase_ends"], *([saved["now"]["state"]] if saved["now"] else [])]
     return all(tensor.isfinite().all() for state in states for tensor in state["method"].values())
+
+
+def test_fake_tensors_of_a_compiler_are_left_out_of_the_largest_tensors():
+    with FakeTensorMode():
+        fake = torch.empty(7, 10**9)
+    real = torch.empty(7, 10**6)
+    lines = list_largest_tensors({"mine": real})
+    assert fake.shape == (7, 10**9)
+    assert not any("(7, 1000000000)" in line for line in lines)
+    assert any(line.startswith("mine (7, 1000000) float32") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ def list_largest_tensors(named: Mapping[str, torch.Tensor], count: int = 5) -> l
         # not isinstance, which proxies deceive
         if issubclass(type(thing), torch.Tensor) and thing.layout is torch.strided:
             storage = thing.untyped_storage()
-            reached.setdefault(storage.data_ptr(), (storage.nbytes(), tuple(thing.shape), thing.dtype))
+            if storage.device.type != "meta":  # the fake tensors that torch.compile leaves have no memory
+                reached.setdefault(storage.data_ptr(), (storage.nbytes(), tuple(thing.shape), thing.dtype))
     largest = sorted(reached.items(), key=lambda item: -item[1][0])[:count]
     return [
         f"{names.get(pointer, 'a temporary one')} {shape} {str(dtype).removeprefix('torch.')} {nbytes / 1e6:,.1f} MB"
