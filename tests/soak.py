@@ -133,7 +133,7 @@ class Moments:
             Trainer, "make_batch", lambda: "in mid-epoch" if self.counts["make_batch"] > 1 else "before the first step"
         )
         self._before(Trainer, "generate_phase_steps", lambda: "between phases")
-        self._before(evaluation, "_answer", lambda: "during evaluation")
+        self._before(evaluation, "choose_classes", lambda: "during evaluation")
         for owner, name in ((os, "fsync"), (Path, "replace")):
             self._before(owner, name, lambda: "while a checkpoint is written")
         for owner, name in (

@@ -148,7 +148,7 @@ def test_yaml_files_of_ones_own_are_found(notebook):
 
 
 def test_a_stop_is_a_keyboard_interrupt(notebook, monkeypatch):
-    monkeypatch.setattr("cl_bench.runs.load.run_config", lambda config: (_ for _ in ()).throw(SystemExit(130)))
+    monkeypatch.setattr("cl_bench.runs.load.run_all", lambda config: (_ for _ in ()).throw(SystemExit(130)))
     with pytest.raises(KeyboardInterrupt, match="SIGINT"):
         cl_bench.run([*RUN, "method=finetune", "buffer=none"])
 

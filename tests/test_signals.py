@@ -56,10 +56,10 @@ def test_a_run_stopped_while_it_measures_or_sums_up_ends_the_same(run, tmp_path,
     arguments = [*TINY, "backbone.hidden=[4]", "method=ewc", "optimizer.lr=0.01", "logger=none"]
     assert run(*arguments, "results_dir=straight")[0] == 0
     moments = [
-        ("before training", evaluation, "_answer", 1, 0),
+        ("before training", evaluation, "choose_classes", 1, 0),
         ("between the phase and what the method makes of it", EWC, "fisher_information", 1, 8),
-        ("after the first task", evaluation, "_answer", 1, 8),
-        ("in the second of two lines of the matrix", evaluation, "_answer", 3, 16),
+        ("after the first task", evaluation, "choose_classes", 1, 8),
+        ("in the second of two lines of the matrix", evaluation, "choose_classes", 3, 16),
         ("in the report", run_module, "write_report", 1, 16),
     ]
     for moment, owner, name, number, trained in moments:

@@ -277,7 +277,7 @@ def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: d
     A value in a file may have no effect: it may be a default or belong to an experiment. A key that another key refers
     to is not refused either.
     """
-    raw = OmegaConf.to_container(node, resolve=False)
+    raw, config = OmegaConf.to_container(node, resolve=False), node._get_root()
     assert isinstance(raw, dict)
     given = set()
     if HydraConfig.initialized():
@@ -285,11 +285,7 @@ def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: d
     for argument, when, why in vars(built).get("void", ()):
         whole = f"{key}.{argument}"
         names = {whole, str(raw.get(argument)).strip("${}")} & given
-        if (
-            names
-            and when(values | {"config": node._get_root()})
-            and f"${{{whole}}}" not in OmegaConf.to_yaml(node._get_root())
-        ):
+        if names and when(values | {"config": config}) and f"${{{whole}}}" not in OmegaConf.to_yaml(config):
             name = min(names)
             raise ConfigError(name, expected=f"no value, since {why}", got=values[argument], fix="Leave it out.")
 

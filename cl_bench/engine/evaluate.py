@@ -120,13 +120,15 @@ def evaluate(
         task = tasks_of_images[which]
         own = classes_of[task]  # (B, K)
         with autocast:
-            unknown = _score(method, rule, x, None, len(own[0]))
-            known = unknown if method.task_id == "ignored" else _score(method, rule, x, task, len(own[0]))
+            unknown = compute_scores(method, rule, x, None, len(own[0]))
+            known = unknown if method.task_id == "ignored" else compute_scores(method, rule, x, task, len(own[0]))
         not_numbers += (unknown.isnan() | known.isnan()).any(dim=1).sum()  # read once, at the end
-        class_il, confidence = _answer(unknown, seen.expand_as(own))
+        class_il, confidence = choose_classes(unknown, seen.expand_as(own))
         class_il = torch.where(task < learned, class_il, -1)
         confidence = torch.where(class_il >= 0, confidence, torch.nan)
-        answers.append((label, task, class_il, _answer(known, own)[0], confidence, _score_in_task(known, own, largest)))
+        answers.append(
+            (label, task, class_il, choose_classes(known, own)[0], confidence, _score_in_task(known, own, largest))
+        )
     columns = [torch.cat(column).cpu() for column in zip(*answers)]
     if not_numbers:
         raise FloatingPointError(f"the scores of {int(not_numbers)} of {len(data)} images are not numbers")
@@ -144,14 +146,14 @@ def shuffle_within_tasks(task: Tensor) -> list[Tensor]:
     return [b for t in task.unique() for b in shuffled[task[shuffled] == t].split(SINGLE_TASK_BATCH)]
 
 
-def _score(method: Method, rule: Predict | None, x: Tensor, task: Tensor | None, num_classes: int) -> Tensor:
+def compute_scores(method: Method, rule: Predict | None, x: Tensor, task: Tensor | None, num_classes: int) -> Tensor:
     """(B, K) fp32 scores; all -inf if the method needs a task id and gets none."""
     if task is None and method.task_id == "needed":
         return x.new_full((len(x), num_classes), -torch.inf)
     return (rule or method.predict)(x, task).float()
 
 
-def _answer(scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+def choose_classes(scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """(B, K) scores and mask -> (B,) best allowed class, -1 if none has a score; (B,) its softmax probability."""
     scores = scores.masked_fill(~allowed, -torch.inf)
     best = scores.max(dim=1)

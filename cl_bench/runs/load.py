@@ -1,5 +1,6 @@
 """Runs from Python: make one, and read a finished one with its trained model."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,20 +13,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_bench.config.build import Parts, build, identify_run
+from cl_bench.config.build import Parts, build
 from cl_bench.config.explain import to_config_error
-from cl_bench.config.schema import Images, Run, compose_config, to_plain_dict
+from cl_bench.config.schema import Images, Run, compose_config
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.record import Record
 from cl_bench.engine.checkpoint import Checkpoint, get_final_state
-from cl_bench.engine.evaluate import MAX_BATCH, read_predictions
+from cl_bench.engine.evaluate import MAX_BATCH, choose_classes, compute_scores, read_predictions
 from cl_bench.methods.base import Method
-from cl_bench.runs.run import choose_run_dir
-from cl_bench.runs.run import run as run_config
+from cl_bench.runs.run import run_all
 from cl_bench.runs.run_dir import read_summary
 from cl_bench.scenarios.base import Scenario
-
-STOPPED = {130: "SIGINT", 143: "SIGTERM"}
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,6 @@ class FinishedRun:
             got=task,
             fix="Tasks are counted from 0, in the order of learning.",
         )
-        if task is None and parts.method.task_id == "needed":
-            return np.full(len(images), -1)
         allowed = torch.zeros(scenario.num_classes, dtype=torch.bool, device=parts.device)
         classes = scenario.tasks[task].classes if task is not None else range(scenario.num_classes)
         allowed[classes.start : classes.stop] = True
@@ -125,10 +121,10 @@ class FinishedRun:
         with torch.no_grad():  # not inference_mode: some methods differentiate in order to answer
             for batch in images.to(parts.device).split(MAX_BATCH):
                 tasks = None if task is None else torch.full((len(batch),), task, device=parts.device)
+                x = scenario.transform.normalise(batch)
                 with parts.autocast:
-                    scores = parts.method.predict(scenario.transform.normalise(batch), tasks).float()
-                best = scores.masked_fill(~allowed, -torch.inf).max(dim=1)
-                answers.append(torch.where(best.values > -torch.inf, best.indices, -1).cpu())
+                    scores = compute_scores(parts.method, None, x, tasks, scenario.num_classes)
+                answers.append(choose_classes(scores, allowed.expand_as(scores))[0].cpu())
         return original[torch.cat(answers)].numpy()
 
 
@@ -194,11 +190,9 @@ def run(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) 
         config = compose_config([*found, *typed])
         if config.dry_run:
             raise ConfigError("dry_run", expected="false", got=True, fix="Only the command makes dry runs.")
-        values = to_plain_dict(config)
-        run_config(config)
-        run_dir = choose_run_dir(values, identify_run(config, values)[0])
+        run_dir, _ = run_all(config)[0]
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         raise to_config_error(error, arguments) from error
     except SystemExit as stop:
-        raise KeyboardInterrupt(f"stopped by {STOPPED.get(int(stop.code or 0), stop.code)}") from None
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(int(stop.code or 0) - 128).name}") from None
     return load(run_dir, device=config.device)

@@ -40,6 +40,9 @@ from cl_bench.system.signals import Interrupted, allow_interruption, collect_sto
 
 MOST_THREADS = 1024
 
+Finished = tuple[Path, dict[str, Any]]
+"""The folder of a finished run, and the content of its ``summary.json``."""
+
 
 def run(config: DictConfig) -> float | None:
     """Run what ``config`` describes, or resume it, or find it finished; with replicas, the seeds from ``seed`` on.
@@ -48,6 +51,12 @@ def run(config: DictConfig) -> float | None:
         For a search: the Class-IL average accuracy in percent on validation images, as a mean over the replicas. None
         if the run was measured on test images, which a search must not see.
     """
+    objectives = [o for _, summary in run_all(config) if (o := _read_objective(summary)) is not None]
+    return sum(objectives) / len(objectives) if objectives else None
+
+
+def run_all(config: DictConfig) -> list[Finished]:
+    """:func:`run`: the folder and the summary of each seed; none of a dry run."""
     refuse_unread_keys(config, list_typed_overrides())
     values = to_plain_dict(config)
     _refuse_false_names(values)
@@ -76,7 +85,7 @@ def limit_threads(number: Any) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(config: DictConfig, values: dict[str, Any]) -> float | None:
+def _run(config: DictConfig, values: dict[str, Any]) -> list[Finished]:
     if values["dry_run"]:
         from cl_bench.runs.dry_run import dry_run
 
@@ -84,21 +93,20 @@ def _run(config: DictConfig, values: dict[str, Any]) -> float | None:
         parts = build(config, scenario)
         with explain_errors(parts):
             dry_run(parts, begin_summary(values, settings))
-        return None
+        return []
     replicas = build_component(config.trainer, "trainer", list(config.allow_packages), KINDS["trainer"]).replicas
     seeds = range(values["seed"], values["seed"] + replicas)
     with collect_stop_signals() as caught:
         try:
             if replicas == 1:
-                summaries = [run_alone(_generate_steps(config, caught))]
+                finished = [run_alone(_generate_steps(config, caught))]
             else:
-                summaries = _run_replicas([_copy_with_seed(config, seed) for seed in seeds], caught)
+                finished = _run_replicas([_copy_with_seed(config, seed) for seed in seeds], caught)
         except Interrupted:
             raise SystemExit(128 + caught[0]) from None
     if caught:  # all is written, but a sweep must not start its next job
         raise SystemExit(128 + caught[0])
-    objectives = [objective for summary in summaries if (objective := _read_objective(summary)) is not None]
-    return sum(objectives) / len(objectives) if objectives else None
+    return finished
 
 
 def _copy_with_seed(config: DictConfig, seed: int) -> DictConfig:
@@ -107,8 +115,8 @@ def _copy_with_seed(config: DictConfig, seed: int) -> DictConfig:
     return config
 
 
-def _run_replicas(configs: list[DictConfig], caught: list[int]) -> list[dict[str, Any]]:
-    """The summaries of several seeds, with their steps computed together if that is possible."""
+def _run_replicas(configs: list[DictConfig], caught: list[int]) -> list[Finished]:
+    """The runs of several seeds, with their steps computed together if that is possible."""
     from cl_bench.engine.replicas import find_obstacle, run_together
 
     with allow_interruption():
@@ -125,8 +133,8 @@ def _run_replicas(configs: list[DictConfig], caught: list[int]) -> list[dict[str
 
 def _generate_steps(
     config: DictConfig, caught: list[int], scenario: Scenario | None = None, *, terminal: bool = True
-) -> StepGenerator[dict[str, Any]]:
-    """One run from its configuration to its summary, step by step.
+) -> StepGenerator[Finished]:
+    """One run from its configuration to its folder and summary, step by step.
 
     Args:
         caught: the signals received so far.
@@ -144,7 +152,7 @@ def _generate_steps(
         if finished:
             print(f"Already finished, nothing to do: {run_dir} (overwrite=true starts afresh)", file=sys.stderr)
             show_result(run_dir, finished, report=not (run_dir / "report.html").exists())
-            return finished
+            return run_dir, finished
         with allow_interruption():
             parts = build(config, scenario)
         chosen = {name: logger for name, logger in build_loggers(config).items() if terminal or name != "console"}
@@ -161,7 +169,7 @@ def _generate_steps(
     except Interrupted:
         print(f"Stopped; {again}", file=sys.stderr)
         raise
-    return summary
+    return run_dir, summary
 
 
 def _refuse_false_names(values: dict[str, Any]) -> None:
