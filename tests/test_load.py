@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,11 +154,14 @@ def test_a_stop_is_a_keyboard_interrupt(notebook, monkeypatch):
         cl_bench.run([*RUN, "method=finetune", "buffer=none"])
 
 
-def test_older_images_elsewhere_are_found(tmp_path):
+@pytest.mark.parametrize("old", ["data", "."])
+def test_images_that_were_moved_are_found_and_no_other_value_changes(old):
     from omegaconf import OmegaConf
 
     from cl_bench.runs.load import _move_data
 
-    config = OmegaConf.create({"data_dir": "data", "scenario": {"source": {"root": "data", "cache": "data/decoded"}}})
-    _move_data(config, "data", "/mnt")
-    assert config == {"data_dir": "/mnt", "scenario": {"source": {"root": "/mnt", "cache": "/mnt/decoded"}}}
+    source = {"_target_": "cl_bench.data.folder.folder", "root": old, "cache": f"{old}/decoded"}
+    config = OmegaConf.create({"data_dir": old, "scenario": {"source": source}, "backbone": {"act": "relu"}})
+    _move_data(config, Path("/mnt"))
+    moved = source | {"root": "/mnt", "cache": "/mnt/decoded"}
+    assert config == {"data_dir": "/mnt", "scenario": {"source": moved}, "backbone": {"act": "relu"}}

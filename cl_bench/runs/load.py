@@ -154,18 +154,18 @@ def load(run_dir: str | Path, *, device: str = "auto", data_dir: str | Path | No
     config.device = device
     config.images = Images.device  # who looks at a finished run looks at every image
     if data_dir is not None:
-        _move_data(config, str(config.data_dir), str(data_dir))
+        _move_data(config, Path(data_dir))
     record = Record.from_json({**saved["record"], "cost": summary["cost"]})
     return FinishedRun(folder, summary, record, get_final_state(saved)["method"], config)
 
 
-def _move_data(node: DictConfig, old: str, new: str) -> None:
-    """Put ``new`` in place of the folder ``old`` in every value that begins with it."""
-    for key, value in node.items():
-        if isinstance(value, DictConfig):
-            _move_data(value, old, new)
-        elif isinstance(value, str) and Path(value).is_relative_to(old):
-            node[key] = str(Path(new) / Path(value).relative_to(old))
+def _move_data(config: DictConfig, new: Path) -> None:
+    """Put the folder ``new`` in place of ``data_dir``, also in the keys that were below it."""
+    old = Path(config.data_dir)
+    for key in ("data_dir", "scenario.source.root", "scenario.source.cache"):
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and Path(value).is_relative_to(old):
+            OmegaConf.update(config, key, str(new / Path(value).relative_to(old)))
 
 
 def run(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> FinishedRun:
