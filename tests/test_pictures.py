@@ -184,7 +184,7 @@ def test_what_has_no_usual_range_needs_one(case, tmp_path):
 
 
 MISREAD = {
-    "16 bits in planes": (planes(np.full((3, 4, 4), 30000, "<u2")), "16 bits a channel in planes"),
+    "16 bits in planes": (planes(np.full((3, 4, 4), 30000, "<u2")), "16 bits per channel in planes"),
     "signed 8-bit integers": (tiff(full(-5, "i1"), 2), "signed 8-bit integers"),
     "a clear colour of 16 bits, RGB": (
         png16([30000, 20000, 10000], 2, chunk(b"tRNS", struct.pack(">3H", 30000, 20000, 10000))),

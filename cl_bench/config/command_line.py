@@ -73,14 +73,14 @@ class CommandLine:
                 if (below, value) != (group, option):
                     yield from self._list_file_and_below(below, str(value))
 
-    def find_place(self, key: str) -> str:
+    def find_location(self, key: str) -> str:
         """A sentence that says in which file and line ``key`` has its value; empty if it was typed or is in no file."""
         if self.get_typed(key) is not None:
             return ""
         for file, package in self.list_files():
             below = key.removeprefix(f"{package}.") if package else key
             if (not package or below != key) and (number := _find_line(file, below)):
-                return _say_place(file, number)
+                return _say_location(file, number)
         return ""
 
     def find_mention(self, pattern: str) -> str:
@@ -88,11 +88,11 @@ class CommandLine:
         for file, _ in self.list_files():
             for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
                 if re.search(pattern, line.partition("#")[0]):
-                    return _say_place(file, number)
+                    return _say_location(file, number)
         return ""
 
 
-def _say_place(file: Path, line: int) -> str:
+def _say_location(file: Path, line: int) -> str:
     return f" It is in {shorten_path(file)}, line {line}."
 
 

@@ -45,7 +45,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
         return str(error)
     line = CommandLine(arguments)
     if isinstance(error, ConfigError):
-        return f"{error}{line.find_place(error.key)}"
+        return f"{error}{line.find_location(error.key)}"
     return _explain_hydra(error, line)
 
 
@@ -93,7 +93,7 @@ def _explain_hydra(error: Exception, line: CommandLine) -> str:
             expected, got, fix = ours.expected, ours.got, ours.fix
         else:
             expected, got, fix = "a value that can be resolved", str(error).splitlines()[0], "Correct the value."
-        return f"{error.full_key}: expected {expected}; got {got}. {fix}{line.find_place(error.full_key)}"
+        return f"{error.full_key}: expected {expected}; got {got}. {fix}{line.find_location(error.full_key)}"
     if isinstance(error, OverrideParseException):
         return _explain_unreadable(error.override)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -181,8 +181,8 @@ def _explain_unknown_choice(group: str, name: str, options: list[str], line: Com
         way = "More come with pip install -e '.[sweep]'."
     if group == "experiment" and not close:
         way = f"Choose one of them; label={name} marks a run as yours."
-    place = "" if line.get_typed(group) else line.find_mention(rf"\b{re.escape(group)}\s*:\s*{re.escape(name)}\b")
-    return f"{group}: expected one of {', '.join(options)}; got {name}. {way}{place}"
+    location = "" if line.get_typed(group) else line.find_mention(rf"\b{re.escape(group)}\s*:\s*{re.escape(name)}\b")
+    return f"{group}: expected one of {', '.join(options)}; got {name}. {way}{location}"
 
 
 def _explain_unknown_key(key: str, line: CommandLine) -> str:
@@ -198,8 +198,8 @@ def _explain_unknown_key(key: str, line: CommandLine) -> str:
     expected = f"a key that {parent} has" if has_keys else "a key of the configuration"
     nearest = _find_nearest(key, known)
     way = _suggest_keys(nearest, value) if nearest or not parent else _suggest_other_choices(parent, leaf)
-    place = line.find_mention(rf"(^|[\s/.]){re.escape(leaf)}\s*:") if value is None else ""
-    return f"{key}: expected {expected}; got the unknown key {leaf}. {way}{place}"
+    location = line.find_mention(rf"(^|[\s/.]){re.escape(leaf)}\s*:") if value is None else ""
+    return f"{key}: expected {expected}; got the unknown key {leaf}. {way}{location}"
 
 
 def _explain_missing_package(name: str) -> str:
@@ -210,17 +210,17 @@ def _explain_missing_package(name: str) -> str:
 def _explain_wrong_file(name: str, text: str, line: CommandLine) -> str:
     """A message for the content of a file that Hydra names as ``group/option``."""
     key = (re.search(r"full_key: (\S+)", text) or ["", ""])[1]
-    place = line.find_place(key) or f" It is in {name}.yaml."
+    location = line.find_location(key) or f" It is in {name}.yaml."
     if "/" in name and key == name.partition("/")[0] and key not in _list_default_groups():
         return _explain_missing_package(name)
     if "not in 'Run'" in text or "not in struct" in text:
         way = _suggest_keys(_find_nearest(key, line.compose_without("")), None)
-        return f"{key}: expected a key of the configuration; got the unknown key {key}. {way}{place}"
+        return f"{key}: expected a key of the configuration; got the unknown key {key}. {way}{location}"
     if key in _list_default_groups():
         way = f"Choose in the list of defaults: - override /{key}: NAME."
-        return f"{key}: expected the keys of the {key} that is chosen; got something else. {way}{place}"
+        return f"{key}: expected the keys of the {key} that is chosen; got something else. {way}{location}"
     value = (re.search(r"[Vv]alue '(.*?)'", text) or ["", "another one"])[1]
-    return f"{_explain_wrong_type(key, value, text)}{place}"
+    return f"{_explain_wrong_type(key, value, text)}{location}"
 
 
 def _explain_wrong_type(key: str, value: str, text: str) -> str:
@@ -280,15 +280,15 @@ def _select(config: DictConfig, key: str) -> Any:
 def _list_keys(config: DictConfig) -> Iterator[str]:
     """Every key with its own value; no key that refers to another one."""
 
-    def below(prefix: str, node: Any) -> Iterator[str]:
+    def walk(prefix: str, node: Any) -> Iterator[str]:
         for name, value in node.items():
             if isinstance(value, dict):
-                yield from below(f"{prefix}{name}.", value)
+                yield from walk(f"{prefix}{name}.", value)
             elif name != "_target_" and not re.fullmatch(r"\$\{[\w.]+\}", str(value)):
                 yield f"{prefix}{name}"
 
     plain = OmegaConf.to_container(config, resolve=False)
-    yield from below("", {name: value for name, value in plain.items() if name != "choices"})  # type: ignore[union-attr]
+    yield from walk("", {name: value for name, value in plain.items() if name != "choices"})  # type: ignore[union-attr]
 
 
 def _list_groups(folders: Sequence[Path]) -> list[str]:

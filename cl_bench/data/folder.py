@@ -64,23 +64,7 @@ def folder(*, root: str, size: int, cache: str, background: list[int], value_ran
     """
     decoder = _build_decoder(size, background, value_range)
     base, left_out = Path(root), Counter[str]()
-    classes = {split: list_classes(base / split, left_out) for split in SPLITS}
-    names = classes["train"]
-    require(
-        len(names) > 1,
-        "root",
-        expected=f"two or more class folders in {base / 'train'}",
-        got=", ".join(names) or "none",
-        fix="Put the pictures of each class into a folder of its own.",
-    )
-    unlike = sorted(set(names) ^ set(classes["test"]))
-    require(
-        not unlike,
-        "root",
-        expected=f"the same class folders in {base / 'train'} and {base / 'test'}",
-        got=", ".join(f"{to_text(name)} in {'train' if name in names else 'test'}/ only" for name in unlike),
-        fix="Give each class pictures in both, or remove it.",
-    )
+    names = _find_classes(base, left_out)
     found = {split: [list_files(base / split / name, left_out) for name in names] for split in SPLITS}
     images, labels, damaged = {}, {}, list[str]()
     for split, files in found.items():
@@ -110,6 +94,28 @@ def folder(*, root: str, size: int, cache: str, background: list[int], value_ran
         std=images["train"].facts["std"],
         checksums=(images["train"].checksum, images["test"].checksum),
     )
+
+
+def _find_classes(root: Path, left_out: Counter[str]) -> list[str]:
+    """The names of the classes; two or more, and the same in both splits."""
+    classes = {split: list_classes(root / split, left_out) for split in SPLITS}
+    names = classes["train"]
+    require(
+        len(names) > 1,
+        "root",
+        expected=f"two or more class folders in {root / 'train'}",
+        got=", ".join(names) or "none",
+        fix="Put the pictures of each class into a folder of its own.",
+    )
+    unlike = sorted(set(names) ^ set(classes["test"]))
+    require(
+        not unlike,
+        "root",
+        expected=f"the same class folders in {root / 'train'} and {root / 'test'}",
+        got=", ".join(f"{to_text(name)} in {'train' if name in names else 'test'}/ only" for name in unlike),
+        fix="Give each class pictures in both, or remove it.",
+    )
+    return names
 
 
 def _build_decoder(size: int, background: list[int], value_range: list[float] | None) -> Decoder:

@@ -92,9 +92,9 @@ def _refuse_what_pil_misreads(picture: Image.Image) -> None:
     tags = getattr(picture, "tag_v2", {})
     bits = max(tags.get(BITS, (1,)))
     if bits > 8 and tags.get(PLANAR) == 2 and len(picture.getbands()) > 1:
-        raise ValueError(f"{bits} bits a channel in planes: save it with the channels of a pixel side by side")
+        raise ValueError(f"{bits} bits per channel in planes: save it with the channels of a pixel side by side")
     if bits == 8 and 2 in tags.get(SAMPLE_FORMAT, ()):
         raise ValueError("signed 8-bit integers: save it with unsigned ones")
     deep = isinstance(picture, ImageFile.ImageFile) and any(tile.args == "RGB;16B" for tile in picture.tile)
     if deep and "transparency" in picture.info:
-        raise ValueError("a transparent colour of 16 bits a channel: save it with an alpha channel")
+        raise ValueError("a transparent colour of 16 bits per channel: save it with an alpha channel")

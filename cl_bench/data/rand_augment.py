@@ -282,11 +282,11 @@ def _sample_bicubic(images: Tensor, x: Tensor, y: Tensor, fill: list[int]) -> Te
     rows, down = _find_neighbours(y, height)
     pixels = images.flatten(2).float()
 
-    def pixel(row: Tensor, column: Tensor) -> Tensor:
+    def get_pixel(row: Tensor, column: Tensor) -> Tensor:
         return pixels.gather(2, (row * width + column).flatten(2).expand(-1, channels, -1)).view(images.shape)
 
     value = _interpolate_cubic(
-        [_interpolate_cubic([pixel(row, column) for column in columns], across) for row in rows], down
+        [_interpolate_cubic([get_pixel(row, column) for column in columns], across) for row in rows], down
     )
     colour = send(torch.tensor(fill, dtype=torch.uint8).view(-1, 1, 1), images.device)
     return torch.where(inside, value.clamp(0, 255).to(torch.uint8), colour)

@@ -161,11 +161,11 @@ class _Lines(_View):
         if now < self._next:
             return
         self._next = now + self._min_seconds
-        place = f"task {_format_count(event['task'], self._num_tasks)}, epoch {event['epoch'] + 1}"
+        position = f"task {_format_count(event['task'], self._num_tasks)}, epoch {event['epoch'] + 1}"
         if progress is not None:
-            place = _format_position(progress)
+            position = _format_position(progress)
         times = f"{_format_seconds(self._times.get_elapsed())}, {_format_seconds(self._times.pace['run'].left)} left"
-        _print(f"{place}: {_format_losses(event)} [{times}]")
+        _print(f"{position}: {_format_losses(event)} [{times}]")
 
 
 class _Bars(_View):
@@ -267,8 +267,8 @@ def _format_losses(event: dict[str, Any]) -> str:
 
 def _format_accuracies(event: dict[str, Any], num_tasks: int, times: _Times) -> str:
     class_il, task_il = (_format_percent(event[f"{setting}_average"]) for setting in ("class_il", "task_il"))
-    place = _format_count(event["task"], num_tasks)
-    return f"task {place} done: Class-IL {class_il}, Task-IL {task_il} [{_format_seconds(times.get_elapsed())}]"
+    position = _format_count(event["task"], num_tasks)
+    return f"task {position} done: Class-IL {class_il}, Task-IL {task_il} [{_format_seconds(times.get_elapsed())}]"
 
 
 def _format_percent(value: float | None) -> str:

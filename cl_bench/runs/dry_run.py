@@ -205,12 +205,12 @@ class Probe:
         self._offered = self.drawn = 0
         sample = parts.buffer.sample
 
-        def counting(size: int) -> Batch:
+        def sample_and_count(size: int) -> Batch:
             batch = sample(size)
             self.drawn += len(batch)
             return batch
 
-        parts.buffer.sample = counting  # type: ignore[method-assign]
+        parts.buffer.sample = sample_and_count  # type: ignore[method-assign]
 
     def run(self) -> None:
         """Time the first two tasks, and the last one or one before it; nothing starts after the budget's end."""

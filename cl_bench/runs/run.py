@@ -150,7 +150,7 @@ def _generate_steps(
         again = f"the same command goes on from here: {run_dir}"
         finished = None if values["overwrite"] else files.read_summary(run_dir)
         if finished:
-            print(f"Already finished, nothing to do: {run_dir} (overwrite=true starts afresh)", file=sys.stderr)
+            print(f"Already finished, nothing to do: {run_dir} (overwrite=true starts again)", file=sys.stderr)
             show_result(run_dir, finished, report=not (run_dir / "report.html").exists())
             return run_dir, finished
         with allow_interruption():

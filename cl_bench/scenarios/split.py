@@ -70,16 +70,7 @@ class Split(Scenario):
         rand_augment: str | None,
     ) -> None:
         num_classes = len(source.class_names)
-        require_fraction(val_fraction=val_fraction, below_one=True, fix="0.1 holds out a tenth of the training images.")
-        for key, seed in {"class_order_seed": class_order_seed, "data_seed": data_seed}.items():
-            require(0 <= seed < 2**32, key, expected="a whole number in [0, 2^32)", got=seed, fix="Use a smaller seed.")
-        require(
-            0 <= pretrain_classes < num_classes,
-            "pretrain_classes",
-            expected=f"0 to {num_classes - 1} classes, so that some are left for the tasks",
-            got=pretrain_classes,
-            fix="0 holds none out.",
-        )
+        _check_numbers(num_classes, pretrain_classes, val_fraction, class_order_seed, data_seed)
         sizes = choose_task_sizes(num_classes - pretrain_classes, num_tasks, classes_per_task)
         order = order_classes(source, class_order, class_order_seed)
         self.pretrain_order, self.class_order = order[:pretrain_classes], order[pretrain_classes:]
@@ -105,6 +96,21 @@ class Split(Scenario):
                 test=_gather(*testing, test, ids, self.class_order),
             )
             self.tasks.append(task)
+
+
+def _check_numbers(
+    num_classes: int, pretrain_classes: int, val_fraction: float, class_order_seed: int, data_seed: int
+) -> None:
+    require_fraction(val_fraction=val_fraction, below_one=True, fix="0.1 holds out a tenth of the training images.")
+    for key, seed in {"class_order_seed": class_order_seed, "data_seed": data_seed}.items():
+        require(0 <= seed < 2**32, key, expected="a whole number in [0, 2^32)", got=seed, fix="Use a smaller seed.")
+    require(
+        0 <= pretrain_classes < num_classes,
+        "pretrain_classes",
+        expected=f"0 to {num_classes - 1} classes, so that some are left for the tasks",
+        got=pretrain_classes,
+        fix="0 holds none out.",
+    )
 
 
 def choose_task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[int] | None) -> list[int]:
