@@ -333,7 +333,7 @@ def test_a_slice_ends_by_a_signal_and_the_next_goes_on(command, tmp_path, capfd)
     todo = jobs(command, tmp_path, "long", "short")
     assert command.run(todo, time.monotonic() + 0.3) == command.STOPPED
     assert [job.state for job in todo] == ["begun", "not begun"]
-    assert "the same command goes on" in capfd.readouterr().out
+    assert "the same command continues" in capfd.readouterr().out
     assert command.run(todo, time.monotonic()) == command.STOPPED  # no time at all: nothing is started
 
 
