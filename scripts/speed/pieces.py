@@ -140,5 +140,5 @@ class PlainReservoir:
         self.seen += 1
         if len(self.memory) < self.capacity:
             self.memory.append((image, label))
-        elif (place := random.randrange(self.seen)) < self.capacity:
-            self.memory[place] = (image, label)
+        elif (slot := random.randrange(self.seen)) < self.capacity:
+            self.memory[slot] = (image, label)

@@ -90,16 +90,16 @@ def draw(path: Path, rows: list[Row], facts: dict[str, Any]) -> None:
 
 
 def _draw_bars(axis: Any, title: str, rows: list[Row]) -> None:
-    places = range(len(rows), 0, -1)
+    positions = range(len(rows), 0, -1)
     colours = {None: "0.65", True: "tab:blue", False: "tab:red"}
-    for place, row in zip(places, rows):
-        axis.barh(place, row.median, height=0.62, color=colours[row.reached])
-        axis.plot([min(row.values), max(row.values)], [place, place], color="black", linewidth=1)
+    for position, row in zip(positions, rows):
+        axis.barh(position, row.median, height=0.62, color=colours[row.reached])
+        axis.plot([min(row.values), max(row.values)], [position, position], color="black", linewidth=1)
         wanted = [value for value in (row.least, row.most) if value is not None]
         for value in wanted:
-            axis.plot([value, value], [place - 0.42, place + 0.42], color="black", linewidth=2)
-        axis.annotate(f"  {_format_number(row.median)}", (max(*row.values, *wanted), place), va="center", fontsize=8)
-    axis.set_yticks(list(places), [row.what for row in rows], fontsize=8)
+            axis.plot([value, value], [position - 0.42, position + 0.42], color="black", linewidth=2)
+        axis.annotate(f"  {_format_number(row.median)}", (max(*row.values, *wanted), position), va="center", fontsize=8)
+    axis.set_yticks(list(positions), [row.what for row in rows], fontsize=8)
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_xlim(0, 1.12 * max(max(*row.values, row.least or 0, row.most or 0) for row in rows))
     axis.tick_params(axis="x", labelsize=8)
