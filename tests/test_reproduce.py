@@ -288,6 +288,12 @@ def test_the_projects_pages_are_what_the_command_makes():
     assert marked == 9
 
 
+def test_the_projects_table_is_what_the_command_makes(tmp_path):
+    out = ROOT / "results" / "reproduction"
+    write_all(GROUPS, read_records(GROUPS, out / "records"), tmp_path, "python scripts/reproduce.py")
+    assert (tmp_path / "table.md").read_text() == (out / "table.md").read_text(), "python scripts/reproduce.py"
+
+
 # ---- the command
 
 FAKE = """#!/bin/sh
