@@ -11,7 +11,7 @@ from cl_bench.backbones.apd import NO_GROUP, APDNet, ResponseNorm
 from cl_bench.config.build import Parts, build
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Data, Task
-from cl_bench.methods.apd import APD, k_means, split
+from cl_bench.methods.apd import APD, run_k_means, split
 from cl_bench.metrics.forgetting import forgetting
 from cl_bench.scenarios.split import Split
 
@@ -280,7 +280,7 @@ def test_later_consolidations_move_a_weight_by_half_of_beta_or_lambda1():
 
 def test_k_means_starts_where_it_is_told():
     points = torch.tensor([[0.0], [1.0], [10.0], [11.0], [30.0]])
-    labels, centroids = k_means(points, torch.tensor([[40.0], [0.0], [9.0]]))
+    labels, centroids = run_k_means(points, torch.tensor([[40.0], [0.0], [9.0]]))
     assert labels.tolist() == [1, 1, 2, 2, 0]
     assert centroids.flatten().tolist() == pytest.approx([30, 0.5, 10.5])
 

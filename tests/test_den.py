@@ -18,11 +18,11 @@ from cl_bench.engine.trainer import Interrupted
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.den import (
     DynamicallyExpandable,
-    between,
-    connected,
-    connections,
-    duplicated,
-    most_drifted,
+    duplicate,
+    find_connected,
+    find_most_drifted,
+    select_between,
+    select_connections,
     shrink_groups,
     soft_threshold,
 )
@@ -114,7 +114,7 @@ def test_loss_terms_against_numpy(kind, three_images):
     net.add_head(5)
     net.grow(2)
     disturb(net)
-    method._chosen = between(
+    method._chosen = select_between(
         net.path(), [torch.tensor([1, 0, 1, 1, 0, 0]).bool(), torch.tensor([1, 1, 0, 0, 1]).bool()]
     )
 
@@ -178,7 +178,7 @@ def test_selection_is_reachability(seed):
     rng = np.random.default_rng(seed)
     shapes = [(6, 1, 3, 3), (5, 6, 3, 3), (7, 5, 4), (6, 7), (3, 6)]
     weights = [rng.normal(size=s) * (rng.random(s[:2]) < 0.3).reshape(*s[:2], *[1] * (len(s) - 2)) for s in shapes]
-    found = connected([torch.from_numpy(w) for w in weights])
+    found = find_connected([torch.from_numpy(w) for w in weights])
     expected = reachable(weights)
     assert [set(mask.nonzero().flatten().tolist()) for mask in found] == expected
     assert any(len(e) < s[0] for e, s in zip(expected, shapes))
@@ -212,10 +212,10 @@ def test_selected_sub_network_is_all_that_changes():
     with torch.no_grad():
         for layer in net.path():
             layer.weight *= torch.rand_like(layer.weight) < 0.15
-    chosen = connected([layer.weight.detach() for layer in net.path()])
+    chosen = find_connected([layer.weight.detach() for layer in net.path()])
     outputs = net.answer(IMAGES, 0)
     disturbed = [layer.weight.detach().clone() for layer in net.path()]
-    for (mask, _), layer, weight in zip(between(net.path(), chosen), net.path(), disturbed):
+    for (mask, _), layer, weight in zip(select_between(net.path(), chosen), net.path(), disturbed):
         assert (layer.weight[mask] != 0).all()  # only connections that are there
         weight[~mask] = 0
         layer.weight.data = weight
@@ -327,7 +327,7 @@ def test_removal_takes_exactly_the_useless_units():
         net.layers[1].weight[:, n[0] - 2] = 0  # what it feeds
         net.layers[1].weight[n[1] - 1] = 0
         net.heads[1].weight[:, n[1] - 1] = 0
-    useless = method.useless()
+    useless = method.find_useless()
     assert [u.tolist() for u in useless] == [[n[0] - 2], [n[1] - 1]]
     answers = net(IMAGES)
     net.remove(useless)
@@ -340,9 +340,9 @@ def test_removal_takes_exactly_the_useless_units():
 
 def test_split_takes_the_most_drifted():
     rho = torch.tensor([0.06, 0.5, 0.01, 0.2, 0.04, 0.3])
-    assert most_drifted(rho, 0.05, None).tolist() == [0, 1, 3, 5]
-    assert most_drifted(rho, 0.05, 2).tolist() == [1, 5]
-    assert most_drifted(rho, 1.0, 2).tolist() == []
+    assert find_most_drifted(rho, 0.05, None).tolist() == [0, 1, 3, 5]
+    assert find_most_drifted(rho, 0.05, 2).tolist() == [1, 5]
+    assert find_most_drifted(rho, 1.0, 2).tolist() == []
 
 
 def test_drift_is_the_norm_over_incoming_weights():
@@ -353,7 +353,7 @@ def test_drift_is_the_norm_over_incoming_weights():
     net.add_head(5)
     net.grow(2)
     disturb(net)
-    for rho, layer, (w, b) in zip(method.drifts(), net.hidden(), method._old):
+    for rho, layer, (w, b) in zip(method.measure_drifts(), net.hidden(), method._old):
         assert len(rho) == len(b)
         for i in range(len(b)):
             d = np.concatenate(
@@ -425,7 +425,7 @@ def test_masks_are_duplicated_as_the_layers_are():
     with torch.no_grad():
         net.layers[1].weight[1, 2] = 0
     which = [torch.tensor([2]), torch.tensor([1])]
-    masks = duplicated([connections(layer) for layer in net.path()], which)
+    masks = duplicate([select_connections(layer) for layer in net.path()], which)
     net.split(which, old)
     assert [w.shape for w, _ in masks] == [layer.weight.shape for layer in net.path()]
     assert [len(b) for _, b in masks] == [len(layer.bias) for layer in net.path()]
