@@ -225,7 +225,7 @@ def test_the_tab_is_the_equation():
     def linear(v, layer):
         return v @ array(layer.weight).T + (0 if layer.bias is None else array(layer.bias))
 
-    out = array(tab(token, tab.remembered(x)))
+    out = array(tab(token, tab.project_patches(x)))
     theta = array(token)[0, 0]
     for image, found in zip(array(x), out):
         u = norm(np.vstack([theta, image]), tab.norm1)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, batch_of, configure, network_of, toy_images
 
-from cl_bench.backbones.layers.vit import small_vit
-from cl_bench.backbones.memory_vit import MemoryViT, attention_rules
+from cl_bench.backbones.layers.vit import build_small_vit
+from cl_bench.backbones.memory_vit import MemoryViT, build_attention_rules
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
 from cl_bench.engine.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize(("mode", "earlier"), [("extension", True), ("concatenation", False)])
 def test_attention_rules_are_the_papers_table(mode, earlier):
     inputs, tasks, memory = 5, 4, 3
-    rules = attention_rules(inputs, tasks, memory, mode)
+    rules = build_attention_rules(inputs, tasks, memory, mode)
     assert rules.shape == (inputs + tasks, inputs + tasks + tasks * memory)  # memory has columns but no rows
     for query in range(inputs + tasks):
         for key in range(rules.shape[1]):
@@ -91,7 +91,7 @@ def test_outputs_are_one_masked_attention_over_input_class_tokens_and_memory(mod
     net, x = network(attention=mode), images()
     trunk = net.trunk
     n, tasks = trunk.pos_embed.shape[1], len(net.tokens)
-    rules = attention_rules(n, tasks, net.num_memory, mode)
+    rules = build_attention_rules(n, tasks, net.num_memory, mode)
     patches = trunk.patch_embed(x)
     y = torch.cat([trunk.cls_token.expand(len(x), -1, -1), patches], 1) + trunk.pos_embed
     c = torch.stack([token[0] + trunk.pos_embed[0, 0] for token in net.tokens]).expand(len(x), -1, -1)
@@ -361,7 +361,7 @@ def test_weights_from_a_file(tmp_path):
     side = theirs.patch_embed.img_size
     mean, std = (torch.tensor(theirs.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     expected = (F.interpolate(raw, size=side, mode="bicubic") - mean) / std  # resized, normalised as it was trained
-    torch.testing.assert_close(net.fitted(x), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(net.fit_images(x), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(net.features(x), theirs.forward_head(theirs.forward_features(expected), pre_logits=True))
     learned = LearnableMemory(net=net, scenario=scenario(), **RULE)
     assert learned.facts()["trunk"] == "weights of test_vit from the file weights.pt"
@@ -417,8 +417,8 @@ def test_unreachable_weights_say_the_way_out(monkeypatch):
     ("keys", "message"),
     [
         ({"memory": -1}, "memory: expected 0 or more"),
-        ({"class_token": False}, "class_token: expected true where there is memory"),
-        ({"pretrained": True, "checkpoint": "x"}, "checkpoint: expected null beside pretrained=true"),
+        ({"class_token": False}, "class_token: expected true with memory tokens"),
+        ({"pretrained": True, "checkpoint": "x"}, "checkpoint: expected null with pretrained=true"),
         ({"patch_size": 3}, "patch_size: expected a divisor"),
         ({"heads": 3}, "heads: expected a divisor of dim = 16"),
     ],
@@ -439,7 +439,7 @@ def test_plain_vit_is_timms_and_as_large_as_lvt():
     logits = small(x)
     assert logits.shape == (2, 100)
     torch.testing.assert_close(small.head(small.features(x)), logits)
-    whole = small_vit(
+    whole = build_small_vit(
         patch_size=8, dim=96, depth=3, heads=3, mlp_ratio=4.0, num_classes=100, image_shape=(3, 32, 32)
     ).eval()
     head = {f"head.{name}": value for name, value in small.head.state_dict().items()}

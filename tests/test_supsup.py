@@ -533,9 +533,9 @@ def test_alternatives_are_the_other_rules():
     ("changes", "message"),
     [
         ({"outputs": 1}, "at least 2"),
-        ({"outputs": 2, "objective": "G"}, "none superfluous"),
-        ({"budget": 0.0}, "above 0"),
-        ({"deciding_images": 0}, "1 or more images"),
+        ({"outputs": 2, "objective": "G"}, "no superfluous output"),
+        ({"budget": 0.0}, "budget: expected a number above 0"),
+        ({"deciding_images": 0}, "deciding_images: expected a number above 0"),
     ],
 )
 def test_user_errors(changes, message):
@@ -546,7 +546,7 @@ def test_user_errors(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_masks": 0}, "max_masks: expected 1 or more"),
+        ({"max_masks": 0}, "max_masks: expected a number above 0"),
         ({"floor": 7}, "floor: expected at most max_masks=6"),
         ({"net": slim_resnet(GREY)}, "without BatchNorm"),
     ],

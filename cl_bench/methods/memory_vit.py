@@ -109,7 +109,7 @@ class LearnableMemory(FunctionalMethod):
 
     def observe_warm_up(self, batch: Batch) -> Losses:
         """Cross-entropy of the trunk with its own head."""
-        return {"warm_up_ce": F.cross_entropy(self.net.trunk(self.net.fitted(batch.x)), batch.y)}
+        return {"warm_up_ce": F.cross_entropy(self.net.trunk(self.net.fit_images(batch.x)), batch.y)}
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
         """Cross-entropy over the new task's classes."""
