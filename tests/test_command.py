@@ -289,7 +289,10 @@ WRONG = {
         ["method=er", "buffer=reservoir", "buffer.capacity=0"],
         "buffer.capacity: expected a number above 0",
     ),
-    "negative capacity": (["method=er", "buffer=reservoir", "buffer.capacity=-5"], "buffer.capacity: expected a number above 0; got -5"),
+    "negative capacity": (
+        ["method=er", "buffer=reservoir", "buffer.capacity=-5"],
+        "buffer.capacity: expected a number above 0; got -5",
+    ),
     "less than one a class": (
         ["method=er", "buffer=fixed_memory", "buffer.capacity=9"],
         "buffer.capacity: expected at least 10 images, one per class.*; got 9",
