@@ -4,8 +4,12 @@
     e_i = TAB(theta_i, x_L),  i = 1..t                                                      the decoder, once per task
     logits = concatenation over i of Linear_i(LayerNorm_i(e_i))
 
-SAB is ConViT's block with gated positional self-attention (d'Ascoli et al. 2021), as in timm. All tasks share TAB; each
-task adds a token theta_i (D), a LayerNorm and a Linear.
+SAB is ConViT's block with gated positional self-attention (d'Ascoli et al. 2021), as in timm: with gate g_h, s =
+sigmoid and the offset (dx, dy) between two patches, the attention of a head, whose rows are scaled to sum 1, is
+
+    A = (1 - s(g_h)) softmax(q k^T / sqrt(d)) + s(g_h) softmax(v_h . [dx, dy, dx^2 + dy^2])
+
+All tasks share TAB; each task adds a token theta_i (D), a LayerNorm and a Linear.
 
 Shapes: B images, n patches, D = dim, h heads, t tasks so far, C classes so far, K classes of the scenario.
 

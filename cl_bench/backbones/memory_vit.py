@@ -8,6 +8,8 @@ c_t has the embedding of position 0. A layer is
     a       = attention(Q of z, K and V of [z; e]), by the rules below; memory tokens are never queries
     [y^l; c^l] = u + MLP(LN2(u)),   u = [ y^{l-1} ; c^{l-1} ] + a         no residual for the memory tokens
 
+and the logits of task t are W_t LN(c_t^L) + b_t.
+
 Which query attends to which key (table 1):
 
     query \\ key       y     own c_t, E_t   earlier c_j, E_j        later c_j, E_j

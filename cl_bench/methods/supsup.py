@@ -11,7 +11,7 @@ A network of fixed random weights W; for each task i a binary mask M^i is learne
     H         = entropy of softmax(p(alpha))
     G         = logsumexp of p(alpha), the gradient through the first l outputs blocked
     oneshot   : task = argmin_i d H / d alpha_i  (or G)  at alpha = 1 / k
-    binary    : halve the live tasks, keeping those of the smallest gradient at alpha = 1 / live, until one is left
+    binary    : keep ceil(live / 2) of the live tasks, those of the smallest gradient at alpha = 1 / live, until 1 is left
 
 With the task id (Task-IL) this is the paper's scenario GG. Without (Class-IL) it is GNu: task and class must be right.
 If the scenario's tasks share their labels, it is GNs without: the class must be right, whatever mask predicts it. The
