@@ -179,47 +179,57 @@ class Teacher(nn.Module):
 
 
 class ParameterSnapshot:
-    """Old values of some parameters of a method, and the importance of each entry; 0 before the first :meth:`take`.
+    """Old values of some parameters of a method and, if asked for, the importance of each entry; 0 until :meth:`take`.
 
-    Both are registered buffers of the method itself, so they are part of its state, and their names are the method's
-    choice.
+    Both are registered buffers of the method itself, so they are part of its state and of its checkpoints.
 
     Args:
         method: gets the buffers ``{values}_0``, ``{importance}_0``, ``{values}_1``, ...
         parameters: the parameters; later calls get the same ones in the same order.
-        values, importance: names of the buffers.
+        values, importance: names of the buffers; None for no importance.
     """
 
-    def __init__(self, method: Method, parameters: Iterable[nn.Parameter], *, values: str, importance: str) -> None:
-        self._method, self._names = method, []
-        for i, p in enumerate(parameters):
-            self._names.append((f"{values}_{i}", f"{importance}_{i}"))
-            for name in self._names[i]:
-                method.register_buffer(name, torch.zeros_like(p))
+    def __init__(
+        self,
+        method: Method,
+        parameters: Iterable[nn.Parameter],
+        *,
+        values: str = "old",
+        importance: str | None = None,
+    ) -> None:
+        self._method, self._values, self._importance = method, values, importance
+        self._count = 0
+        for p in parameters:
+            for name in filter(None, (values, importance)):
+                method.register_buffer(f"{name}_{self._count}", torch.zeros_like(p))
+            self._count += 1
 
     @property
     def values(self) -> list[Tensor]:
         """The old values of each parameter."""
-        return [self._method.get_buffer(name) for name, _ in self._names]
+        return self._get(self._values)
 
     @property
     def importance(self) -> list[Tensor]:
-        """The importance of each parameter's entries, in the parameter's shape."""
-        return [self._method.get_buffer(name) for _, name in self._names]
+        """The importance of each parameter's entries, in the parameter's shape; an empty list if there is none."""
+        return self._get(self._importance) if self._importance else []
+
+    def _get(self, name: str) -> list[Tensor]:
+        return [self._method.get_buffer(f"{name}_{i}") for i in range(self._count)]
 
     def drifts(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """Each parameter minus its old values."""
         return [p - old for p, old in zip(parameters, self.values, strict=True)]
 
     @torch.no_grad()
-    def take(self, values: Iterable[Tensor], importance: Iterable[Tensor]) -> None:
-        """Replace both."""
+    def take(self, values: Iterable[Tensor], importance: Iterable[Tensor] = ()) -> None:
+        """Replace the old values and the importance."""
         for old, new in zip(self.values + self.importance, [*values, *importance], strict=True):
             old.copy_(new)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
+        """Bytes of old values and importance."""
         return sum(t.nbytes for t in self.values + self.importance)
 
 

@@ -93,7 +93,7 @@ class LifelongViT(RehearsalMethod):
         self.distillation, self.temperature, self.replay_size = distillation, temperature, replay_size
         self.inter_task, self.injection_head = inter_task, injection_head
         self.accumulation_head = accumulation_head
-        self.snapshot = ParameterSnapshot(self, net.keys_and_biases(), values="old", importance="importance")
+        self.snapshot = ParameterSnapshot(self, net.keys_and_biases(), importance="importance")
 
     @property
     def answering(self) -> nn.Module:
