@@ -82,8 +82,8 @@ def test_the_terms_of_the_main_phase_are_the_equations(three_images, old, temper
         p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel() + 1))
     losses = method.observe(batch_of(raw, y, task=1))
     x = raw.float() / 255
-    embeddings = method.net.embeddings(x)
-    z, teacher = array(method.net.logits(embeddings)), array(method.teacher(x))
+    embeddings = method.net.compute_embeddings(x)
+    z, teacher = array(method.net.classify(embeddings)), array(method.teacher(x))
     assert (teacher[:, old:] == -np.inf).all()
     teacher = teacher[:, :old]
     assert teacher.shape == (3, old)
@@ -134,16 +134,18 @@ def test_mixup_mixes_images_and_smoothed_targets(three_images):
     x = part * x + (1 - part) * x.flip(0)
     torch.manual_seed(5)
     losses = method.observe(batch_of(raw, y, task=1))
-    embeddings = method.net.embeddings(x)
+    embeddings = method.net.compute_embeddings(x)
     assert losses["clf"].item() == pytest.approx(
-        0.5 * bce(array(method.net.logits(embeddings)), array(targets)), rel=1e-4
+        0.5 * bce(array(method.net.classify(embeddings)), array(targets)), rel=1e-4
     )
     merged = np.concatenate([array(targets)[:, :2].sum(axis=1, keepdims=True), array(targets)[:, 2:]], axis=1)
     assert losses["div"].item() == pytest.approx(0.1 * bce(array(method.auxiliary(embeddings[-1])), merged), rel=1e-4)
     fine = next(phases)
     torch.manual_seed(5)
     loss = fine.observe(batch_of(raw, y, task=1))["clf"].item()
-    assert loss == pytest.approx(bce(array(method.net.logits(method.net.embeddings(x))), array(targets)), rel=1e-4)
+    assert loss == pytest.approx(
+        bce(array(method.net.classify(method.net.compute_embeddings(x))), array(targets)), rel=1e-4
+    )
 
 
 def test_mixup_draws_beta_once_a_batch(three_images):
@@ -360,7 +362,7 @@ def test_memory_is_chosen_by_all_embeddings_of_plain_images():
     x, features = seen[0]
     assert torch.equal(x, method.buffer.transform.normalise(task_of(1).train.images))
     with torch.no_grad():
-        torch.testing.assert_close(features, torch.cat(method.net.embeddings(x), dim=1))
+        torch.testing.assert_close(features, torch.cat(method.net.compute_embeddings(x), dim=1))
     assert features.shape == (10, 2 * 8)
     for steps in (10, 20, 50):
         assert configure(f"+experiment=dytox_cifar100_{steps}step").buffer.capacity == 2000

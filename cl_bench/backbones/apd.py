@@ -134,7 +134,7 @@ class APDNet(Backbone):
         for groups in self.groups:
             groups.append(NO_GROUP)
 
-    def adaptive(self, task: int, layer: int, threshold: float = 0.0) -> Tensor:
+    def get_adaptive(self, task: int, layer: int, threshold: float = 0.0) -> Tensor:
         """tau~ + tau of a task in a layer; tau is 0 where |tau| <= ``threshold``."""
         tau = self.parts[task].tau[layer]
         if threshold:
@@ -142,10 +142,10 @@ class APDNet(Backbone):
         group = self.groups[layer][task]
         return tau if group == NO_GROUP else self.local[group] + tau
 
-    def weights(self, task: int, threshold: float = 0.0) -> list[Tensor]:
+    def compute_weights(self, task: int, threshold: float = 0.0) -> list[Tensor]:
         """theta of a task, one tensor per layer; tau is 0 where |tau| <= ``threshold``."""
         return [
-            sigma * torch.sigmoid(v).view(-1, *[1] * (sigma.dim() - 1)) + self.adaptive(task, layer, threshold)
+            sigma * torch.sigmoid(v).view(-1, *[1] * (sigma.dim() - 1)) + self.get_adaptive(task, layer, threshold)
             for layer, (sigma, v) in enumerate(zip(self.sigma, self.parts[task].v))
         ]
 
@@ -154,9 +154,9 @@ class APDNet(Backbone):
         self.local = nn.ParameterList(nn.Parameter(shared, requires_grad=False) for shared in local)
         self.groups = [list(of_tasks) for of_tasks in groups]
 
-    def task_features(self, x: Tensor, task: int, threshold: float = 0.0) -> Tensor:
+    def extract_task_features(self, x: Tensor, task: int, threshold: float = 0.0) -> Tensor:
         """(B, C, H, W) -> (B, D) with the weights of a task."""
-        layers = list(zip(self.weights(task, threshold), self.parts[task].bias))
+        layers = list(zip(self.compute_weights(task, threshold), self.parts[task].bias))
         for (weight, bias), norm in zip(layers, self.norms):
             x = self.pool(norm(F.relu(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2))))
         x = x.flatten(1)
@@ -164,19 +164,19 @@ class APDNet(Backbone):
             x = F.relu(F.linear(x, weight, bias))
         return x
 
-    def task_logits(self, x: Tensor, task: int, threshold: float = 0.0) -> Tensor:
+    def compute_task_logits(self, x: Tensor, task: int, threshold: float = 0.0) -> Tensor:
         """(B, C, H, W) -> (B, K_i) with the weights and the head of a task."""
-        return self.parts[task].head(self.task_features(x, task, threshold))
+        return self.parts[task].head(self.extract_task_features(x, task, threshold))
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D) with the weights of the newest task."""
         self._require_a_task()
-        return self.task_features(x, len(self.tasks) - 1)
+        return self.extract_task_features(x, len(self.tasks) - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K), each task's logits with its own weights; -inf for classes without a head."""
         self._require_a_task()
-        logits = torch.cat([self.task_logits(x, task) for task in range(len(self.tasks))], dim=1)
+        logits = torch.cat([self.compute_task_logits(x, task) for task in range(len(self.tasks))], dim=1)
         return F.pad(logits, (0, self.num_classes - logits.shape[1]), value=-torch.inf)
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -134,38 +134,38 @@ class DEN(Backbone):
         """Units of each hidden layer."""
         return [len(stamps) for stamps in self.stamps]
 
-    def widths_at(self, task: int) -> list[int]:
+    def get_widths_at(self, task: int) -> list[int]:
         """Units of each hidden layer when ``task`` was learned."""
         return [bisect_right(stamps, task) for stamps in self.stamps]
 
-    def path(self) -> list[Layer]:
+    def list_path(self) -> list[Layer]:
         """The hidden layers and the newest head, which predict the newest task."""
-        return [*self.hidden(), self.head(len(self.heads) - 1)]
+        return [*self.list_hidden(), self.get_head(len(self.heads) - 1)]
 
-    def hidden(self) -> list[Layer]:
+    def list_hidden(self) -> list[Layer]:
         """The layers below the heads."""
         return list(self.layers)  # type: ignore[arg-type]
 
-    def head(self, task: int) -> Layer:
+    def get_head(self, task: int) -> Layer:
         """The head of ``task``."""
         return self.heads[task]  # type: ignore[return-value]
 
-    def classes(self, task: int) -> slice:
+    def get_classes(self, task: int) -> slice:
         """The classes of ``task``, as positions in the class order."""
         ends = [0]
         for number in range(task + 1):
-            ends.append(ends[-1] + len(self.head(number).bias))
+            ends.append(ends[-1] + len(self.get_head(number).bias))
         return slice(ends[-2], ends[-1])
 
-    def features_at(self, x: Tensor, task: int, known: dict[tuple[int, ...], Tensor] | None = None) -> Tensor:
+    def extract_features_at(self, x: Tensor, task: int, known: dict[tuple[int, ...], Tensor] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, D_task), the input of the head of ``task``: only units stamped ``task`` or earlier.
 
         Args:
             known: maps of the same images, by the widths up to their layer; new ones are added.
         """
         known = {} if known is None else known
-        widths = self.widths_at(task)
-        for number, (layer, pooled) in enumerate(zip(self.hidden(), self.pooled)):
+        widths = self.get_widths_at(task)
+        for number, (layer, pooled) in enumerate(zip(self.list_hidden(), self.pooled)):
             through = tuple(widths[: number + 1])
             if through not in known:
                 maps = F.relu(layer(x, widths[number]))
@@ -175,19 +175,19 @@ class DEN(Backbone):
 
     def answer(self, x: Tensor, task: int, known: dict[tuple[int, ...], Tensor] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, classes of the task) logits; ``known`` as above."""
-        head = self.head(task)
-        return head(self.features_at(x, task, known), len(head.bias))
+        head = self.get_head(task)
+        return head(self.extract_features_at(x, task, known), len(head.bias))
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D), all units of the last hidden layer."""
-        return self.features_at(x, len(self.heads))
+        return self.extract_features_at(x, len(self.heads))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K): all heads' logits, each with its own units; -inf for tasks without a head."""
         scores = x.new_full((len(x), self.num_classes), -torch.inf)
         known: dict[tuple[int, ...], Tensor] = {}  # tasks share the maps of layers that did not grow between them
         for task in range(len(self.heads)):
-            scores[:, self.classes(task)] = self.answer(x, task, known)
+            scores[:, self.get_classes(task)] = self.answer(x, task, known)
         return scores
 
     # -- growing ---------------------------------------------------------------------------------------------------
@@ -195,16 +195,16 @@ class DEN(Backbone):
     def add_head(self, classes: int) -> None:
         """Add a head for the next task, with inputs from all units."""
         head = Layer(classes, self.widths[-1], (), 1.0)
-        self.heads.append(head.to(self.hidden()[0].weight.device))
+        self.heads.append(head.to(self.list_hidden()[0].weight.device))
 
     def grow(self, units: int) -> None:
         """Append ``units`` new units to every hidden layer, stamped with the newest task; only its head uses them."""
         below = 0
-        for layer, stamps in zip(self.hidden(), self.stamps):
+        for layer, stamps in zip(self.list_hidden(), self.stamps):
             layer.grow(units, below)
             stamps += [len(self.heads) - 1] * units
             below = units
-        self.path()[-1].grow(0, below)
+        self.list_path()[-1].grow(0, below)
 
     def remove(self, units: Units) -> None:
         """Delete units of the newest task and their outgoing weights."""
@@ -223,16 +223,16 @@ class DEN(Backbone):
         Units of old tasks keep the old unit as input; the newest task's own units and its head have the copy as input.
         If every unit that differs from ``old`` is split, the old tasks' networks are those of ``old``.
         """
-        before = [self.hidden()[0].weight.shape[1], *self.widths]
+        before = [self.list_hidden()[0].weight.shape[1], *self.widths]
         task = len(self.heads) - 1
         self._gather([torch.cat([torch.arange(n), which.cpu()]) for n, which in zip(self.widths, units)])
         for stamps, which in zip(self.stamps, units):
             stamps += [task] * len(which)
         none = units[0][:0]
-        head = self.path()[-1]
+        head = self.list_path()[-1]
         shapes = [*old, (head.weight[:0, :0], head.bias[:0])]  # the newest head has no output for an old task
         for layer, m, below, which, (weight, bias) in zip(
-            self.path(), before, [none, *units], [*units, none], shapes, strict=True
+            self.list_path(), before, [none, *units], [*units, none], shapes, strict=True
         ):
             n_old, m_old = weight.shape[:2]
             layer.weight[n_old:, below] = 0
@@ -243,29 +243,29 @@ class DEN(Backbone):
 
     def _gather(self, kept: Units) -> None:
         """Keep the units at positions ``kept`` of each hidden layer, in this order, also as inputs of the next."""
-        device = self.hidden()[0].weight.device
-        first, head = self.hidden()[0], self.path()[-1]
+        device = self.list_hidden()[0].weight.device
+        first, head = self.list_hidden()[0], self.list_path()[-1]
         inputs = [torch.arange(first.weight.shape[1]), *kept]
-        for layer, rows, columns in zip(self.path(), [*kept, torch.arange(len(head.bias))], inputs):
+        for layer, rows, columns in zip(self.list_path(), [*kept, torch.arange(len(head.bias))], inputs):
             layer.gather(rows.to(device), columns.to(device))
 
     def get_extra_state(self) -> dict[str, Any]:
         """The stamp of every unit, and (classes, inputs) of every head."""
         stamps = [list(stamps) for stamps in self.stamps]
-        return {"stamps": stamps, "heads": [list(self.head(t).weight.shape[:2]) for t in range(len(self.heads))]}
+        return {"stamps": stamps, "heads": [list(self.get_head(t).weight.shape[:2]) for t in range(len(self.heads))]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Allocate the saved sizes; the layers' tensors are loaded afterwards."""
         self.stamps = [list(stamps) for stamps in state["stamps"]]
-        inputs = self.hidden()[0].weight.shape[1]
-        for layer, units in zip(self.hidden(), self.widths):
+        inputs = self.list_hidden()[0].weight.shape[1]
+        for layer, units in zip(self.list_hidden(), self.widths):
             layer.resize(units, inputs)
             inputs = units
         del self.heads[len(state["heads"]) :]
         for task, (classes, read) in enumerate(state["heads"]):
             if task == len(self.heads):
                 self.add_head(classes)
-            self.head(task).resize(classes, read)
+            self.get_head(task).resize(classes, read)
 
 
 def _to_lists(units: Units) -> list[list[int]]:

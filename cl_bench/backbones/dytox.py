@@ -177,12 +177,12 @@ class DyTox(Backbone):
         """(B, C, H, W) -> (B, n, D): the patches after the SABs."""
         return self.sabs(self.patches(x).flatten(2).transpose(1, 2) + self.positions)
 
-    def embeddings(self, x: Tensor) -> list[Tensor]:
+    def compute_embeddings(self, x: Tensor) -> list[Tensor]:
         """(B, C, H, W) -> e_1..e_t, (B, D) each: one pass of the encoder, and one of the TAB per token."""
         patches = self.tab.project_patches(self.encode(x))
         return [self.tab(token, patches) for token in self.tokens]
 
-    def logits(self, embeddings: list[Tensor]) -> Tensor:
+    def classify(self, embeddings: list[Tensor]) -> Tensor:
         """e_1..e_t -> (B, C): the input of classifier i is e_i, or one classifier has all of them as input."""
         if not self.independent_classifiers:
             return self.classifiers[0](torch.cat(embeddings, dim=1))
@@ -191,19 +191,21 @@ class DyTox(Backbone):
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, t D), the embeddings of all tasks concatenated."""
-        return torch.cat(self.embeddings(x), dim=1)
+        return torch.cat(self.compute_embeddings(x), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K), -inf for classes without a classifier yet."""
         if not self.sizes:
             return x.new_full((len(x), self.num_classes), -torch.inf)
-        return F.pad(self.logits(self.embeddings(x)), (0, self.num_classes - sum(self.sizes)), value=-torch.inf)
+        return F.pad(
+            self.classify(self.compute_embeddings(x)), (0, self.num_classes - sum(self.sizes)), value=-torch.inf
+        )
 
-    def encoder_parameters(self) -> list[nn.Parameter]:
+    def list_encoder_parameters(self) -> list[nn.Parameter]:
         """Patch embedding, positions and SABs."""
         return [self.positions, *self.patches.parameters(), *self.sabs.parameters()]
 
-    def old_parameters(self) -> list[nn.Parameter]:
+    def list_old_parameters(self) -> list[nn.Parameter]:
         """Tokens and classifiers of all tasks except the newest, without those shared in an ablation."""
         return [*list(self.tokens)[:-1], *(p for old in self.classifiers[:-1] for p in old.parameters())]
 

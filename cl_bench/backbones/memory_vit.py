@@ -169,7 +169,7 @@ class MemoryViT(Backbone):
             self.mask = rules[positions:].to(device)  # without the rows of the trunk's own tokens
         self.train(self.training)
 
-    def newest(self) -> list[nn.Parameter]:
+    def list_newest(self) -> list[nn.Parameter]:
         """The parameters of the newest task: L m D + D + (D + 1) C_t of them."""
         own = [self.memories[-1], self.tokens[-1]] if self.class_token else []
         return [p for p in (*own, *self.heads[-1].parameters()) if p.numel()]
@@ -194,15 +194,15 @@ class MemoryViT(Backbone):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K) logits of all heads concatenated, -inf for classes of tasks not learned."""
-        logits = [head(output) for head, output in zip(self.heads, self.outputs(x).unbind(1))]
+        logits = [head(output) for head, output in zip(self.heads, self.compute_outputs(x).unbind(1))]
         missing = self.num_classes - sum(self.sizes)
         return torch.cat([*logits, x.new_full((len(x), missing), -torch.inf)], dim=1)
 
-    def newest_logits(self, x: Tensor) -> Tensor:
+    def compute_newest_logits(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C_T), logits of the newest task's head."""
-        return self.heads[-1](self.outputs(x)[:, -1])
+        return self.heads[-1](self.compute_outputs(x)[:, -1])
 
-    def outputs(self, x: Tensor) -> Tensor:
+    def compute_outputs(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T, D), the input of each task's head, in one pass."""
         if not len(self.tokens):
             return self.features(x)[:, None].expand(-1, len(self.heads), -1)

@@ -116,7 +116,7 @@ class APD(Method):
         if self.variant == "fixed":
             for part in net.parts[: task.id]:
                 part.tau.requires_grad_(False)
-        self.anchors = [[w.detach() for w in net.weights(i)] for i in range(task.id)]
+        self.anchors = [[w.detach() for w in net.compute_weights(i)] for i in range(task.id)]
         self._forget_best()
         trained = [p for p in net.parameters() if p.requires_grad]
         yield Phase(
@@ -131,7 +131,7 @@ class APD(Method):
                 parameter.copy_(best)
             kept = self.best_epoch if self.best else self.epochs - 1
             self._forget_best()
-            drift = self.drift()
+            drift = self.measure_drift()
             learned = task.id + 1
             if self.variant == "apd2" and learned % self.consolidate_every == 0:
                 self.consolidate()
@@ -140,7 +140,7 @@ class APD(Method):
     def observe(self, batch: Batch) -> Losses:
         """The named terms of the loss, weights included."""
         net, new = self.net, self.net.parts[-1]
-        logits = net.task_logits(batch.x, batch.task)
+        logits = net.compute_task_logits(batch.x, batch.task)
         losses = {"ce": F.cross_entropy(logits, batch.y - self.classes[batch.task].start)}
         norms = [tau.abs().sum() for part in net.parts for tau in part.tau]
         losses["sparsity"] = self.lambda1 * torch.stack(norms).sum()
@@ -148,7 +148,7 @@ class APD(Method):
             moved = [
                 (anchor - weight).square().sum()
                 for old, anchors in enumerate(self.anchors)
-                for anchor, weight in zip(anchors, net.weights(old))
+                for anchor, weight in zip(anchors, net.compute_weights(old))
             ]
             losses["drift"] = self.lambda2 / 2 * torch.stack(moved).sum()
         decayed = [*new.tau, *new.v, *(net.sigma if batch.task == 0 else [])]
@@ -163,17 +163,19 @@ class APD(Method):
             rows = torch.nonzero(task_id == task).flatten()
             if len(rows):
                 classes = self.classes[task]
-                logits = self.net.task_logits(x[rows], task, self.lambda1)
+                logits = self.net.compute_task_logits(x[rows], task, self.lambda1)
                 scores[rows, classes.start : classes.stop] = logits.to(scores.dtype)
         return scores
 
     @torch.no_grad()
-    def drift(self) -> dict[str, float | None]:
+    def measure_drift(self) -> dict[str, float | None]:
         """L2 distance of old weights, all layers together, to theta_i*: mean and max over the old tasks.
 
         ``drift_relative`` is the largest distance divided by ||theta_i*||. None for the first task.
         """
-        pairs = [(_flat(self.net.weights(old)), _flat(anchors)) for old, anchors in enumerate(self.anchors)]
+        pairs = [
+            (_flatten(self.net.compute_weights(old)), _flatten(anchors)) for old, anchors in enumerate(self.anchors)
+        ]
         if not pairs:
             return {"drift_mean": None, "drift_max": None, "drift_relative": None}
         moved = torch.stack([torch.linalg.vector_norm(now - then) for now, then in pairs])
@@ -194,7 +196,7 @@ class APD(Method):
         local: list[Tensor] = []
         groups = [[NO_GROUP] * num_tasks for _ in net.layers]
         for layer in net.layers:
-            tensors = torch.stack([net.adaptive(i, layer, self.lambda1) for i in range(num_tasks)])
+            tensors = torch.stack([net.get_adaptive(i, layer, self.lambda1) for i in range(num_tasks)])
             # K grows: clusters without a centroid start at the newest tasks
             points = tensors.flatten(1).float().cpu()
             old = self.centroids[layer] if self.centroids else points[:0]
@@ -204,7 +206,7 @@ class APD(Method):
                 members = torch.nonzero(labels == cluster).flatten().tolist()
                 if len(members) == 1:
                     (only,) = members
-                    net.parts[only].tau[layer].copy_(net.adaptive(only, layer))
+                    net.parts[only].tau[layer].copy_(net.get_adaptive(only, layer))
                 elif members:
                     shared, own = split(tensors[members], self.beta)
                     for task, tau in zip(members, own):
@@ -221,11 +223,11 @@ class APD(Method):
             return None
         kept = [*net.sigma, *net.local]
         for part in net.parts:
-            kept += [*part.v, *part.bias, *part.head.parameters(), *self._pruned(part)]
+            kept += [*part.v, *part.bias, *part.head.parameters(), *self._prune(part)]
         base = [*net.sigma, *(part.head.weight for part in net.parts)]
         return sum(int(torch.count_nonzero(p)) for p in kept) / sum(p.numel() for p in base)
 
-    def capacity_as_released(self) -> float | None:
+    def measure_capacity_as_released(self) -> float | None:
         """Capacity as the authors' code and the published numbers count it.
 
         It counts the biases and the head of the newest task only, cuts tau~ at lambda1 as well, and is relative to a
@@ -238,7 +240,7 @@ class APD(Method):
         kept = [*net.sigma, *newest.bias, *newest.head.parameters()]
         kept += [F.hardshrink(shared, self.lambda1) for shared in net.local]
         for part in net.parts:
-            kept += [*part.v, *self._pruned(part)]
+            kept += [*part.v, *self._prune(part)]
         base = [*net.sigma, *(part.head.weight for part in net.parts[:-1])]
         return sum(int(torch.count_nonzero(p)) for p in kept) / sum(p.numel() for p in base)
 
@@ -249,12 +251,12 @@ class APD(Method):
         """
         names = self.history[0] if self.history else {}
         facts: dict[str, Any] = {name: [entry[name] for entry in self.history] for name in names}
-        sparsity = [self.sparsity(task) for task in range(len(self.net.tasks))]
-        return facts | {"capacity_as_released": self.capacity_as_released(), "tau_sparsity": sparsity}
+        sparsity = [self.measure_sparsity(task) for task in range(len(self.net.tasks))]
+        return facts | {"capacity_as_released": self.measure_capacity_as_released(), "tau_sparsity": sparsity}
 
-    def sparsity(self, task: int) -> float:
+    def measure_sparsity(self, task: int) -> float:
         """Share of a task's tau that is 0 at test."""
-        return float((_flat(self._pruned(self.net.parts[task])) == 0).float().mean())
+        return float((_flatten(self._prune(self.net.parts[task])) == 0).float().mean())
 
     def memory_bytes(self) -> int:
         """theta_i* of the old tasks during the last one, and the centroids."""
@@ -276,7 +278,7 @@ class APD(Method):
         self.best_epoch, self.best_accuracy = state["best_epoch"], state["best_accuracy"]
         self.centroids, self.history = list(state["centroids"]), [dict(entry) for entry in state["history"]]
 
-    def _pruned(self, part: TaskPart) -> list[Tensor]:
+    def _prune(self, part: TaskPart) -> list[Tensor]:
         return [F.hardshrink(tau, self.lambda1) for tau in part.tau]
 
     def _forget_best(self) -> None:
@@ -286,16 +288,16 @@ class APD(Method):
     def _keep_best(self, epoch: int, task: Task, trained: list[nn.Parameter]) -> None:
         """Remember the trained parameters if no earlier epoch was better on validation images."""
         if len(task.val) and epoch >= self.epochs - CANDIDATES:
-            accuracy = self._accuracy(task.val, task)
+            accuracy = self._measure_accuracy(task.val, task)
             if accuracy >= self.best_accuracy:
                 self.best = [p.detach().clone() for p in trained]
                 self.best_epoch, self.best_accuracy = epoch, accuracy
 
-    def _accuracy(self, data: Data, task: Task) -> float:
+    def _measure_accuracy(self, data: Data, task: Task) -> float:
         """Share of correct predictions of the task's own head, as at test."""
         right = 0
         for chunk in data.split(CHUNK):
-            logits = self.net.task_logits(self.transform.normalise(chunk.images), task.id, self.lambda1)
+            logits = self.net.compute_task_logits(self.transform.normalise(chunk.images), task.id, self.lambda1)
             right += int((logits.argmax(dim=1) + task.classes.start == chunk.labels).sum())
         return right / len(data)
 
@@ -324,5 +326,5 @@ def run_k_means(points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(found.labels_), torch.from_numpy(found.cluster_centers_)
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+def _flatten(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])

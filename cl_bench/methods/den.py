@@ -110,39 +110,41 @@ class DynamicallyExpandable(Method):
     def learn(self, task: Task) -> Iterator[Phase]:
         """The first task's phase, or the phases (a), (b) and (c); the result of each decides what follows."""
         net = self.net
-        self._old = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in net.hidden()]
+        self._old = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in net.list_hidden()]
         net.add_head(len(task.classes))
         none = [0] * len(net.widths)
         note: dict[str, Any] = {"task": task.id, "selected": None, "loss": None, "expanded": False}
         note |= {"added": none, "removed": none, "split": none, "drifted": none}
         if task.id == 0:
-            yield self._phase(task, self.observe, [select_all(layer) for layer in net.path()], self.shrink_weights)
+            yield self._build_phase(
+                task, self.observe, [select_all(layer) for layer in net.list_path()], self.shrink_weights
+            )
         else:
-            yield self._phase(
+            yield self._build_phase(
                 task,
                 self.observe_head,
-                [*map(select_nothing, net.hidden()), select_all(net.path()[-1])],
+                [*map(select_nothing, net.list_hidden()), select_all(net.list_path()[-1])],
                 self.shrink_head,
             )
 
-            selected = find_connected([layer.weight.detach() for layer in net.path()])
-            self._chosen = select_between(net.path(), selected)
+            selected = find_connected([layer.weight.detach() for layer in net.list_path()])
+            self._chosen = select_between(net.list_path(), selected)
             note["selected"] = [int(which.sum()) for which in selected]
-            yield self._phase(task, self.observe_selected, self._chosen, None)
+            yield self._build_phase(task, self.observe_selected, self._chosen, None)
 
-            note["loss"] = self.loss(task.train)
+            note["loss"] = self.measure_loss(task.train)
             if note["loss"] > self.tau:
                 note["expanded"], note["added"] = True, [self.units] * len(none)
-                before = [tuple(layer.weight.shape[:2]) for layer in net.path()]
+                before = [tuple(layer.weight.shape[:2]) for layer in net.list_path()]
                 net.grow(self.units)
-                new = [select_new(layer, *shape) for layer, shape in zip(net.path(), before)]
-                yield self._phase(task, self.observe, new, self.shrink_new)
+                new = [select_new(layer, *shape) for layer, shape in zip(net.list_path(), before)]
+                yield self._build_phase(task, self.observe, new, self.shrink_new)
                 useless = self.find_useless()
                 note["removed"] = [len(which) for which in useless]
                 net.remove(useless)
 
-            edges = [select_connections(layer) for layer in net.path()]
-            yield self._phase(task, self.observe_drift, edges, None)
+            edges = [select_connections(layer) for layer in net.list_path()]
+            yield self._build_phase(task, self.observe_drift, edges, None)
 
             rho = self.measure_drifts()
             note["drifted"] = [int((r > self.sigma).sum()) for r in rho]
@@ -151,52 +153,54 @@ class DynamicallyExpandable(Method):
             if any(note["split"]):
                 edges = duplicate(edges, which)
                 net.split(which, self._old)
-                yield self._phase(task, self.observe_drift, edges, None)
-        self.history.append(note | self.size())
+                yield self._build_phase(task, self.observe_drift, edges, None)
+        self.history.append(note | self.measure_size())
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
     def observe(self, batch: Batch) -> Losses:
         """L: the newest head on all units."""
-        return self._add_to_total(batch, {"ce": self._ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)})
+        return self._add_to_total(
+            batch, {"ce": self._compute_ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)}
+        )
 
     def observe_head(self, batch: Batch) -> Losses:
         """L for the head alone: the layers below are frozen."""
         with torch.no_grad():
-            features = self.net.features_at(batch.x, batch.task)
-        head = self.net.head(batch.task)
-        return self._add_to_total(batch, {"ce": self._ce(head(features, len(head.bias)), batch.y, batch.task)})
+            features = self.net.extract_features_at(batch.x, batch.task)
+        head = self.net.get_head(batch.task)
+        return self._add_to_total(batch, {"ce": self._compute_ce(head(features, len(head.bias)), batch.y, batch.task)})
 
     def observe_selected(self, batch: Batch) -> Losses:
         """L + nu/2 |W_S|^2."""
-        losses = {"ce": self._ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)}
-        squares = [(layer.weight * mask).square().sum() for layer, (mask, _) in zip(self.net.path(), self._chosen)]
+        losses = {"ce": self._compute_ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)}
+        squares = [(layer.weight * mask).square().sum() for layer, (mask, _) in zip(self.net.list_path(), self._chosen)]
         return self._add_to_total(batch, losses | {"l2": self.l2 / 2 * torch.stack(squares).sum()})
 
     def observe_drift(self, batch: Batch) -> Losses:
         """L + lambda/2 |W - W^{t-1}|^2 over the weights and biases of W^{t-1}."""
-        losses = {"ce": self._ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)}
-        squares = [torch.cat([w.flatten(), b]).square().sum() for w, b in self._moved()]
+        losses = {"ce": self._compute_ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)}
+        squares = [torch.cat([w.flatten(), b]).square().sum() for w, b in self._compute_drift()]
         return self._add_to_total(batch, losses | {"drift": self.drift / 2 * torch.stack(squares).sum()})
 
     @torch.no_grad()
-    def loss(self, data: Data) -> float:
+    def measure_loss(self, data: Data) -> float:
         """Mean L over un-augmented images; the network expands if it is above tau."""
         task = len(self.net.heads) - 1
         total = 0.0
         for chunk in data.split(CHUNK):
             logits = self.net.answer(self.transform.normalise(chunk.images), task)
-            total += float(self._ce(logits, chunk.labels, task)) * len(chunk)
+            total += float(self._compute_ce(logits, chunk.labels, task)) * len(chunk)
         return total / len(data)
 
-    def _ce(self, logits: Tensor, y: Tensor, task: int) -> Tensor:
-        return F.cross_entropy(logits, y - self.net.classes(task).start)
+    def _compute_ce(self, logits: Tensor, y: Tensor, task: int) -> Tensor:
+        return F.cross_entropy(logits, y - self.net.get_classes(task).start)
 
-    def _moved(self) -> list[Mask]:
+    def _compute_drift(self) -> list[Mask]:
         """W - W^{t-1} of each hidden layer, in the shape of W^{t-1}."""
         return [
             (layer.weight[: len(w), : w.shape[1]] - w, layer.bias[: len(b)] - b)
-            for layer, (w, b) in zip(self.net.hidden(), self._old)
+            for layer, (w, b) in zip(self.net.list_hidden(), self._old)
         ]
 
     def _add_to_total(self, batch: Batch, losses: Losses) -> Losses:
@@ -207,7 +211,7 @@ class DynamicallyExpandable(Method):
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
-    def _phase(
+    def _build_phase(
         self, task: Task, observe: Callable[[Batch], Losses], masks: list[Mask], proximal: Callable[[], None] | None
     ) -> Phase:
         """Train the entries of ``masks`` only: after each optimizer step all others are reset."""
@@ -216,7 +220,7 @@ class DynamicallyExpandable(Method):
         self.images.zero_()
         parts = [
             (parameter, mask, parameter.detach().clone())
-            for layer, pair in zip(self.net.path(), masks)
+            for layer, pair in zip(self.net.list_path(), masks)
             for parameter, mask in zip((layer.weight, layer.bias), pair)
             if mask.any()
         ]
@@ -230,10 +234,10 @@ class DynamicallyExpandable(Method):
                 parameter.copy_(torch.where(mask, parameter, start))
 
         return Phase(
-            task.train, observe, [part[0] for part in parts], after_step=after_step, after_epoch=self._converged
+            task.train, observe, [part[0] for part in parts], after_step=after_step, after_epoch=self._has_converged
         )
 
-    def _converged(self, epoch: int) -> bool:
+    def _has_converged(self, epoch: int) -> bool:
         """Record the epoch's mean loss; True if the newer half of the window is no better than the older."""
         self.losses.copy_(torch.cat([self.losses[1:], (self.total / self.images)[None]]))
         self.total.zero_()
@@ -243,18 +247,18 @@ class DynamicallyExpandable(Method):
 
     def shrink_weights(self) -> None:
         """mu |W|_1, first task."""
-        for layer in self.net.path():
-            layer.weight.copy_(soft_threshold(layer.weight, self.l1))
+        for layer in self.net.list_path():
+            layer.weight.copy_(apply_soft_threshold(layer.weight, self.l1))
 
     def shrink_head(self) -> None:
         """mu |o|_1."""
-        head = self.net.path()[-1]
-        head.weight.copy_(soft_threshold(head.weight, self.l1))
+        head = self.net.list_path()[-1]
+        head.weight.copy_(apply_soft_threshold(head.weight, self.l1))
 
     def shrink_new(self) -> None:
         """mu |W^N|_1 + gamma sum_g |W^N_g|_2; old entries are reset after this."""
         self.shrink_weights()
-        for layer in self.net.hidden():
+        for layer in self.net.list_hidden():
             new = layer.weight[-self.units :]
             new.copy_(shrink_groups(new, self.group_lasso))
 
@@ -262,13 +266,13 @@ class DynamicallyExpandable(Method):
         """The units just added whose incoming weights are all 0."""
         return [
             len(layer.bias) - self.units + (layer.weight[-self.units :].flatten(1) == 0).all(1).nonzero().flatten()
-            for layer in self.net.hidden()
+            for layer in self.net.list_hidden()
         ]
 
     @torch.no_grad()
     def measure_drifts(self) -> list[Tensor]:
         """rho of each hidden layer's units in W^{t-1}, (n,)."""
-        return [torch.cat([w.flatten(1), b[:, None]], dim=1).norm(dim=1) for w, b in self._moved()]
+        return [torch.cat([w.flatten(1), b[:, None]], dim=1).norm(dim=1) for w, b in self._compute_drift()]
 
     # -- answers and facts -----------------------------------------------------------------------------------------
 
@@ -279,12 +283,12 @@ class DynamicallyExpandable(Method):
         scores = x.new_full((len(x), self.net.num_classes), -torch.inf)
         for task in range(len(self.net.heads)):
             own = task_id == task
-            scores[own, self.net.classes(task)] = self.net.answer(x[own], task).to(scores.dtype)
+            scores[own, self.net.get_classes(task)] = self.net.answer(x[own], task).to(scores.dtype)
         return scores
 
-    def size(self) -> dict[str, Any]:
+    def measure_size(self) -> dict[str, Any]:
         """Units, non-zero weights and biases of all layers and heads, capacity, and the fraction of zero weights."""
-        layers = [*self.net.hidden(), *(self.net.head(t) for t in range(len(self.net.heads)))]
+        layers = [*self.net.list_hidden(), *(self.net.get_head(t) for t in range(len(self.net.heads)))]
         weights = sum(layer.weight.numel() for layer in layers)
         nonzero = sum(int(layer.weight.count_nonzero()) for layer in layers)
         parameters = nonzero + sum(int(layer.bias.count_nonzero()) for layer in layers)
@@ -297,7 +301,7 @@ class DynamicallyExpandable(Method):
 
     def capacity(self) -> float:
         """Non-zero parameters relative to all parameters of the base network with one head over all classes."""
-        return self.size()["capacity"]
+        return self.measure_size()["capacity"]
 
     def facts(self) -> dict[str, Any]:
         """What each task changed in the network; lists have one entry per hidden layer."""
@@ -316,7 +320,7 @@ class DynamicallyExpandable(Method):
         self.history = list(state["history"])
 
 
-def soft_threshold(weight: Tensor, threshold: float) -> Tensor:
+def apply_soft_threshold(weight: Tensor, threshold: float) -> Tensor:
     """The proximal step of threshold * |w|_1: sign(w) max(|w| - threshold, 0)."""
     return weight.sign() * (weight.abs() - threshold).clamp(min=0)
 

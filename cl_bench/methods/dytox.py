@@ -114,7 +114,7 @@ class DyToxRule(RehearsalMethod):
         order = (
             partial(repeat_images, len(data), self.repeated_augmentation) if self.repeated_augmentation > 1 else None
         )
-        yield Phase(data, self.observe, self._freeze(self.net.old_parameters()), order=order)
+        yield Phase(data, self.observe, self._freeze(self.net.list_old_parameters()), order=order)
 
         self.auxiliary = self.teacher = None
         self.buffer.close_task(task, self.describe)
@@ -123,7 +123,7 @@ class DyToxRule(RehearsalMethod):
             yield Phase(
                 exemplars,
                 self.observe,
-                self._freeze(self.net.encoder_parameters()),
+                self._freeze(self.net.list_encoder_parameters()),
                 epochs=self.finetune_epochs,
                 lr=self.finetune_lr,
                 schedule=lambda epoch, epochs: 1.0,
@@ -139,8 +139,8 @@ class DyToxRule(RehearsalMethod):
     def terms(self, inputs: Inputs, task: int) -> Terms:
         """The weighted terms; the fine-tuning phase has no teacher and no auxiliary classifier, so L_clf only."""
         x, targets = inputs["x"], inputs["targets"]
-        embeddings = self.net.embeddings(x)
-        logits = self.net.logits(embeddings).float()
+        embeddings = self.net.compute_embeddings(x)
+        logits = self.net.classify(embeddings).float()
         new = self.net.sizes[-1]
         old = logits.shape[1] - new
         share = old / logits.shape[1] if self.teacher is not None else 0.0  # a
@@ -167,8 +167,8 @@ class DyToxRule(RehearsalMethod):
 
     def describe(self, x: Tensor, y: Tensor) -> Columns:
         """The embeddings of all tasks, for herding, and the confidence, which other per-class buffers rank by."""
-        embeddings = self.net.embeddings(x)
-        probabilities = self.net.logits(embeddings).float().sigmoid()
+        embeddings = self.net.compute_embeddings(x)
+        probabilities = self.net.classify(embeddings).float().sigmoid()
         return {
             "features": torch.cat(embeddings, dim=1),
             "confidence": probabilities.gather(1, y[:, None]).squeeze(1),

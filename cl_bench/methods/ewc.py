@@ -72,16 +72,16 @@ class EWC(FunctionalMethod):
     def learn(self, task: Task) -> Iterator[Phase]:
         """One phase, then the Fisher information."""
         yield Phase(task.train, self.observe, self.net.parameters())
-        self._consolidate(self.fisher_information(task))
+        self._consolidate(self.measure_fisher_information(task))
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
         """Cross-entropy of the stream, and the penalty."""
         losses = {"ce": F.cross_entropy(self.net(inputs["x"]), inputs["y"])}
         if task > 0:
-            losses["pull"] = self.strength / 2 * self.penalty()
+            losses["pull"] = self.strength / 2 * self.compute_penalty()
         return losses, {}
 
-    def penalty(self) -> Tensor:
+    def compute_penalty(self) -> Tensor:
         """Sum of P (theta - C)^2 over all weights."""
         drifts = self.snapshot.drifts(self.net.parameters())
         pulls = [(precision * drift.square()).sum() for precision, drift in zip(self.snapshot.importance, drifts)]
@@ -92,7 +92,7 @@ class EWC(FunctionalMethod):
         return self.snapshot.nbytes
 
     @torch.no_grad()
-    def fisher_information(self, task: Task) -> list[Tensor]:
+    def measure_fisher_information(self, task: Task) -> list[Tensor]:
         """The diagonal Fisher information of each parameter at the current weights, over a task's training images."""
         names = [name for name, _ in self.net.named_parameters()]
         weights = {name: p.detach() for name, p in self.net.named_parameters()}

@@ -74,7 +74,7 @@ class ICaRL(RehearsalMethod):
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K), minus the distance to each class's mean."""
-        distances = torch.cdist(self._features(x), self.means)
+        distances = torch.cdist(self._normalise_features(x), self.means)
         return -distances.masked_fill(~self.known, torch.inf)
 
     def alternatives(self) -> dict[str, Predict]:
@@ -85,7 +85,7 @@ class ICaRL(RehearsalMethod):
         """The old network and the class means."""
         return self.teacher.nbytes + self.means.nbytes
 
-    def _features(self, x: Tensor) -> Tensor:
+    def _normalise_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D) of unit length."""
         return F.normalize(self.net.features(x).to(self.means.dtype), dim=1)
 
@@ -93,7 +93,7 @@ class ICaRL(RehearsalMethod):
     def _measure_means(self) -> None:
         exemplars = self.buffer.data()
         features = torch.cat(
-            [self._features(self.buffer.transform.normalise(c.images)) for c in exemplars.split(CHUNK)]
+            [self._normalise_features(self.buffer.transform.normalise(c.images)) for c in exemplars.split(CHUNK)]
         )
         sums = torch.zeros_like(self.means).index_add_(0, exemplars.labels, features)
         self.means.copy_(F.normalize(sums, dim=1))

@@ -134,22 +134,24 @@ class LifelongViT(RehearsalMethod):
             losses["injection"] = F.cross_entropy(self.injecting(new), y)  # L_It
         answers = self.answering(new)
         if self.accumulation_head:
-            losses["accumulation"] = self.rate(task) * F.cross_entropy(answers, y)  # r(t) L_At
+            losses["accumulation"] = self.get_new_weight(task) * F.cross_entropy(answers, y)  # r(t) L_At
         if "y_m" in inputs:
             logits = self.answering(old)
             losses["replay"] = self.alpha * F.cross_entropy(logits, inputs["y_m"])  # L_r
-            losses["distillation"] = self.beta * self._distil(logits.to(inputs["z_m"].dtype), inputs["z_m"])  # L_d
+            losses["distillation"] = self.beta * self._compute_distillation(
+                logits.to(inputs["z_m"].dtype), inputs["z_m"]
+            )  # L_d
         if self.inter_task and task > 0:
-            losses["attention"] = self.gamma * self.penalty()  # L_a
+            losses["attention"] = self.gamma * self.compute_penalty()  # L_a
         return losses, {"logits": answers.detach()}
 
-    def rate(self, task: int) -> float:
+    def get_new_weight(self, task: int) -> float:
         """r(t), t = task + 1."""
         if task == 0:
             return 1.0
         return max(self.new_weight, 0.9**task) if self.new_weight_rule == "decay" else self.new_weight
 
-    def penalty(self) -> Tensor:
+    def compute_penalty(self) -> Tensor:
         """L_a without its weight: mean |g (p - p_old)| over all entries of keys and biases; 0 for an unchanged net."""
         drifts = self.snapshot.drifts(self.net.keys_and_biases())
         weighted = [(g * drift).abs().flatten() for g, drift in zip(self.snapshot.importance, drifts)]
@@ -172,7 +174,7 @@ class LifelongViT(RehearsalMethod):
         """(B, C, H, W) -> (B, K), logits of :attr:`answering`."""
         return self.answering(self.net.features(x))
 
-    def _distil(self, logits: Tensor, stored: Tensor) -> Tensor:
+    def _compute_distillation(self, logits: Tensor, stored: Tensor) -> Tensor:
         """L_d of logits (B, K) and stored logits (B, K) -> scalar, mean over images."""
         if self.distillation == "mse":
             return F.mse_loss(logits, stored)

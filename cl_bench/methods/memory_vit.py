@@ -104,7 +104,7 @@ class LearnableMemory(FunctionalMethod):
                 optimizer=self.optimizer,
             )
         self.net.add_task(len(task.classes))
-        yield Phase(task.train, self.observe, self.net.newest())
+        yield Phase(task.train, self.observe, self.net.list_newest())
         self._measure_means(task.train)
 
     def observe_warm_up(self, batch: Batch) -> Losses:
@@ -114,15 +114,15 @@ class LearnableMemory(FunctionalMethod):
     def terms(self, inputs: Inputs, task: int) -> Terms:
         """Cross-entropy over the new task's classes."""
         first = sum(self.net.sizes[:-1])
-        return {"ce": F.cross_entropy(self.net.newest_logits(inputs["x"]), inputs["y"] - first)}, {}
+        return {"ce": F.cross_entropy(self.net.compute_newest_logits(inputs["x"]), inputs["y"] - first)}, {}
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K) by ``rule``; with a known task id all logits, from which head t is taken."""
-        return self.net(x) if task_id is not None else self._rules()[self.rule](x, None)
+        return self.net(x) if task_id is not None else self._list_rules()[self.rule](x, None)
 
     def alternatives(self) -> dict[str, Predict]:
         """The rules other than ``rule``."""
-        return {name: rule for name, rule in self._rules().items() if name != self.rule}
+        return {name: rule for name, rule in self._list_rules().items() if name != self.rule}
 
     def argmax(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K), the concatenated logits."""
@@ -156,7 +156,7 @@ class LearnableMemory(FunctionalMethod):
         """Class means, which only ``nearest_mean`` reads."""
         return self.means.nbytes
 
-    def _rules(self) -> dict[str, Predict]:
+    def _list_rules(self) -> dict[str, Predict]:
         return {"argmax": self.argmax, "energy": self.energy, "nearest_mean": self.nearest_mean}
 
     @torch.no_grad()

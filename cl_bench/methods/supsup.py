@@ -11,7 +11,7 @@ A network of fixed random weights W; for each task i a binary mask M^i is learne
     H         = entropy of softmax(p(alpha))
     G         = logsumexp of p(alpha), the gradient through the first l outputs blocked
     oneshot   : task = argmin_i d H / d alpha_i  (or G)  at alpha = 1 / k
-    binary    : keep ceil(live / 2) of the live tasks, those of the smallest gradient at alpha = 1 / live, until 1 is left
+    binary    : keep the ceil(live / 2) live tasks of the smallest gradient at alpha = 1 / live, until one is left
 
 With the task id (Task-IL) this is the paper's scenario GG. Without (Class-IL) it is GNu: task and class must be right.
 If the scenario's tasks share their labels, it is GNs without: the class must be right, whatever mask predicts it. The
@@ -150,7 +150,7 @@ class Superposition(Method):
         deciding = x if n is None else x[:n]
 
         def slopes(alpha: Tensor) -> Tensor:
-            each = self.gradients(deciding, alpha, objective)
+            each = self.compute_gradients(deciding, alpha, objective)
             return each if n is None else each.mean(dim=0, keepdim=True)
 
         alpha = x.new_full((k,), 1 / k)
@@ -164,14 +164,14 @@ class Superposition(Method):
         return live.squeeze(1).expand(len(x))
 
     @torch.no_grad()
-    def gradients(self, x: Tensor, alpha: Tensor, objective: str) -> Tensor:
+    def compute_gradients(self, x: Tensor, alpha: Tensor, objective: str) -> Tensor:
         """(B, k) derivatives of each image's own H or G with respect to alpha, (k,) for all or (B, k), in fp32."""
-        measure = self.entropy if objective == "H" else self.superfluous_mass
+        measure = self.compute_entropy if objective == "H" else self.compute_superfluous_mass
 
         def of_one(alpha: Tensor, image: Tensor) -> Tensor:
             return measure(self.net(image[None], alpha)).squeeze(0)
 
-        chunk = max(1, get_pass_bytes(x.device, GRADIENT_BYTES) // (4 * sum(self.net.weights().values())))
+        chunk = max(1, get_pass_bytes(x.device, GRADIENT_BYTES) // (4 * sum(self.net.count_weights().values())))
         each: Callable[[Tensor, Tensor], Tensor] = torch.func.vmap(
             torch.func.grad(of_one), in_dims=(0 if alpha.dim() == 2 else None, 0), chunk_size=chunk
         )
@@ -179,12 +179,12 @@ class Superposition(Method):
             return each(alpha, x)
 
     @staticmethod
-    def entropy(logits: Tensor) -> Tensor:
+    def compute_entropy(logits: Tensor) -> Tensor:
         """H: (B, outputs) -> (B,), over all outputs."""
         log_p = logits.log_softmax(dim=1)
         return -(log_p.exp() * log_p).sum(dim=1)
 
-    def superfluous_mass(self, logits: Tensor) -> Tensor:
+    def compute_superfluous_mass(self, logits: Tensor) -> Tensor:
         """G: (B, outputs) -> (B,) logsumexp; only the superfluous outputs have gradients.
 
         Its gradient is softmax(p) there, which is the gradient of the cross-entropy for any label.
@@ -194,15 +194,15 @@ class Superposition(Method):
     def memory_bytes(self) -> int:
         """Packed masks and BatchNorm statistics of the tasks learned, and the mean scores if they are kept."""
         net = self.net
-        return int(net.learned) * (net.mask_bytes() + net.norm_bytes()) + net.mean_score_bytes()
+        return int(net.learned) * (net.count_mask_bytes() + net.count_norm_bytes()) + net.count_mean_score_bytes()
 
     def capacity(self) -> float:
         """Bytes of the fp32 weights and of :meth:`memory_bytes`, relative to those of the weights."""
-        return 1 + self.memory_bytes() / (4 * sum(self.net.weights().values()))
+        return 1 + self.memory_bytes() / (4 * sum(self.net.count_weights().values()))
 
     def facts(self) -> dict[str, Any]:
         """The number of weights, how many each mask keeps, and bytes per task."""
-        kept, weights = self.net.kept(), self.net.weights()
+        kept, weights = self.net.count_kept(), self.net.count_weights()
         totals = [sum(layer) for layer in zip(*kept.values())]
         return {
             "weights": sum(weights.values()),
@@ -211,10 +211,10 @@ class Superposition(Method):
             "density_of_layers": {
                 name: sum(counts) / (len(counts) * weights[name]) for name, counts in kept.items() if counts
             },
-            "mask_bytes_a_task": self.net.mask_bytes(),
-            "norm_bytes_a_task": self.net.norm_bytes(),
+            "mask_bytes_a_task": self.net.count_mask_bytes(),
+            "norm_bytes_a_task": self.net.count_norm_bytes(),
             "index_bytes": 2 * sum(totals),
-            "mean_score_bytes": self.net.mean_score_bytes(),
+            "mean_score_bytes": self.net.count_mean_score_bytes(),
         }
 
 
@@ -260,7 +260,7 @@ class SupSup(Superposition):
     def learn(self, task: Task) -> Iterator[Phase]:
         """New scores, one phase that trains only them, then the mask is stored."""
         self.net.open_task()
-        yield Phase(task.train, self.observe, self.net.scores())
+        yield Phase(task.train, self.observe, self.net.list_scores())
         self.net.close_task()
 
     def observe(self, batch: Batch) -> Losses:
@@ -323,16 +323,16 @@ class SupSupNNs(Superposition):
             objective=objective,
             deciding_images=None,
         )
-        if self.net.norms():
+        if self.net.list_norms():
             raise ConfigError(
                 "backbone",
                 expected="a network without BatchNorm, because its statistics are not stored with the scores",
-                got=f"{len(self.net.norms())} BatchNorm layers",
+                got=f"{len(self.net.list_norms())} BatchNorm layers",
                 fix="Use backbone=mlp.",
             )
         self.transform, self.floor, self.epsilon = scenario.transform, floor, epsilon
         self.check_every, self.batch_size, self.epochs = check_every, batch_size, epochs
-        for i, layer in enumerate(self.net.layers().values()):
+        for i, layer in enumerate(self.net.list_layers().values()):
             self.register_buffer(f"bank_{i}", layer.scores.new_empty(max_masks, *layer.scores.shape))
         for number in range(max_masks):
             self.net.open_task()
@@ -346,7 +346,7 @@ class SupSupNNs(Superposition):
             first = part[: self.batch_size].to(task.train.labels.device)
             number = self.choose(self.transform.normalise(task.train.images[first]))
             self._load(number)
-            yield Phase(task.train, self.observe, self.net.scores(), epochs=1, order=partial(_use_order, part))
+            yield Phase(task.train, self.observe, self.net.list_scores(), epochs=1, order=partial(_use_order, part))
             self._keep(number)
             self.net.learned.clamp_(min=number + 1)
             self.visits[task.id, number] += 1
@@ -361,7 +361,7 @@ class SupSupNNs(Superposition):
         if made == 0:
             return 0
         k = max(made, self.floor)
-        nu = (-self.gradients(x, x.new_full((k,), 1 / k), "H").mean(dim=0)).softmax(dim=0)
+        nu = (-self.compute_gradients(x, x.new_full((k,), 1 / k), "H").mean(dim=0)).softmax(dim=0)
         likeliest = int(nu.argmax())
         if made < room and (k * float(nu.max()) < 1 + self.epsilon or likeliest >= made):
             return made
@@ -370,19 +370,19 @@ class SupSupNNs(Superposition):
     @torch.no_grad()
     def _load(self, number: int) -> None:
         """Load the scores of a mask."""
-        for i, layer in enumerate(self.net.layers().values()):
+        for i, layer in enumerate(self.net.list_layers().values()):
             layer.scores.copy_(self.get_buffer(f"bank_{i}")[number])
 
     @torch.no_grad()
     def _keep(self, number: int) -> None:
         """Store the scores as those of a mask, and the mask."""
-        for i, layer in enumerate(self.net.layers().values()):
+        for i, layer in enumerate(self.net.list_layers().values()):
             self.get_buffer(f"bank_{i}")[number] = layer.scores
             layer.store(number)
 
     def memory_bytes(self) -> int:
         """Masks made, and their fp32 scores, since any mask may be trained again."""
-        return super().memory_bytes() + int(self.net.learned) * 4 * sum(self.net.weights().values())
+        return super().memory_bytes() + int(self.net.learned) * 4 * sum(self.net.count_weights().values())
 
     def facts(self) -> dict[str, Any]:
         """Also the masks that each task trained."""

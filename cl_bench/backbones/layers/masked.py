@@ -103,12 +103,12 @@ class MaskedLayer(nn.Module):
     @torch.no_grad()
     def store(self, task: int) -> None:
         """Store the mask of the scores as that of ``task``, which is the number of tasks stored before."""
-        self.packed[task] = pack(self.hard_mask().flatten())
+        self.packed[task] = pack(self.compute_mask().flatten())
         if self.mean_scores is not None:
             self.mean_scores += (self.scores - self.mean_scores) / (task + 1)
 
     @torch.no_grad()
-    def hard_mask(self) -> Tensor:
+    def compute_mask(self) -> Tensor:
         """The mask of the scores, bool, in the shape of the weights."""
         if self.rule == "threshold":
             return self.scores >= 0
@@ -116,12 +116,12 @@ class MaskedLayer(nn.Module):
         mask[self.scores.abs().flatten().topk(self.kept, sorted=False).indices] = True
         return mask.view(self.scores.shape)
 
-    def weight(self) -> Tensor:
+    def mask_weight(self) -> Tensor:
         """The weights times the selected mask."""
         which, fixed = self.selection.which, self.layer.weight
         if which is None:
             scores = self.scores if self.rule == "threshold" else self.scores.abs()
-            return fixed * _StraightThrough.apply(scores, self.hard_mask())
+            return fixed * _StraightThrough.apply(scores, self.compute_mask())
         if isinstance(which, int):
             return fixed * unpack(self.packed[which], fixed.numel()).view(fixed.shape)
         masked = fixed.flatten() * unpack(self.packed[: len(which)], fixed.numel())  # (k, n)
@@ -129,7 +129,7 @@ class MaskedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of ``layer`` with the masked weights."""
-        return torch.func.functional_call(self.layer, {"weight": self.weight()}, (x,))
+        return torch.func.functional_call(self.layer, {"weight": self.mask_weight()}, (x,))
 
 
 class TaskBatchNorm(nn.Module):
@@ -209,7 +209,7 @@ class MaskedNet(nn.Module):
         self.selection = Selection()
         for parameter in net.parameters():
             parameter.requires_grad_(False)
-        names = called_layers(net, image_shape)
+        names = find_called_layers(net, image_shape)
         head = net.get_submodule(names[-1])
         if not isinstance(head, nn.Linear):
             raise ConfigError(
@@ -226,7 +226,7 @@ class MaskedNet(nn.Module):
                 layer,
                 num_tasks=num_tasks,
                 rule=rule,
-                kept=kept_weights(layer.weight.shape, budget),
+                kept=count_kept_weights(layer.weight.shape, budget),
                 mean_scores=mean_scores,
                 selection=self.selection,
             )
@@ -237,31 +237,31 @@ class MaskedNet(nn.Module):
         self.net = net
         self.register_buffer("learned", torch.zeros((), dtype=torch.int64, device=head.weight.device))
 
-    def layers(self) -> dict[str, MaskedLayer]:
+    def list_layers(self) -> dict[str, MaskedLayer]:
         """The masked layers by name."""
         return {name: m for name, m in self.net.named_modules() if isinstance(m, MaskedLayer)}
 
-    def norms(self) -> list[TaskBatchNorm]:
+    def list_norms(self) -> list[TaskBatchNorm]:
         """The normalisation layers, which have statistics per task."""
         return [m for m in self.net.modules() if isinstance(m, TaskBatchNorm)]
 
-    def scores(self) -> list[nn.Parameter]:
+    def list_scores(self) -> list[nn.Parameter]:
         """The trained parameters: one real number per weight."""
-        return [layer.scores for layer in self.layers().values()]
+        return [layer.scores for layer in self.list_layers().values()]
 
     def open_task(self) -> None:
         """New scores and statistics."""
-        for layer in self.layers().values():
+        for layer in self.list_layers().values():
             layer.open(int(self.learned))
-        for norm in self.norms():
+        for norm in self.list_norms():
             norm.open()
 
     def close_task(self) -> None:
         """Store mask and statistics; they never change again."""
         task = int(self.learned)
-        for layer in self.layers().values():
+        for layer in self.list_layers().values():
             layer.store(task)
-        for norm in self.norms():
+        for norm in self.list_norms():
             norm.store(task)
         self.learned += 1
 
@@ -270,41 +270,41 @@ class MaskedNet(nn.Module):
         with self.selection.use(which):
             return self.net(x)
 
-    def kept(self) -> dict[str, list[int]]:
+    def count_kept(self) -> dict[str, list[int]]:
         """Number of weights that each stored mask keeps, per layer."""
-        layers, learned = self.layers(), int(self.learned)
+        layers, learned = self.list_layers(), int(self.learned)
         return {
             name: unpack(layer.packed[:learned], layer.scores.numel()).sum(1).tolist() for name, layer in layers.items()
         }
 
-    def weights(self) -> dict[str, int]:
+    def count_weights(self) -> dict[str, int]:
         """Number of weights per layer."""
-        return {name: layer.scores.numel() for name, layer in self.layers().items()}
+        return {name: layer.scores.numel() for name, layer in self.list_layers().items()}
 
-    def mask_bytes(self) -> int:
+    def count_mask_bytes(self) -> int:
         """Bytes of one task's stored mask, one bit per weight."""
-        return sum(layer.packed.shape[1] for layer in self.layers().values())
+        return sum(layer.packed.shape[1] for layer in self.list_layers().values())
 
-    def norm_bytes(self) -> int:
+    def count_norm_bytes(self) -> int:
         """Bytes of one task's BatchNorm statistics."""
-        return sum(norm.mean.nbytes + norm.var.nbytes for norm in self.norms())
+        return sum(norm.mean.nbytes + norm.var.nbytes for norm in self.list_norms())
 
-    def mean_score_bytes(self) -> int:
+    def count_mean_score_bytes(self) -> int:
         """Bytes of the mean scores, 0 if they are not stored."""
-        return sum(layer.mean_scores.nbytes for layer in self.layers().values() if layer.mean_scores is not None)
+        return sum(layer.mean_scores.nbytes for layer in self.list_layers().values() if layer.mean_scores is not None)
 
 
-def density(shape: torch.Size, budget: float) -> float:
+def compute_density(shape: torch.Size, budget: float) -> float:
     """Fraction of a layer's weights (c_out, c_in, ...) that the Erdos-Renyi rule keeps, at most a half."""
     return min(0.5, budget * (shape[0] + shape[1]) / shape.numel())
 
 
-def kept_weights(shape: torch.Size, budget: float) -> int:
-    """The number of weights of :func:`density`, rounded as in the authors' code: n - floor((1 - density) n)."""
-    return shape.numel() - int((1 - density(shape, budget)) * shape.numel())
+def count_kept_weights(shape: torch.Size, budget: float) -> int:
+    """The number of weights of :func:`compute_density`, rounded as in the authors' code: n - floor((1 - density) n)."""
+    return shape.numel() - int((1 - compute_density(shape, budget)) * shape.numel())
 
 
-def called_layers(net: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:
+def find_called_layers(net: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:
     """Names of the convolutions and linear layers, in the order of their first call in a forward pass.
 
     A layer that the output does not depend on (e.g. a second head) is not called.
