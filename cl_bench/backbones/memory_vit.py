@@ -116,12 +116,8 @@ class MemoryViT(Backbone):
         require(class_token or memory == 0, "class_token", expected=expected, got=class_token, fix=fix)
         expected, fix = "null with pretrained=true", "Choose one of them."
         require(not (pretrained and checkpoint), "checkpoint", expected=expected, got=checkpoint, fix=fix)
-        self.attention, self.num_memory, self.class_token, self.num_classes = (
-            attention,
-            memory,
-            class_token,
-            num_classes,
-        )
+        self.attention, self.num_memory = attention, memory
+        self.class_token, self.num_classes = class_token, num_classes
         self.source: str | None = None
         scale, shift = torch.ones(image_shape[0]), torch.zeros(image_shape[0])
         if pretrained or checkpoint:
@@ -139,12 +135,11 @@ class MemoryViT(Backbone):
                 num_classes=0,
                 image_shape=image_shape,
             )
-        self.register_buffer("scale", scale[:, None, None], persistent=False)
-        self.register_buffer("shift", shift[:, None, None], persistent=False)
+        for name, values in {"scale": scale, "shift": shift}.items():
+            self.register_buffer(name, values[:, None, None], persistent=False)
         self.register_buffer("mask", torch.zeros(0), persistent=False)
         self.dim: int = self.trunk.embed_dim
-        self.memories = nn.ParameterList()  # (L, m, D) per task
-        self.tokens = nn.ParameterList()  # (1, D) per task
+        self.memories, self.tokens = nn.ParameterList(), nn.ParameterList()  # (L, m, D) and (1, D) per task
         self.heads = nn.ModuleList()
 
     @property
