@@ -1,4 +1,4 @@
-# The two commands of the README are `make quickstart` and `make test`; each makes the environment when it is missing.
+# The two commands of the README are `make quickstart` and `make test`; each makes the environment if it is missing.
 VENV := .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
@@ -8,7 +8,7 @@ TESTS := $(RUN) -m pytest --numprocesses=auto --maxprocesses=4
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 
-# Two runs at a time, a thread each: on two cores that is faster than one run on both.
+# Two runs at a time, one thread each: on two cores this is faster than one run on both.
 SWEEP := OMP_NUM_THREADS=1 $(RUN) -m cl_bench -m hydra/launcher=joblib hydra.launcher.n_jobs=2 +scale=mini seed=0,1,2 logger=none
 RESNET18 := $(foreach method,finetune er derpp joint icarl lwf ewc,resnet18_$(method)_cifar100_10split)
 MINI := $(RESNET18) $(foreach net,lvt den apd memory_vit vit_er,$(net)_cifar100_10split) dytox_cifar100_10step
@@ -38,12 +38,12 @@ quickstart: $(VENV)/.made ## a small LVT on the bundled digits: accuracy table a
 test: $(VENV)/.made ## all tests
 	$(TESTS)
 
-test-portable: $(VENV)/.made ## all tests; those that rounding can touch also as on other processors, and with two threads
+test-portable: $(VENV)/.made ## all tests; those that rounding can change also as on other processors, and with two threads
 	$(TESTS)
 	CL_BENCH_TEST_THREADS=2 $(TESTS) -m arithmetic
 	$(MAKE) test-avx2 test-sse
 
-test-avx2: $(VENV)/.made ## the tests that rounding can touch, computed as on a processor with AVX2 only
+test-avx2: $(VENV)/.made ## the tests that rounding can change, computed as on a processor with AVX2 only
 	$(AVX2) $(TESTS) -m arithmetic
 
 test-sse: $(VENV)/.made ## the same without AVX
@@ -56,9 +56,9 @@ lint: $(VENV)/.made ## ruff: format and lint
 types: $(VENV)/.made ## mypy
 	$(VENV)/bin/mypy
 
-check: lint types test ## everything CI asks for
+check: lint types test ## everything that CI checks
 
-format: $(VENV)/.made ## let ruff mend what it can
+format: $(VENV)/.made ## let ruff fix what it can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
@@ -71,11 +71,11 @@ mini: $(VENV)/.made ## the table in results/mini: three seeds of every method, a
 	$(SWEEP) results_dir=results/mini/records +experiment=supsup_cifar100_20split scenario.num_tasks=10
 	$(RUN) scripts/compare.py results/mini/records --out results/mini
 
-ablation_lvt: $(VENV)/.made ## LVT less one part each at mini scale, beside the whole of make mini
+ablation_lvt: $(VENV)/.made ## LVT without one part each at mini scale, beside the complete LVT of make mini
 	$(SWEEP) results_dir=results/mini/$@/records +experiment=lvt_cifar100_10split +ablation=$(call listed,$(addprefix lvt_without_,$(LVT_PARTS)))
 	$(RUN) scripts/compare.py results/mini/records/lvt_cifar100_10split results/mini/$@/records --out results/mini/$@
 
-ablation_dytox: $(VENV)/.made ## the same of DyTox
+ablation_dytox: $(VENV)/.made ## the same for DyTox
 	$(SWEEP) results_dir=results/mini/$@/records +experiment=dytox_cifar100_10step +ablation=$(call listed,$(addprefix dytox_without_,$(DYTOX_PARTS)))
 	$(RUN) scripts/compare.py results/mini/records/dytox_cifar100_10step results/mini/$@/records --out results/mini/$@
 
@@ -83,7 +83,7 @@ soak: $(VENV)/.made ## 220 kills over every method, loggers, sweeps, a full disk
 	OMP_NUM_THREADS=1 $(RUN) -u tests/soak.py --kills 220 --more --json soak.json
 	CL_BENCH_FUZZ=1000 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_fuzz.py --timeout=0
 
-golden: $(VENV)/.made ## make the golden runs of the tests anew, where results were meant to change
+golden: $(VENV)/.made ## make the golden runs of the tests again, if results were meant to change
 	OMP_NUM_THREADS=1 $(RUN) tests/test_golden.py
 
 clean: ## remove the environment and caches, never data or results

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from cl_bench.core.errors import require, void
+from cl_bench.core.errors import require, require_fraction, require_nonnegative, require_positive, void
 
 
 def sgd(
     params: Iterable[Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool
 ) -> torch.optim.Optimizer:
-    """Stochastic gradient descent; ``weight_decay`` is the L2 coefficient."""
-    _check(lr, weight_decay)
-    require(0 <= momentum < 1, "momentum", expected="a number in [0, 1)", got=momentum, fix="0 is plain SGD.")
+    """SGD; ``weight_decay`` is the L2 coefficient."""
+    _check_rates(lr, weight_decay)
+    require_fraction(fix="0 is plain SGD.", below_one=True, momentum=momentum)
     require(
         momentum > 0 or not nesterov, "nesterov", expected="false without momentum", got=nesterov, fix="Set a momentum."
     )
@@ -24,7 +24,7 @@ def sgd(
 
 def adam(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_decay: float) -> torch.optim.Optimizer:
     """Adam (Kingma and Ba 2015); ``weight_decay`` is the L2 coefficient, part of the gradient."""
-    _check(lr, weight_decay)
+    _check_rates(lr, weight_decay)
     _check_betas(betas)
     return torch.optim.Adam(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
 
@@ -35,9 +35,9 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
 
-    Without ``decay_vectors`` biases, gains and whatever else has one dimension are left out of the decay, as timm does.
+    Without ``decay_vectors``, biases, gains and other parameters of one dimension have no weight decay, as in timm.
     """
-    _check(lr, weight_decay)
+    _check_rates(lr, weight_decay)
     _check_betas(betas)
     params = list(params)
     vectors = [p for p in params if p.ndim <= 1 and not decay_vectors]
@@ -54,40 +54,23 @@ def adamw(
 
 def rmsprop(params: Iterable[Parameter], *, lr: float, alpha: float, weight_decay: float) -> torch.optim.Optimizer:
     """RMSprop (Tieleman and Hinton 2012); ``alpha`` smooths the squared gradients, ``weight_decay`` is L2."""
-    _check(lr, weight_decay)
-    require(0 <= alpha < 1, "alpha", expected="a number in [0, 1)", got=alpha, fix="0.99 is usual.")
+    _check_rates(lr, weight_decay)
+    require_fraction(fix="0.99 is usual.", below_one=True, alpha=alpha)
     return torch.optim.RMSprop(params, lr=lr, alpha=alpha, weight_decay=weight_decay, foreach=True)
 
 
 def _check_betas(betas: list[float]) -> None:
-    require(
-        len(betas) == 2 and all(0 <= b < 1 for b in betas),
-        "betas",
-        expected="two numbers in [0, 1)",
-        got=list(betas),
-        fix="[0.9,0.999] is usual.",
-    )
+    require(len(betas) == 2, "betas", expected="two numbers", got=list(betas), fix="[0.9,0.999] is usual.")
+    require_fraction(fix="[0.9,0.999] is usual.", below_one=True, betas=betas)
 
 
-def _check(lr: float, weight_decay: float) -> None:
-    require(
-        0 < lr < math.inf,
-        "lr",
-        expected="a finite learning rate above 0",
-        got=lr,
-        fix="The experiments use 0.03 to 0.1.",
-    )
-    require(
-        0 <= weight_decay < math.inf,
-        "weight_decay",
-        expected="a finite number, 0 or more",
-        got=weight_decay,
-        fix="0 is none.",
-    )
+def _check_rates(lr: float, weight_decay: float) -> None:
+    require_positive(fix="The experiments use 0.03 to 0.1.", lr=lr)
+    require_nonnegative(fix="0 is no weight decay.", weight_decay=weight_decay)
 
 
 class Constant:
-    """The same rate throughout."""
+    """A constant learning rate."""
 
     def __call__(self, epoch: int, epochs: int) -> float:
         """Factor on the learning rate in ``epoch`` (from 0) of ``epochs``."""
@@ -96,17 +79,11 @@ class Constant:
 
 @void("factor", when=lambda v: not v["milestones"], why="schedule.milestones is empty")
 class MultiStep:
-    """``factor`` to the power of the milestones passed; a milestone is the first epoch with the lower rate."""
+    """``factor`` to the power of the number of milestones passed; a milestone is the first epoch with the new rate."""
 
     def __init__(self, *, milestones: list[int], factor: float) -> None:
-        require(factor > 0, "factor", expected="above 0", got=factor, fix="0.1 divides the rate by ten.")
-        require(
-            min(milestones, default=0) >= 0,
-            "milestones",
-            expected="epochs, 0 or more",
-            got=list(milestones),
-            fix="An empty list keeps the rate as it is.",
-        )
+        require_positive(fix="0.1 divides the rate by ten.", factor=factor)
+        require_nonnegative(fix="With an empty list the rate stays constant.", milestones=milestones)
         self.milestones, self.factor = list(milestones), factor
 
     def __call__(self, epoch: int, epochs: int) -> float:
@@ -115,10 +92,10 @@ class MultiStep:
 
 
 class Exponential:
-    """``factor`` to the power of the epochs passed."""
+    """``factor`` to the power of the number of epochs passed."""
 
     def __init__(self, *, factor: float) -> None:
-        require(0 < factor <= 1, "factor", expected="a number in (0, 1]", got=factor, fix="0.95 is DEN's.")
+        require(0 < factor <= 1, "factor", expected="a number in (0, 1]", got=factor, fix="DEN has 0.95.")
         self.factor = factor
 
     def __call__(self, epoch: int, epochs: int) -> float:
@@ -128,16 +105,12 @@ class Exponential:
 
 @void("warmup_factor", when=lambda v: not v["warmup_epochs"], why="schedule.warmup_epochs is 0")
 class Cosine:
-    """Linear warm-up from ``warmup_factor`` over ``warmup_epochs``, then half a cosine down to ``min_factor``."""
+    """Linear warm-up from ``warmup_factor`` in ``warmup_epochs`` epochs, then half a cosine down to ``min_factor``."""
 
     def __init__(self, *, warmup_epochs: int, warmup_factor: float, min_factor: float) -> None:
-        require(
-            warmup_epochs >= 0, "warmup_epochs", expected="0 or more epochs", got=warmup_epochs, fix="0 is no warm-up."
-        )
-        for key, factor in {"warmup_factor": warmup_factor, "min_factor": min_factor}.items():
-            require(
-                0 <= factor <= 1, key, expected="a part of the rate, in [0, 1]", got=factor, fix="0.01 is a hundredth."
-            )
+        require_nonnegative(fix="0 is no warm-up.", warmup_epochs=warmup_epochs)
+        fix = "0.01 is a hundredth of the learning rate."
+        require_fraction(fix=fix, warmup_factor=warmup_factor, min_factor=min_factor)
         self.warmup_epochs, self.warmup_factor, self.min_factor = warmup_epochs, warmup_factor, min_factor
 
     def __call__(self, epoch: int, epochs: int) -> float:

@@ -1,4 +1,4 @@
-"""Leak audit of a finished run: PASS, FAIL or SKIP (it could not fail) a line, and audit.json in the run folder.
+"""Leak audit of a finished run: one line per check, PASS, FAIL or SKIP (it could not fail); writes RUN/audit.json.
 
 python scripts/audit.py RUN
 """

@@ -1,9 +1,9 @@
-"""How fast cl_bench is, as ratios measured in one run; about ten minutes on two cores.
+"""How fast cl_bench is, as ratios measured in one run; about ten minutes on two CPU cores.
 
     python scripts/benchmark.py [--json FILE] [--out DIR] [--only loop,avalanche,...] [--repetitions 5]
 
 Every figure is the median of repetitions in turn (A B A B ...), with the smallest and the largest, because machines are
-shared and noisy. A part that fails is reported, and the others go on.
+shared and noisy. A part that fails is reported, and the others are still measured.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 
 from speed import avalanche, fast, loop, pieces, profiling, results, sequence, startup
-from speed.common import Options, Row, facts
+from speed.common import Options, Row, collect_facts
 
 PARTS: dict[str, Callable[[Options], Iterator[Row]]] = {
-    "data": pieces.data_path,
-    "buffer": pieces.reservoir,
-    "loop": loop.loop,
-    "avalanche": avalanche.avalanche,
-    "sequence": sequence.steps,
-    "memory": sequence.memory,
-    "start": startup.startup,
-    "replicas": fast.replicas,
-    "gpu": fast.gpu,
-    "profile": profiling.profiling,
+    "data": pieces.measure_data_path,
+    "buffer": pieces.measure_reservoir,
+    "loop": loop.measure_loop,
+    "avalanche": avalanche.measure_avalanche,
+    "sequence": sequence.measure_steps,
+    "memory": sequence.measure_memory,
+    "start": startup.measure_startup,
+    "replicas": fast.measure_replicas,
+    "gpu": fast.measure_speeds,
+    "profile": profiling.profile_step,
 }
 """In the order in which they are measured."""
 
@@ -44,13 +44,13 @@ def main() -> int:
     )
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--repetitions", type=int, default=5, help="counted repetitions of each figure (default: 5)")
-    parser.add_argument("--small", action="store_true", help="everything tiny, to see that it runs; means nothing")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, only to see that it runs")
     chosen = parser.parse_args()
     unknown = set(chosen.only.split(",")) - set(PARTS)
     if unknown or chosen.repetitions < 1:
-        parser.error(f"no part {', '.join(sorted(unknown))}" if unknown else "--repetitions wants 1 or more")
+        parser.error(f"no part {', '.join(sorted(unknown))}" if unknown else "--repetitions needs 1 or more")
     rows, failures = measure(chosen.only.split(","), chosen.repetitions, chosen.small)
-    machine = facts()
+    machine = collect_facts()
     results.show(rows, failures, machine)
     if chosen.json:
         results.write_json(chosen.json, rows, failures, machine)
@@ -60,12 +60,12 @@ def main() -> int:
 
 
 def measure(names: list[str], repetitions: int, small: bool) -> tuple[list[Row], dict[str, str]]:
-    """The rows of the parts ``names``, and why a part has none or not all of its own."""
+    """The rows of the parts ``names``, and for each part that failed the reason."""
     console = Console(stderr=True)
     rows: list[Row] = []
     failures: dict[str, str] = {}
     with warnings.catch_warnings(), console.status("") as status:
-        warnings.simplefilter("ignore")  # Avalanche's and torch's, about what nobody here can change
+        warnings.simplefilter("ignore")  # of Avalanche and torch, which cannot be changed here
         for name in (name for name in PARTS if name in names):
             began = time.monotonic()
 
@@ -76,8 +76,8 @@ def measure(names: list[str], repetitions: int, small: bool) -> tuple[list[Row],
             try:
                 for row in PARTS[name](Options(repetitions=repetitions, tell=tell, small=small)):
                     rows.append(row)
-                    console.print(" | ".join(filter(None, results.cells(row))), highlight=False, soft_wrap=True)
-            except Exception as error:  # one part that fails must not take the others' figures along
+                    console.print(" | ".join(filter(None, results.format_cells(row))), highlight=False, soft_wrap=True)
+            except Exception as error:  # if one part fails, the others are still measured
                 failures[name] = f"{error}" if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
                 console.print(f"{name}: {failures[name]}", style="red", highlight=False, soft_wrap=True)
             console.print(f"{name}: {time.monotonic() - began:.0f} s", style="dim", highlight=False)

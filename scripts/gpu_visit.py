@@ -1,24 +1,24 @@
-"""A visit to a lent GPU, in stages: what fits into minutes, and each result at once.
+"""A visit to a lent GPU in stages of some minutes; each result is printed as soon as it is there.
 
 python scripts/gpu_visit.py STAGE ... [--device cuda:0] [--work DIR] [--out DIR] [--seconds S]
 
 At home, before:
-  carry SCRIPT STRIPS DIR   make DIR of what travels: wheels/, and the folder STRIPS in two halves, first/ and second/,
-                            with the SCRIPT that makes CIFAR-100 of it
+  carry SCRIPT STRIPS DIR   fill DIR with what is carried: wheels/, the folder STRIPS in two halves, first/ and second/,
+                            and the SCRIPT that makes CIFAR-100 from it
 There, in this order (docs/gpu.md):
   setup DIR                 install the wheels of DIR into a folder of --work; versions and flags
-  decode DIR                collect a half; where the SCRIPT has come with it, run it: SCRIPT --out WORK/data
+  decode DIR                collect a half; if it contains the SCRIPT, run it: SCRIPT --out WORK/data
   probe                     whether a small copy to the device waits for the kernels before it
   smoke                     tests/test_cuda.py
   rates                     milliseconds of a step of ER, DER++ and LVT at full size, eager and as a graph, and of the
                             bare step
-  full ROW[,ROW] SECONDS    train rows of scripts/reproduction; the row "first" is derpp500 where rates found a step of
-                            DER++ fast enough for the time there is, else er500
+  full ROW[,ROW] SECONDS    train rows of scripts/reproduction; the row "first" is derpp500 if rates found a step of
+                            DER++ fast enough for the time available, else er500
   pack                      records without checkpoints, and the newest checkpoint between two tasks, in parts
 
-Every item is a process with a time limit of its own. Its result is a line of JSON, at once on standard output and in
-visit.jsonl; what it printed is in visit.log. Exit status: 0 all items ended well, 1 one did not, 2 wrong arguments.
-With --device cpu --speed eager --scale mini --steps 3 all of it can be rehearsed.
+Every item is a process with its own time limit. Its result is one line of JSON, at once on standard output and in
+visit.jsonl; what it printed is in visit.log. Exit status: 0 all items succeeded, 1 one did not, 2 wrong arguments.
+--device cpu --speed eager --scale mini --steps 3 rehearses all of it.
 """
 
 import argparse
@@ -50,13 +50,13 @@ METHODS = ("derpp", "er", "lvt")
 SPEEDS = ("graph", "eager")
 FIRST = "first"
 FIRST_MS = 6.5
-"""Milliseconds of a step with which the 78,500 steps of derpp500 take 510 seconds."""
+"""Milliseconds per step at which the 78,500 steps of derpp500 take 510 seconds."""
 
 GRACE_SECONDS = 20
-"""What a run is given to save and leave when its time is over."""
+"""Seconds that a run has to save and stop when its time is over."""
 
 STOPPED = 143
-"""Exit status of ``full`` where runs are left."""
+"""Exit status of ``full`` if runs are left."""
 
 Facts = dict[str, Any]
 
@@ -79,13 +79,13 @@ class Item:
 
 
 class Visit:
-    """Runs items one after the other and tells each result.
+    """Runs items one after the other and reports each result.
 
     Args:
-        work: folder outside the checkout, of everything that is made on the way.
-        out: folder of what is brought home; it gets ``visit.jsonl`` and ``visit.log``.
+        work: folder outside the checkout, for everything that is made on the way.
+        out: folder for what is brought home; it gets ``visit.jsonl`` and ``visit.log``.
         device: of everything that is measured and trained.
-        seconds: from now on, after which nothing goes on.
+        seconds: from now; then everything is stopped.
     """
 
     def __init__(self, work: Path, out: Path, device: str, seconds: float = math.inf) -> None:
@@ -96,22 +96,22 @@ class Visit:
             folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, item: Item) -> None:
-        """Run one item; its result is told and written at once."""
+        """Run one item; its result is printed and written at once."""
         began = time.monotonic()
         log = self.out / "visit.log"
         with log.open("ab") as file:
             start = file.tell()
-            code = _run(item.command, min(item.limit, self.deadline - began), file, self._environment())
+            code = _run(item.command, min(item.limit, self.deadline - began), file, self._make_environment())
         printed = log.read_bytes()[start:].decode(errors="replace")
         status = {0: "ok", STOPPED: "stopped", None: "timeout"}.get(code, "failed")
         line: Facts = {"stage": item.stage, "item": item.name, "status": status}
         line["seconds"] = round(time.monotonic() - began, 1)
         if status == "failed":
-            line |= {"exit": code, "why": _last_line(printed)}
-        self.tell(line | item.read(printed) | _last_object(printed))
+            line |= {"exit": code, "why": _find_last_line(printed)}
+        self.tell(line | item.read(printed) | _find_last_object(printed))
 
     def tell(self, line: Facts) -> None:
-        """Print a result, and keep it with those of this call and with those of every call on this machine."""
+        """Print a result, and store it with those of this call and with those of all calls on this machine."""
         self.failed |= line["status"] not in ("ok", "stopped")
         text = json.dumps(line)
         for folder in (self.work, self.out):
@@ -119,12 +119,12 @@ class Visit:
                 file.write(text + "\n")
         print(text, flush=True)
 
-    def results(self) -> list[Facts]:
+    def read_results(self) -> list[Facts]:
         """The lines of every call on this machine."""
         path = self.work / "visit.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def _environment(self) -> dict[str, str]:
+    def _make_environment(self) -> dict[str, str]:
         path = [ROOT, ROOT / "scripts", self.work / "site", os.environ.get("PYTHONPATH", "")]
         ours = {"PYTHONPATH": os.pathsep.join(str(p) for p in path if str(p)), "CL_BENCH_DATA": str(self.work / "data")}
         ours |= {"CL_BENCH_TEST_DEVICE": self.device}
@@ -136,7 +136,7 @@ class Visit:
 
 
 def _run(arguments: list[str], limit: float, log: Any, environment: dict[str, str]) -> int | None:
-    """The exit status of ``python ...``; None where it was killed after ``limit`` seconds, with all that it started."""
+    """The exit status of ``python ...``; None if it and its children were killed after ``limit`` seconds."""
     with subprocess.Popen(
         [sys.executable, "-u", *arguments],
         cwd=ROOT,
@@ -144,7 +144,7 @@ def _run(arguments: list[str], limit: float, log: Any, environment: dict[str, st
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        process_group=0,  # not a session: what ends this process from outside is to end that one, too
+        process_group=0,  # not a session: who ends this process from outside must end that one, too
     ) as child:
         try:
             return child.wait(max(0.0, limit))
@@ -155,12 +155,12 @@ def _run(arguments: list[str], limit: float, log: Any, environment: dict[str, st
                 os.killpg(child.pid, signal.SIGKILL)
 
 
-def _last_line(printed: str) -> str:
+def _find_last_line(printed: str) -> str:
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
 
 
-def _last_object(printed: str) -> Facts:
+def _find_last_object(printed: str) -> Facts:
     """The last JSON object that a process printed as a line of its own."""
     for line in reversed(printed.splitlines()):
         if line.startswith("{"):
@@ -174,7 +174,7 @@ def _last_object(printed: str) -> Facts:
 # -- stages --------------------------------------------------------------------------------------------------------
 
 
-def items(stage: str, arguments: Sequence[str], visit: Visit, options: argparse.Namespace) -> Iterator[Item]:
+def list_items(stage: str, arguments: Sequence[str], visit: Visit, options: argparse.Namespace) -> Iterator[Item]:
     """The processes of a stage; ``options`` are those of the command."""
     work, device = visit.work, visit.device
     limit = LIMITS.get(stage, 0) * (4 if device == "cpu" else 1)  # a rehearsal has more time
@@ -197,7 +197,7 @@ def items(stage: str, arguments: Sequence[str], visit: Visit, options: argparse.
     if stage == "probe":
         yield Item(stage, part("probe", device), limit)
     if stage == "smoke":
-        several = ["--numprocesses=4"] if device != "cpu" else []  # an error of CUDA takes its own process along only
+        several = ["--numprocesses=4"] if device != "cpu" else []  # an error of CUDA ends its own process only
         tests = ["-m", "pytest", "tests/test_cuda.py", "-vv", "--durations=0", "-p", "no:cacheprovider", *several]
         yield Item(stage, tests, limit, read=read_tests)
     if stage == "rates":
@@ -207,28 +207,30 @@ def items(stage: str, arguments: Sequence[str], visit: Visit, options: argparse.
                 measure = part("rates", method, speed, options.steps, device, *scaled)
                 yield Item(stage, measure, limit, f"{method} {speed}")
     if stage == "full":
-        rows = [first_row(visit.results()) if row == FIRST else row for row in arguments[0].split(",")]
-        yield full(rows, float(arguments[1]), work / "reproduction", options)
+        rows = [choose_first_row(visit.read_results()) if row == FIRST else row for row in arguments[0].split(",")]
+        yield train_rows(rows, float(arguments[1]), work / "reproduction", options)
     if stage == "pack":
         yield Item(stage, part("pack", work / "reproduction", visit.out), limit)
 
 
-def first_row(results: Sequence[Facts]) -> str:
-    """The first row to train, by the last rate that was measured of DER++ as a graph."""
+def choose_first_row(results: Sequence[Facts]) -> str:
+    """The first row to train, according to the last measured rate of DER++ as a graph."""
     measured = [r["ms"] for r in results if r["item"] == "derpp graph" and r.get("ms") is not None]
     return "derpp500" if measured and measured[-1] <= FIRST_MS else "er500"
 
 
-def full(rows: Sequence[str], seconds: float, out: Path, options: argparse.Namespace) -> Item:
-    """Train rows for so long; what is not finished then saves and leaves."""
+def train_rows(rows: Sequence[str], seconds: float, out: Path, options: argparse.Namespace) -> Item:
+    """Train rows for ``seconds``; a run that is not finished then saves and stops."""
     command = ["scripts/reproduce.py", *rows, "--seeds", "1", "--minutes", str(seconds / 60), "--out", str(out)]
     command += ["--grace", str(GRACE_SECONDS), *(["--scale", options.scale] if options.scale else []), "--set"]
     command += [f"device={options.device}", f"trainer.speed={options.speed}", "trainer.checkpoint_seconds=600"]
-    return Item("full", command, seconds + GRACE_SECONDS + 30, ",".join(rows), lambda printed: {"runs": progress(out)})
+    return Item(
+        "full", command, seconds + GRACE_SECONDS + 30, ",".join(rows), lambda printed: {"runs": read_progress(out)}
+    )
 
 
-def progress(out: Path) -> list[Facts]:
-    """How far each run is: its accuracies where it is finished, and its last event."""
+def read_progress(out: Path) -> list[Facts]:
+    """How far each run is: its last event, and its accuracies if it is finished."""
     found = []
     for metrics in sorted(out.glob("records/*/*/*/metrics.jsonl")):
         folder = metrics.parent
@@ -264,12 +266,12 @@ def parse_stages(words: Sequence[str]) -> list[tuple[str, list[str]]]:
             raise ValueError(f"no stage {stage}; there are {', '.join(STAGES)}")
         arguments, rest = rest[: STAGES[stage]], rest[STAGES[stage] :]
         if len(arguments) < STAGES[stage] or set(arguments) & set(STAGES):
-            raise ValueError(f"{stage} wants {STAGES[stage]} arguments, got {' '.join(arguments) or 'none'}")
+            raise ValueError(f"{stage} needs {STAGES[stage]} arguments, got {' '.join(arguments) or 'none'}")
         if stage == "full":
             try:
                 float(arguments[1])
             except ValueError:
-                raise ValueError(f"full wants ROW[,ROW] SECONDS, got {' '.join(arguments)}") from None
+                raise ValueError(f"full needs ROW[,ROW] SECONDS, got {' '.join(arguments)}") from None
         stages.append((stage, arguments))
     return stages
 
@@ -280,11 +282,13 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("stages", nargs="+", metavar="STAGE", help="stages, each followed by its arguments")
     parser.add_argument("--device", default="cuda:0", help="cpu for a rehearsal (default: cuda:0)")
     parser.add_argument("--work", type=Path, default=Path("/tmp/visit"), metavar="DIR", help="default: /tmp/visit")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of what is brought home (default: WORK/out)")
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="nothing goes on after so many")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for what is brought home (default: WORK/out)")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="stop everything after so many")
     parser.add_argument("--speed", default="graph", help="trainer.speed of full (default: graph)")
-    parser.add_argument("--scale", choices=["mini"], help="of what is trained, for a rehearsal")
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help="that are timed in rates (default: 300)")
+    parser.add_argument("--scale", choices=["mini"], help="scale of the training, for a rehearsal")
+    parser.add_argument(
+        "--steps", type=int, default=300, metavar="N", help="number of steps that rates times (default: 300)"
+    )
     options = parser.parse_args(arguments)
     try:
         options.stages = parse_stages(options.stages)
@@ -300,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     visit = Visit(work, (options.out or work / "out").resolve(), options.device, options.seconds)
     for stage, its in options.stages:
         try:
-            for item in items(stage, its, visit, options):
+            for item in list_items(stage, its, visit, options):
                 visit.run(item)
         except OSError as error:
             visit.tell({"stage": stage, "item": "", "status": "failed", "why": f"{type(error).__name__}: {error}"})

@@ -1,11 +1,11 @@
-"""Run published settings, in slices if need be, and hold the results to the published numbers.
+"""Run published settings, in slices if needed, and compare the results with the published numbers.
 
 python scripts/reproduce.py NAME ... [--seeds N] [--scale mini] [--minutes M] [--set KEY=VALUE ...] [--list]
 
 NAME is a row of scripts/reproduction/*.yaml, one of these files (a group), or all. Without a NAME nothing is run: the
-tables are made from the records. Finished runs are passed over, and an interrupted one goes on where it was. Exit
-status: 0 all runs are finished, 143 stopped with runs left (the same command goes on), 2 wrong names or settings, else
-that of the first run that failed.
+tables are made from the records. Finished runs are skipped, and an interrupted run is resumed. Exit status: 0 all runs
+are finished, 143 stopped with runs left (the same command continues), 2 wrong names or settings, else that of the first
+run that failed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ OUT = Path("results/reproduction")
 PAGES = ("README.md", "docs/methods/*.md")
 STOPPED = 143
 GRACE_SECONDS = 60.0
-"""What a run is given to save and leave, unless the command says otherwise; then it is killed."""
+"""Seconds that a run has by default to save and stop; then it is killed."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="a row, a group or all")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default: what the row says)")
-    parser.add_argument("--scale", choices=["mini"], help="small runs that are held to no published number")
+    parser.add_argument("--scale", choices=["mini"], help="small runs, not compared with published numbers")
     parser.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="stop after so many minutes")
-    parser.add_argument("--grace", type=float, default=GRACE_SECONDS, metavar="S", help="to save and leave then")
+    parser.add_argument(
+        "--grace", type=float, default=GRACE_SECONDS, metavar="S", help="seconds that a run has to save and stop then"
+    )
     parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="for every run")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"of records and tables (default: {OUT}[-mini])")
     parser.add_argument("--list", action="store_true", help="show the runs and their state, and run nothing")
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def plan(
     rows: Sequence[tuple[Group, str]], seeds: int | None, scale: str | None, extra: Sequence[str], records: Path
 ) -> list[Job]:
-    """The runs of these rows: the first seed of all, then the second, so that an early end leaves some of each."""
+    """The runs of these rows: the first seed of all rows, then the second, so that an early end leaves some of each."""
     jobs: dict[int, list[Job]] = {}
     for group, name in rows:
         row = group.rows[name]
@@ -125,7 +127,7 @@ def _refuse_other_settings(extra: Sequence[str], settings: dict[str, object], pu
 def run(jobs: Sequence[Job], deadline: float, grace: float = GRACE_SECONDS) -> int:
     """Run what is not finished until the deadline (monotonic seconds) or a signal; returns the exit status.
 
-    A run in progress is then asked to save and leave, and killed after ``grace`` seconds; its last checkpoint counts.
+    A run in progress is then asked to save and stop, and killed after ``grace`` seconds; its last checkpoint counts.
     """
     failures: list[int] = []
     with collect_stop_signals() as caught:
@@ -133,13 +135,13 @@ def run(jobs: Sequence[Job], deadline: float, grace: float = GRACE_SECONDS) -> i
             if job.state == "finished":
                 continue
             if caught or time.monotonic() >= deadline:
-                print(f"Stopped before {job.folder}; the same command goes on.", flush=True)
+                print(f"Stopped before {job.folder}; the same command continues.", flush=True)
                 return STOPPED
             print(f"[{number}/{len(jobs)}] {job.command}", flush=True)
             status = _run(job, deadline, caught, grace)
             if not read_summary(job.folder):
                 if caught or time.monotonic() >= deadline:
-                    print(f"Stopped in {job.folder}; the same command goes on.", flush=True)
+                    print(f"Stopped in {job.folder}; the same command continues.", flush=True)
                     return STOPPED
                 print(f"Failed with exit status {status}: {job.command}", file=sys.stderr, flush=True)
                 failures.append(status)
@@ -147,7 +149,7 @@ def run(jobs: Sequence[Job], deadline: float, grace: float = GRACE_SECONDS) -> i
 
 
 def _run(job: Job, deadline: float, caught: Sequence[int], grace: float) -> int:
-    # a session of its own: Ctrl-C comes to this process, which asks the run to save and leave
+    # a session of its own: Ctrl-C reaches this process, which asks the run to save and stop
     command = [sys.executable, "-m", "cl_bench", *job.overrides]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as child:
         asked = math.inf
@@ -163,7 +165,7 @@ def _run(job: Job, deadline: float, caught: Sequence[int], grace: float) -> int:
 
 
 def write_tables(groups: dict[str, Group], wanted: Sequence[Group], out: Path) -> None:
-    """Print the tables of the groups that were asked for, write all of them, and fill the pages that show them."""
+    """Print the tables of the chosen groups, write the tables of all groups, and fill the pages that show them."""
     try:
         from cl_bench.report import reproduction
     except ModuleNotFoundError as error:

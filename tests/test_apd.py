@@ -11,7 +11,7 @@ from cl_bench.backbones.apd import NO_GROUP, APDNet, ResponseNorm
 from cl_bench.config.build import Parts, build
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Data, Task
-from cl_bench.methods.apd import APD, k_means, split
+from cl_bench.methods.apd import APD, run_k_means, split
 from cl_bench.metrics.forgetting import forgetting
 from cl_bench.scenarios.split import Split
 
@@ -68,7 +68,7 @@ def theta(method: APD, task: int, layer: int) -> np.ndarray:
 
 def at_test(method: APD) -> list[list[np.ndarray]]:
     """The weights that answer, [task][layer]."""
-    return [[array(w) for w in method.net.weights(i, method.lambda1)] for i in range(len(method.net.tasks))]
+    return [[array(w) for w in method.net.compute_weights(i, method.lambda1)] for i in range(len(method.net.tasks))]
 
 
 def opened(method: APD, task: int, y: torch.Tensor, raw: torch.Tensor) -> list[torch.nn.Parameter]:
@@ -91,7 +91,7 @@ def test_the_papers_network_has_2986500_shared_weights():
 
 def test_a_tasks_weights_are_the_equation_and_a_new_tau_is_a_copy_of_sigma():
     method = with_tasks(2)
-    for layer, weight in enumerate(method.net.weights(1)):
+    for layer, weight in enumerate(method.net.compute_weights(1)):
         np.testing.assert_allclose(array(weight), theta(method, 1, layer), rtol=1e-5, atol=1e-6)
     method.net.add_task(1)
     new = method.net.parts[-1]
@@ -144,7 +144,7 @@ def test_losses_of_a_later_task(three_images, variant):
             p += 0.1 * torch.randn_like(p)
     losses = method.observe(batch_of(raw, y, task=2))
     assert set(losses) == {"ce", "sparsity", "drift", "l2"}
-    logits = array(net.parts[2].head(net.task_features(raw.float() / 255, 2)))
+    logits = array(net.parts[2].head(net.extract_task_features(raw.float() / 255, 2)))
     assert losses["ce"].item() == pytest.approx(cross_entropy(logits, np.array([0, 1, 1])), rel=1e-5)
     l1 = sum(np.abs(array(tau)).sum() for part in net.parts for tau in part.tau)
     assert losses["sparsity"].item() == pytest.approx(0.02 * l1, rel=1e-5)
@@ -164,7 +164,7 @@ def test_the_network_computes_with_the_tasks_weights(three_images):
     padded = torch.nn.functional.pad(h, (0, 1, 0, 1), value=-torch.inf)  # 8 -> 4 pixels
     h = torch.nn.functional.max_pool2d(padded, 3, 2).flatten(1)
     h = torch.relu(torch.relu(h @ first.T + biases[1]) @ second.T + biases[2])
-    torch.testing.assert_close(method.net.task_features(x, 1), h, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(method.net.extract_task_features(x, 1), h, rtol=1e-4, atol=1e-4)
 
 
 # ---- what is trained
@@ -202,7 +202,7 @@ def test_the_best_of_the_last_five_epochs_is_kept(three_images):
             with torch.no_grad():
                 for p in method.net.sigma:
                     p.fill_(epoch)
-            method._accuracy = lambda *_, epoch=epoch, accuracies=accuracies: accuracies[epoch]
+            method._measure_accuracy = lambda *_, epoch=epoch, accuracies=accuracies: accuracies[epoch]
             phase.after_epoch(epoch)
         assert next(learning, None) is None
         assert all((p == kept).all() for p in method.net.sigma)
@@ -223,14 +223,14 @@ def test_sharing_moves_no_member_by_more_than_half_of_beta():
 
 def test_consolidation_moves_weights_by_at_most_half_of_beta_and_no_singleton():
     method = with_tasks(3, consolidate_every=3, clusters=2)
-    before, raw = at_test(method), [[array(w) for w in method.net.weights(i)] for i in range(3)]
+    before, raw = at_test(method), [[array(w) for w in method.net.compute_weights(i)] for i in range(3)]
     size = method.capacity()
     method.consolidate()
     net = method.net
     for layer in net.layers:
         assert net.groups[layer][:2] == [layer, layer]  # the two near tasks share
         assert net.groups[layer][2] == NO_GROUP  # the far one is alone
-        np.testing.assert_array_equal(array(net.weights(2)[layer]), raw[2][layer])
+        np.testing.assert_array_equal(array(net.compute_weights(2)[layer]), raw[2][layer])
     moved = [np.abs(a - b).max() for now, then in zip(at_test(method), before) for a, b in zip(now, then)]
     assert 0.01 < max(moved[:6]) <= 0.05 / 2 + 1e-6
     assert max(moved[6:]) == 0
@@ -280,7 +280,7 @@ def test_later_consolidations_move_a_weight_by_half_of_beta_or_lambda1():
 
 def test_k_means_starts_where_it_is_told():
     points = torch.tensor([[0.0], [1.0], [10.0], [11.0], [30.0]])
-    labels, centroids = k_means(points, torch.tensor([[40.0], [0.0], [9.0]]))
+    labels, centroids = run_k_means(points, torch.tensor([[40.0], [0.0], [9.0]]))
     assert labels.tolist() == [1, 1, 2, 2, 0]
     assert centroids.flatten().tolist() == pytest.approx([30, 0.5, 10.5])
 
@@ -295,7 +295,7 @@ def test_each_image_is_answered_by_its_task_with_tau_cut(three_images):
         with torch.no_grad():
             for tau in method.net.parts[task].tau:
                 tau.copy_(torch.from_numpy(cut(array(tau), 0.02)))
-        expected = method.net.task_logits(x[row : row + 1], task)
+        expected = method.net.compute_task_logits(x[row : row + 1], task)
         torch.testing.assert_close(scores[row : row + 1, task : task + 1], expected)
         assert torch.isinf(scores[row]).sum() == 3
     assert torch.isneginf(scores[2]).all()
@@ -312,7 +312,7 @@ def test_capacity_counts_what_is_not_zero():
     assert base == 3 * 9 + 6 * 3 * 16 + 5 * 6 + 3 * 5
     assert method.capacity() == count / base
     zeros = np.mean([number == 0 for tau in method.net.parts[1].tau for number in cut(array(tau), 0.02).flat])
-    assert method.sparsity(1) == pytest.approx(zeros)
+    assert method.measure_sparsity(1) == pytest.approx(zeros)
     assert small().capacity() is None
 
 
@@ -331,8 +331,8 @@ def test_capacity_as_released_counts_one_head_and_one_set_of_biases():
         count += sum(1 for number in cut(value, threshold).flat if number != 0)
         base += value.size if name.startswith("sigma") else 0
     assert base == 3 * 9 + 6 * 3 * 16 + 5 * 6 + 2 * 5  # heads of all tasks but the newest
-    assert method.capacity_as_released() == method.facts()["capacity_as_released"] == count / base
-    assert small().capacity_as_released() is None
+    assert method.measure_capacity_as_released() == method.facts()["capacity_as_released"] == count / base
+    assert small().measure_capacity_as_released() is None
 
 
 def test_state_grows_and_shrinks_with_what_is_loaded():
@@ -383,10 +383,10 @@ def drifts(tmp_path, lambda2: float) -> tuple[float, float]:
     parts = digits("method.variant=apd1", f"method.lambda2={lambda2}")
     trainer, method = trainer_of(parts, tmp_path), parts.method
     for task in parts.scenario.tasks[:2]:
-        before = [[array(w) for w in method.net.weights(i)] for i in range(task.id)]
+        before = [[array(w) for w in method.net.compute_weights(i)] for i in range(task.id)]
         for phase in method.eval().learn(task):
             trainer.run_phase(task, 0, phase, None)
-    squares = [((array(now) - then) ** 2).sum() for now, then in zip(method.net.weights(0), before[0])]
+    squares = [((array(now) - then) ** 2).sum() for now, then in zip(method.net.compute_weights(0), before[0])]
     return method.facts()["drift_max"][1], float(np.sqrt(sum(squares)))
 
 
@@ -406,7 +406,7 @@ def test_sparsity_grows_with_lambda1(tmp_path):
         task = parts.scenario.tasks[0]
         for phase in parts.method.eval().learn(task):
             trainer.run_phase(task, 0, phase, None)
-        shares.append(parts.method.sparsity(0))
+        shares.append(parts.method.measure_sparsity(0))
         norms.append(sum(float(tau.detach().abs().sum()) for tau in parts.method.net.parts[0].tau))
     assert shares == sorted(shares)
     assert shares[-1] - shares[0] > 0.5

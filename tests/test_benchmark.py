@@ -15,7 +15,7 @@ from cl_bench.loggers.group import Loggers
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from speed import common, fast, loop, pieces, results, sequence, startup
-from speed.clock import Clock, seconds_a_step
+from speed.clock import Clock, read_step_seconds
 from speed.common import Options, Row
 
 TINY = Options(repetitions=2, tell=lambda what: None, small=True)
@@ -37,10 +37,10 @@ def test_repetitions_are_in_turn_and_the_first_does_not_count():
         calls.append(name)
         return float(len(calls))
 
-    values = common.in_turn({"a": lambda: work("a"), "b": lambda: work("b")}, 2)
+    values = common.measure_in_turn({"a": lambda: work("a"), "b": lambda: work("b")}, 2)
     assert calls == ["a", "b"] * 3
     assert values == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
-    assert common.ratio(values, "b", "a") == [4 / 3, 6 / 5]
+    assert common.compute_ratio(values, "b", "a") == [4 / 3, 6 / 5]
 
 
 @pytest.mark.parametrize(
@@ -60,70 +60,72 @@ def test_the_median_is_held_to_what_is_wanted(values, least, most, reached):
 @pytest.mark.parametrize("name", ["linear", "lvt"])
 def test_the_bare_step_does_the_arithmetic_of_the_methods_step(name):
     overrides = ["+scale=mini"] if name == "lvt" else []
-    parts = common.parts_of(*common.on_random_pixels(2), *loop.CASES[name][0], *overrides, "scenario.num_tasks=2")
+    parts = common.build_parts(
+        *common.choose_random_pixels(2), *loop.CASES[name][0], *overrides, "scenario.num_tasks=2"
+    )
     first, second = parts.scenario.tasks
-    with common.looping(parts) as trainer:
-        common.closed(parts, first)
-        phase = common.first_phase(parts, common.shortened(second, common.BATCH))
+    with common.open_loop(parts) as trainer:
+        common.close_task(parts, first)
+        phase = common.get_first_phase(parts, common.shorten(second, common.BATCH))
         trainer.run_phase(second, 0, phase, None)  # ER's reservoir is filled
         with FlopCounterMode(display=False) as ours:
             trainer.run_phase(second, 0, phase, None)
-    bare = loop.bare_step(parts)
+    bare = loop.make_bare_step(parts)
     with FlopCounterMode(display=False) as theirs:
         bare()
     assert ours.get_total_flops() == theirs.get_total_flops() > 0
 
 
 def test_pieces_are_measured_against_image_by_image():
-    rows = [*pieces.data_path(TINY), *pieces.reservoir(TINY)]
+    rows = [*pieces.measure_data_path(TINY), *pieces.measure_reservoir(TINY)]
     assert [row.part for row in rows] == ["data", "buffer", "buffer"]
     assert all(len(row.values) == TINY.repetitions and min(row.values) > 0 for row in rows)
 
 
 def test_both_data_paths_normalise_alike():
-    source = common.random_pixels(per_class=1)
-    steps = pieces.per_sample(source.mean, source.std).transforms[2:]  # without the draws
+    source = common.make_random_pixels(per_class=1)
+    steps = pieces.make_per_sample_transform(source.mean, source.std).transforms[2:]  # without the draws
     theirs = pieces.Pictures(torch.from_numpy(source.train_images), torch.arange(100), None)[7][0]
     for step in steps:
         theirs = step(theirs)
-    ours = common.parts_of(*common.on_random_pixels(1), "scenario.num_tasks=2").scenario.transform
+    ours = common.build_parts(*common.choose_random_pixels(1), "scenario.num_tasks=2").scenario.transform
     torch.testing.assert_close(ours.normalise(torch.from_numpy(source.train_images[7:8]))[0], theirs)
 
 
 def test_a_twin_in_mid_sequence_is_the_method_itself(monkeypatch):
     monkeypatch.setattr(sequence, "CASES", {"er": sequence.Case(sequence.CASES["er"].overrides, steps=2)})
-    step, evaluation = sequence.steps(TINY)
+    step, evaluation = sequence.measure_steps(TINY)
     assert list(step.sides) == list(evaluation.sides) == ["task 1", "task 2", "task 4"]
     assert len(step.values) == TINY.repetitions
 
 
 def test_memory_is_noted_after_each_task():
-    held = sequence._held("er", tasks=4)
+    held = sequence._measure_held_bytes("er", tasks=4)
     assert list(held) == [1, 2, 3, 4]
     assert all(2**20 < size < 2**36 for size in held.values())
 
 
 def test_the_clock_leaves_the_first_epoch_out(tmp_path):
-    parts = common.parts_of(
-        *common.on_random_pixels(2), *loop.CASES["linear"][0], "scenario.num_tasks=2", "trainer.epochs=3"
+    parts = common.build_parts(
+        *common.choose_random_pixels(2), *loop.CASES["linear"][0], "scenario.num_tasks=2", "trainer.epochs=3"
     )
     clock = Clock()
-    clock.start(common.run_info(tmp_path, 2))
+    clock.start(common.make_run_info(tmp_path, 2))
     parts.build_trainer(Loggers([clock]), Checkpoint(tmp_path), stop=lambda: False).run()
     clock.finish("finished", None)
-    assert len(seconds_a_step(tmp_path)) == 2
-    assert all(0 < seconds < 60 for seconds in seconds_a_step(tmp_path))
+    assert len(read_step_seconds(tmp_path)) == 2
+    assert all(0 < seconds < 60 for seconds in read_step_seconds(tmp_path))
 
 
 def test_no_gpu_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="no GPU"):
-        list(fast.gpu(TINY))
+        list(fast.measure_speeds(TINY))
 
 
 def test_a_run_that_fails_says_why():
     with pytest.raises(RuntimeError, match="experiment"):
-        startup._first_step(["+experiment=none_such"])
+        startup._time_first_step(["+experiment=none_such"])
 
 
 def test_one_part_that_fails_takes_no_other_along(benchmark, monkeypatch, tmp_path, capsys):
@@ -159,4 +161,4 @@ def test_an_unknown_part_is_refused(benchmark, monkeypatch):
 
 
 def test_numbers_are_short():
-    assert [results._number(value) for value in (1234.5, 12.345, 0.01234)] == ["1234", "12.3", "0.0123"]
+    assert [results._format_number(value) for value in (1234.5, 12.345, 0.01234)] == ["1234", "12.3", "0.0123"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cl_bench.buffers.base import Buffer
 from cl_bench.buffers.confidence_aware import ConfidenceAware
 from cl_bench.buffers.fixed_memory import FixedMemory
-from cl_bench.buffers.herding import Herding, herding_order
+from cl_bench.buffers.herding import Herding, compute_herding_order
 from cl_bench.buffers.none import NoBuffer
 from cl_bench.buffers.reservoir import Reservoir
 from cl_bench.core.errors import ConfigError
@@ -183,7 +183,7 @@ def test_no_capacity_is_refused(policy, capacity):
 
 @pytest.mark.parametrize("policy", [FixedMemory, ConfidenceAware])
 def test_less_than_one_image_a_class_is_refused(policy):
-    with pytest.raises(ConfigError, match="capacity: expected at least 4 images, one a class"):
+    with pytest.raises(ConfigError, match="capacity: expected at least 4 images, one per class"):
         policy(capacity=3, context=buffer_context(num_classes=4))
 
 
@@ -194,7 +194,7 @@ def test_herding_equals_a_brute_force_search():
     for k in range(1, 10):
         left = [i for i in range(9) if i not in chosen]
         chosen.append(min(left, key=lambda i: np.linalg.norm(mean - phi[[*chosen, i]].sum(axis=0) / k)))
-    assert herding_order(features).tolist() == chosen
+    assert compute_herding_order(features).tolist() == chosen
 
 
 def test_herding_keeps_each_classs_front():
@@ -207,4 +207,4 @@ def test_herding_keeps_each_classs_front():
         images = task.train.images[task.train.labels == c]
         features = torch.nn.functional.normalize(images.flatten(1).float() / 255, dim=1)
         kept = buffer.images[:4][buffer.labels[:4] == c]
-        assert torch.equal(kept, images[herding_order(features)[:2]])
+        assert torch.equal(kept, images[compute_herding_order(features)[:2]])

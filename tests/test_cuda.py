@@ -21,7 +21,7 @@ from test_command import in_process, the_run
 from test_methods import METHODS, parts_of, trainer_of
 from test_step import FUNCTIONAL, largest_difference
 
-from cl_bench.buffers.herding import herding_order
+from cl_bench.buffers.herding import compute_herding_order
 from cl_bench.config.build import choose_device
 from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.core.images import HostImages
@@ -208,8 +208,8 @@ def test_a_step_copies_each_draw_once_out_of_pinned_memory_and_waits_for_nothing
 
 def test_herding_waits_for_no_pick(pretence):
     features = torch.nn.functional.normalize(torch.rand(20, 5), dim=1)
-    expected = herding_order(features)
-    ours = herding_order(features.to(CUDA))
+    expected = compute_herding_order(features)
+    ours = compute_herding_order(features.to(CUDA))
     assert not pretence.waits
     assert torch.equal(ours.cpu(), expected)
 

@@ -18,13 +18,13 @@ from cl_bench.engine.trainer import Interrupted
 from cl_bench.loggers.group import Loggers
 from cl_bench.methods.den import (
     DynamicallyExpandable,
-    between,
-    connected,
-    connections,
-    duplicated,
-    most_drifted,
+    apply_soft_threshold,
+    duplicate,
+    find_connected,
+    find_most_drifted,
+    select_between,
+    select_connections,
     shrink_groups,
-    soft_threshold,
 )
 from cl_bench.optim import Exponential
 
@@ -66,13 +66,13 @@ def method_of(parts: Parts) -> DynamicallyExpandable:
 
 
 def snapshot(net: DEN) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in net.hidden()]
+    return [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in net.list_hidden()]
 
 
 def disturb(net: DEN, size: float = 0.3) -> None:
     """Training, as far as the shapes are concerned: every entry on the newest task's path moves."""
     with torch.no_grad():
-        for layer in net.path():
+        for layer in net.list_path():
             layer.weight += size * torch.randn_like(layer.weight)
             layer.bias += size * torch.randn_like(layer.bias)
 
@@ -90,8 +90,8 @@ def test_soft_threshold_and_group_shrinkage_against_numpy():
     w = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
     w[1] *= 0.1
     expected = np.sign(array(w)) * np.maximum(np.abs(array(w)) - 0.2, 0)
-    np.testing.assert_allclose(array(soft_threshold(w, 0.2)), expected, rtol=1e-6)
-    assert (soft_threshold(w, 0.2) == 0).any()
+    np.testing.assert_allclose(array(apply_soft_threshold(w, 0.2)), expected, rtol=1e-6)
+    assert (apply_soft_threshold(w, 0.2) == 0).any()
 
     expected = array(w)
     for g in range(4):
@@ -114,25 +114,25 @@ def test_loss_terms_against_numpy(kind, three_images):
     net.add_head(5)
     net.grow(2)
     disturb(net)
-    method._chosen = between(
-        net.path(), [torch.tensor([1, 0, 1, 1, 0, 0]).bool(), torch.tensor([1, 1, 0, 0, 1]).bool()]
+    method._chosen = select_between(
+        net.list_path(), [torch.tensor([1, 0, 1, 1, 0, 0]).bool(), torch.tensor([1, 1, 0, 0, 1]).bool()]
     )
 
     h = array(raw.flatten(1).float() / 255)
-    for layer in net.hidden():
+    for layer in net.list_hidden():
         h = np.maximum(h @ array(layer.weight).reshape(len(layer.bias), -1).T + array(layer.bias), 0)
-    z = h @ array(net.path()[-1].weight).T + array(net.path()[-1].bias)
+    z = h @ array(net.list_path()[-1].weight).T + array(net.list_path()[-1].bias)
     expected = {"ce": cross_entropy(z, y.numpy() - 5)}
     if kind == "l2":
         chosen = [[0, 2, 3], [0, 1, 4]]
-        w1, w2, head = (array(layer.weight) for layer in net.path())
+        w1, w2, head = (array(layer.weight) for layer in net.list_path())
         squares = (
             (w1[chosen[0]] ** 2).sum() + (w2[np.ix_(chosen[1], chosen[0])] ** 2).sum() + (head[:, chosen[1]] ** 2).sum()
         )
         expected["l2"] = 0.3 / 2 * squares
     if kind == "drift":
         squares = 0.0
-        for layer, (w, b) in zip(net.hidden(), method._old):
+        for layer, (w, b) in zip(net.list_hidden(), method._old):
             squares += ((array(layer.weight)[: w.shape[0], : w.shape[1]] - array(w)) ** 2).sum()
             squares += ((array(layer.bias)[: len(b)] - array(b)) ** 2).sum()
         expected["drift"] = 0.7 / 2 * squares
@@ -150,8 +150,8 @@ def test_the_head_is_fitted_on_frozen_layers(three_images):
     method = method_of(parts_of())
     method.net.add_head(5)
     method.observe_head(batch_of(raw, torch.tensor([0, 1, 2])))["ce"].backward()
-    assert all(layer.weight.grad is None for layer in method.net.hidden())
-    assert method.net.head(0).weight.grad is not None
+    assert all(layer.weight.grad is None for layer in method.net.list_hidden())
+    assert method.net.get_head(0).weight.grad is not None
 
 
 # -- selection ---------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_selection_is_reachability(seed):
     rng = np.random.default_rng(seed)
     shapes = [(6, 1, 3, 3), (5, 6, 3, 3), (7, 5, 4), (6, 7), (3, 6)]
     weights = [rng.normal(size=s) * (rng.random(s[:2]) < 0.3).reshape(*s[:2], *[1] * (len(s) - 2)) for s in shapes]
-    found = connected([torch.from_numpy(w) for w in weights])
+    found = find_connected([torch.from_numpy(w) for w in weights])
     expected = reachable(weights)
     assert [set(mask.nonzero().flatten().tolist()) for mask in found] == expected
     assert any(len(e) < s[0] for e, s in zip(expected, shapes))
@@ -203,19 +203,19 @@ def test_selection_is_smaller_than_the_layer_for_a_task_that_old_units_serve():
     method = method_of(parts)
     selected, units = method.history[1]["selected"], method.history[0]["units"]
     assert all(0 < s < n for s, n in zip(selected, units)), (selected, units)
-    assert method.loss(again.train) < 0.5  # five classes: log 5 = 1.6 is chance
+    assert method.measure_loss(again.train) < 0.5  # five classes: log 5 = 1.6 is chance
 
 
 def test_selected_sub_network_is_all_that_changes():
     net = mlp(8, 6)
     net.add_head(5)
     with torch.no_grad():
-        for layer in net.path():
+        for layer in net.list_path():
             layer.weight *= torch.rand_like(layer.weight) < 0.15
-    chosen = connected([layer.weight.detach() for layer in net.path()])
+    chosen = find_connected([layer.weight.detach() for layer in net.list_path()])
     outputs = net.answer(IMAGES, 0)
-    disturbed = [layer.weight.detach().clone() for layer in net.path()]
-    for (mask, _), layer, weight in zip(between(net.path(), chosen), net.path(), disturbed):
+    disturbed = [layer.weight.detach().clone() for layer in net.list_path()]
+    for (mask, _), layer, weight in zip(select_between(net.list_path(), chosen), net.list_path(), disturbed):
         assert (layer.weight[mask] != 0).all()  # only connections that are there
         weight[~mask] = 0
         layer.weight.data = weight
@@ -236,13 +236,13 @@ def test_old_tasks_answer_identically_after_an_expansion(make, doubles):
     before = net.widths
     net.grow(3)
     assert net.widths == [w + 3 for w in before]
-    assert net.widths_at(0) == before
-    assert net.widths_at(1) == net.widths
+    assert net.get_widths_at(0) == before
+    assert net.get_widths_at(1) == net.widths
     grown = net.answer(images, 0)
     torch.testing.assert_close(grown, old, rtol=DOUBLE, atol=DOUBLE)  # a wider layer may be multiplied in another order
     new = net.answer(images, 1)
     with torch.no_grad():  # whatever the new units learn
-        for layer, n, m in zip(net.hidden(), before, [net.hidden()[0].weight.shape[1], *before]):
+        for layer, n, m in zip(net.list_hidden(), before, [net.list_hidden()[0].weight.shape[1], *before]):
             layer.weight[n:] += 1
             layer.weight[:, m:] += 1
             layer.bias[n:] += 1
@@ -269,20 +269,20 @@ def test_each_phase_of_a_task_trains_its_own_weights_and_expansion_keeps_old_ans
                 continue
             seen.add(number)
             if number == 0:  # the head alone
-                for layer, (w, b) in zip(net.hidden(), before):
+                for layer, (w, b) in zip(net.list_hidden(), before):
                     assert torch.equal(layer.weight, w)
                     assert torch.equal(layer.bias, b)
                 assert torch.equal(answers_to_the_first_task(net, x), answers)
             elif number == 1:  # the selected part, W_S
                 masks = method._chosen[:-1]
                 assert not all(mask.all() for mask, _ in masks)
-                for layer, (w, b), (mask, row) in zip(net.hidden(), before, masks):
+                for layer, (w, b), (mask, row) in zip(net.list_hidden(), before, masks):
                     assert torch.equal(layer.weight[~mask], w[~mask])
                     assert torch.equal(layer.bias[~row], b[~row])
-                assert any(not torch.equal(layer.weight, w) for layer, (w, _) in zip(net.hidden(), before))
+                assert any(not torch.equal(layer.weight, w) for layer, (w, _) in zip(net.list_hidden(), before))
             elif number == 2:  # what was added
                 n = [w - method.units for w in net.widths]
-                for layer, (w, b), rows, columns in zip(net.hidden(), before, n, [1, *n]):
+                for layer, (w, b), rows, columns in zip(net.list_hidden(), before, n, [1, *n]):
                     assert torch.equal(layer.weight[:rows, :columns], w[:rows, :columns])
                     assert torch.equal(layer.bias[:rows], b[:rows])
                     assert not torch.equal(layer.weight[rows:], w[rows:])
@@ -327,7 +327,7 @@ def test_removal_takes_exactly_the_useless_units():
         net.layers[1].weight[:, n[0] - 2] = 0  # what it feeds
         net.layers[1].weight[n[1] - 1] = 0
         net.heads[1].weight[:, n[1] - 1] = 0
-    useless = method.useless()
+    useless = method.find_useless()
     assert [u.tolist() for u in useless] == [[n[0] - 2], [n[1] - 1]]
     answers = net(IMAGES)
     net.remove(useless)
@@ -340,9 +340,9 @@ def test_removal_takes_exactly_the_useless_units():
 
 def test_split_takes_the_most_drifted():
     rho = torch.tensor([0.06, 0.5, 0.01, 0.2, 0.04, 0.3])
-    assert most_drifted(rho, 0.05, None).tolist() == [0, 1, 3, 5]
-    assert most_drifted(rho, 0.05, 2).tolist() == [1, 5]
-    assert most_drifted(rho, 1.0, 2).tolist() == []
+    assert find_most_drifted(rho, 0.05, None).tolist() == [0, 1, 3, 5]
+    assert find_most_drifted(rho, 0.05, 2).tolist() == [1, 5]
+    assert find_most_drifted(rho, 1.0, 2).tolist() == []
 
 
 def test_drift_is_the_norm_over_incoming_weights():
@@ -353,7 +353,7 @@ def test_drift_is_the_norm_over_incoming_weights():
     net.add_head(5)
     net.grow(2)
     disturb(net)
-    for rho, layer, (w, b) in zip(method.drifts(), net.hidden(), method._old):
+    for rho, layer, (w, b) in zip(method.measure_drifts(), net.list_hidden(), method._old):
         assert len(rho) == len(b)
         for i in range(len(b)):
             d = np.concatenate(
@@ -375,7 +375,7 @@ def test_splitting_every_drifted_unit_gives_the_old_answers_back(make, doubles):
     assert (drifted - answers).abs().max() > 1e-3
     net.split([torch.arange(len(b)) for _, b in old], old)
     torch.testing.assert_close(net.answer(images, 0), answers, rtol=DOUBLE, atol=DOUBLE)
-    for layer, (w, b) in zip(net.hidden(), old):
+    for layer, (w, b) in zip(net.list_hidden(), old):
         assert torch.equal(layer.weight[: len(w), : w.shape[1]], w)
         assert torch.equal(layer.bias[: len(b)], b)
     assert net.widths == [2 * len(b) + 2 for _, b in old]
@@ -398,13 +398,13 @@ def test_a_split_of_some_units_restores_those_and_appends_their_drifted_copies(m
         {k: v for k, v in net.state_dict().items() if not k.startswith(("heads.1", "_extra"))}, strict=False
     )
     with torch.no_grad():
-        for layer, units, (w, b) in zip(reference.hidden(), which, old):
+        for layer, units, (w, b) in zip(reference.list_hidden(), which, old):
             layer.weight[units], layer.bias[units] = w[units], b[units]
     net.split(which, old)
     torch.testing.assert_close(net.answer(images, 0), reference.answer(images, 0), rtol=DOUBLE, atol=DOUBLE)
     assert net.widths == [n + len(u) for n, u in zip(widths, which)]
     assert net.stamps[-1] == [0] * widths[-1] + [1, 1]
-    for layer, units, (w, b), below in zip(net.hidden(), which, before, [None, *which]):
+    for layer, units, (w, b), below in zip(net.list_hidden(), which, before, [None, *which]):
         n, m = w.shape[:2]
         kept = [i for i in range(n) if i not in units.tolist()]
         assert torch.equal(layer.weight[kept, :m], w[kept])  # the shared units are as they were
@@ -425,10 +425,10 @@ def test_masks_are_duplicated_as_the_layers_are():
     with torch.no_grad():
         net.layers[1].weight[1, 2] = 0
     which = [torch.tensor([2]), torch.tensor([1])]
-    masks = duplicated([connections(layer) for layer in net.path()], which)
+    masks = duplicate([select_connections(layer) for layer in net.list_path()], which)
     net.split(which, old)
-    assert [w.shape for w, _ in masks] == [layer.weight.shape for layer in net.path()]
-    assert [len(b) for _, b in masks] == [len(layer.bias) for layer in net.path()]
+    assert [w.shape for w, _ in masks] == [layer.weight.shape for layer in net.list_path()]
+    assert [len(b) for _, b in masks] == [len(layer.bias) for layer in net.list_path()]
     missing = {tuple(place) for place in (~masks[1][0]).nonzero().tolist()}
     assert missing == {(1, 2), (1, 4), (3, 2), (3, 4)}  # every copy of the one connection that is not there
 
@@ -472,7 +472,7 @@ def test_capacity_and_sparsity_against_counting():
     assert last["capacity"] == pytest.approx(count / base)
     assert last["nonzero_parameters"] == count
     assert last["sparsity"] == pytest.approx(zeros / weights)
-    assert last["units"] == [len(layer.bias) for layer in net.hidden()]
+    assert last["units"] == [len(layer.bias) for layer in net.list_hidden()]
     assert method.history[0]["sparsity"] > 0.05  # l1 in the first task
     assert method.facts()["tasks"] == method.history
     assert method.memory_bytes() == 8 * sum(last["units"])
@@ -497,7 +497,7 @@ def test_a_phase_ends_when_the_loss_has_converged():
     for loss in [3.0, 2.0, 1.0, 0.9, 0.85, 0.84, 0.83]:
         method.total.fill_(loss)
         method.images.fill_(1.0)
-        stops.append(method._converged(len(stops)))
+        stops.append(method._has_converged(len(stops)))
     # halves of the last four: (3, 2 | 1, .9), (2, 1 | .9, .85), (1, .9 | .85, .84) falls by 0.105, (.9, .85 | .84, .83)
     assert stops == [False, False, False, False, False, False, True]
 

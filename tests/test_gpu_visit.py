@@ -69,11 +69,11 @@ def test_stages_take_their_arguments():
     ("words", "said"),
     [
         ("steup w", "no stage steup"),
-        ("decode", "decode wants 1 arguments"),
-        ("setup decode first", "setup wants 1 arguments"),
-        ("full er500", "full wants 2 arguments"),
+        ("decode", "decode needs 1 arguments"),
+        ("setup decode first", "setup needs 1 arguments"),
+        ("full er500", "full needs 2 arguments"),
         ("full er500 soon", "ROW[,ROW] SECONDS"),
-        ("full er500 pack", "full wants 2 arguments"),
+        ("full er500 pack", "full needs 2 arguments"),
     ],
 )
 def test_wrong_stages_are_told_before_anything_is_done(words, said, tmp_path, capsys):
@@ -99,11 +99,11 @@ def test_wrong_stages_are_told_before_anything_is_done(words, said, tmp_path, ca
 )
 def test_the_first_row_is_the_one_that_fits(measured, row):
     results = [{"stage": "rates", "item": name, "status": status, "ms": ms} for name, status, ms in measured]
-    assert gpu_visit.first_row([{"stage": "probe", "item": "", "status": "ok"}, *results]) == row
+    assert gpu_visit.choose_first_row([{"stage": "probe", "item": "", "status": "ok"}, *results]) == row
 
 
 def test_rows_are_run_by_the_command_that_reproduces(tmp_path, capsys):
-    built = gpu_visit.full(["derpp500", "lvt500"], 480, tmp_path, options("--device=cpu", "--speed=eager"))
+    built = gpu_visit.train_rows(["derpp500", "lvt500"], 480, tmp_path, options("--device=cpu", "--speed=eager"))
     assert built.command[0] == "scripts/reproduce.py"
     assert built.limit > 480 + gpu_visit.GRACE_SECONDS
     assert load("reproduce").main([*built.command[1:], "--list"]) == 0
@@ -111,8 +111,8 @@ def test_rows_are_run_by_the_command_that_reproduces(tmp_path, capsys):
     assert [line.split("name=")[1].split()[0] for line in listed] == ["derpp500", "lvt500"]
     assert "method.alpha=0.3 method.beta=0.5 optimizer.lr=0.03 schedule.factor=0.2" in listed[0]
     default = {"device=cuda:0", "trainer.speed=graph", "trainer.checkpoint_seconds=600"}
-    assert default < set(gpu_visit.full(["er500"], 480, tmp_path, options()).command)
-    rehearsal = gpu_visit.full(["er500"], 9, tmp_path, options("--device=cpu", "--speed=eager", "--scale=mini"))
+    assert default < set(gpu_visit.train_rows(["er500"], 480, tmp_path, options()).command)
+    rehearsal = gpu_visit.train_rows(["er500"], 9, tmp_path, options("--device=cpu", "--speed=eager", "--scale=mini"))
     assert load("reproduce").main([*rehearsal.command[1:], "--list"]) == 0
     assert "+scale=mini" in capsys.readouterr().out
 
@@ -120,7 +120,7 @@ def test_rows_are_run_by_the_command_that_reproduces(tmp_path, capsys):
 def test_results_of_earlier_calls_choose_the_row(visit, tmp_path):
     visit.tell({"stage": "rates", "item": "derpp graph", "status": "ok", "ms": 5.0})
     later = gpu_visit.Visit(visit.work, tmp_path / "other", "cpu")
-    [full] = gpu_visit.items("full", ["first,lvt500", "10"], later, options())
+    [full] = gpu_visit.list_items("full", ["first,lvt500", "10"], later, options())
     assert full.name == "derpp500,lvt500"
 
 
@@ -250,7 +250,7 @@ def test_the_halves_are_about_equal_and_become_the_data_when_both_are_there(carr
     assert sizes == {"first": 6000, "second": 3000}
     assert (folder / "wheels" / "commit").exists() == bool(find_commit())
     for half in ("first", "second"):
-        [one] = gpu_visit.items("decode", [str(folder / half)], visit, options())
+        [one] = gpu_visit.list_items("decode", [str(folder / half)], visit, options())
         visit.run(one)
         assert (visit.work / "data" / "train").exists() == (half == "second")
     assert [line["status"] for line in lines(visit.out)] == ["ok", "ok"]
@@ -261,7 +261,7 @@ def test_damaged_strips_are_told(carried, visit):
     folder, _ = carried
     (folder / "first" / "strips" / "0.webp").write_bytes(b"0" * 1000)
     for half in ("first", "second"):
-        [one] = gpu_visit.items("decode", [str(folder / half)], visit, options())
+        [one] = gpu_visit.list_items("decode", [str(folder / half)], visit, options())
         visit.run(one)
     assert [line["status"] for line in lines(visit.out)] == ["ok", "failed"]
     assert "the strips are damaged" in (visit.out / "visit.log").read_text()
@@ -364,6 +364,6 @@ def test_progress_of_runs(tmp_path):
     summary = {"class_il": {"average_accuracy": 38.0}, "task_il": {"average_accuracy": 75.0}}
     summary |= {"speed": {"used": "graph"}, "cost": {"train_seconds": 400.0}}
     (run / "summary.json").write_text(json.dumps(summary))
-    begun, finished = gpu_visit.progress(tmp_path)
+    begun, finished = gpu_visit.read_progress(tmp_path)
     assert begun == {"run": "experiment/a/seed0", "task": 3, "epoch": 7, "step": 99}
     assert (finished["class_il"], finished["speed"]) == (38.0, {"used": "graph"})

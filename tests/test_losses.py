@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch_of, buffer_context, identity_transform, network_of
+from torch import nn
 
 from cl_bench.backbones.lvt import LVT
 from cl_bench.backbones.mlp import MLP
@@ -14,7 +15,7 @@ from cl_bench.buffers.base import Buffer
 from cl_bench.buffers.fixed_memory import FixedMemory
 from cl_bench.buffers.reservoir import Reservoir
 from cl_bench.core.types import Data, Task
-from cl_bench.methods.base import Teacher
+from cl_bench.methods.base import ParameterSnapshot, Teacher
 from cl_bench.methods.derpp import DERpp
 from cl_bench.methods.er import ER
 from cl_bench.methods.ewc import EWC
@@ -189,9 +190,9 @@ def test_lvt_first_task_has_no_penalty_and_full_weight(three_images):
 
 
 def test_lvt_weight_of_new_data():
-    assert [lvt().rate(t) for t in range(4)] == [1.0, 0.1, 0.1, 0.1]
+    assert [lvt().get_new_weight(t) for t in range(4)] == [1.0, 0.1, 0.1, 0.1]
     decaying = lvt(new_weight_rule="decay")
-    assert [decaying.rate(t) for t in (0, 1, 2, 30)] == pytest.approx([1.0, 0.9, 0.81, 0.1])
+    assert [decaying.get_new_weight(t) for t in (0, 1, 2, 30)] == pytest.approx([1.0, 0.9, 0.81, 0.1])
 
 
 def test_lvt_penalty_is_zero_for_an_unchanged_net(three_images):
@@ -200,9 +201,9 @@ def test_lvt_penalty_is_zero_for_an_unchanged_net(three_images):
     data = Data(raw, y, torch.arange(3))
     list(method.learn(Task(0, range(2), data, data, data)))
     assert max(method.get_buffer(f"importance_{i}").abs().max() for i in range(2)) > 0
-    assert method.penalty().item() == 0.0
+    assert method.compute_penalty().item() == 0.0
     method.net.keys_and_biases()[0].data += 0.1
-    assert method.penalty().item() > 0
+    assert method.compute_penalty().item() > 0
 
 
 def test_lvt_importance_is_the_mean_gradient_of_the_injection_loss(three_images):
@@ -501,10 +502,10 @@ def test_ewc_fisher_equals_a_brute_force_version(make, fisher, three_images, mon
     monkeypatch.setattr("cl_bench.methods.ewc.GRADIENT_BYTES", 1)  # one image at a time, and all at once
     data = Data(raw, y, torch.arange(3))
     task = Task(0, range(2), data, data.take(slice(0)), data)
-    single = method.fisher_information(task)
+    single = method.measure_fisher_information(task)
     monkeypatch.undo()
     expected = brute_force_fisher(method.net, raw, y, weighted=fisher == "weighted")
-    for one, together, brute in zip(single, method.fisher_information(task), expected):
+    for one, together, brute in zip(single, method.measure_fisher_information(task), expected):
         np.testing.assert_allclose(array(together), brute, rtol=2e-3, atol=1e-7)
         np.testing.assert_allclose(array(one), brute, rtol=2e-3, atol=1e-7)
 
@@ -513,7 +514,7 @@ def test_ewc_sampled_fisher_draws_labels_from_the_network(three_images):
     raw, y = three_images
     method = ewc(mlp(), fisher="sampled")
     data = Data(raw[:1].expand(4000, -1, -1, -1), y[:1].expand(4000), torch.arange(4000))
-    measured = method.fisher_information(Task(0, range(2), data, data.take(slice(0)), data))
+    measured = method.measure_fisher_information(Task(0, range(2), data, data.take(slice(0)), data))
     p = softmax(array(method.net(raw[:1].float() / 255)))[0]
     # exactly: the expectation over the network's own labels
     of_label = [brute_force_fisher(method.net, raw[:1], torch.tensor([c])) for c in range(4)]
@@ -578,3 +579,31 @@ def test_a_teacher_only_answers(three_images):
     teacher.take(net)
     with torch.no_grad():
         assert torch.equal(teacher(raw.float() / 255), net(raw.float() / 255))
+
+
+def test_a_snapshot_is_state_of_its_method_under_the_names_that_checkpoints_have():
+    net = nn.Linear(2, 1)
+    owner = nn.Module()
+    snapshot = ParameterSnapshot(owner, net.parameters(), importance="importance")
+    assert list(owner.state_dict()) == ["old_0", "importance_0", "old_1", "importance_1"]
+    snapshot.take(net.parameters(), [torch.full_like(p, 2.0) for p in net.parameters()])
+    assert all(not drift.any() for drift in snapshot.drifts(net.parameters()))
+    with torch.no_grad():
+        net.weight += 0.5
+    assert array(snapshot.drifts(net.parameters())[0]) == pytest.approx(np.full((1, 2), 0.5))
+    assert [t.unique().tolist() for t in snapshot.importance] == [[2.0], [2.0]]
+    assert snapshot.nbytes == 2 * 3 * 4
+    bare = ParameterSnapshot(nn.Module(), net.parameters())
+    bare.take(net.parameters())
+    assert bare.importance == []
+    assert torch.equal(bare.values[0], net.weight)
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"), [(lvt(), {"old", "importance"}), (ewc(mlp()), {"centre", "precision"})], ids=["lvt", "ewc"]
+)
+def test_a_snapshot_keeps_the_names_that_older_checkpoints_have(method, kinds):
+    own = [name for name in method.state_dict() if "." not in name]
+    assert {name.rpartition("_")[0] for name in own} == kinds
+    assert {int(name.rpartition("_")[2]) for name in own} == set(range(len(own) // 2))
+    assert method.memory_bytes() == sum(method.state_dict()[name].nbytes for name in own)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, batch_of, configure, network_of, toy_images
 
-from cl_bench.backbones.layers.vit import small_vit
-from cl_bench.backbones.memory_vit import MemoryViT, attention_rules
+from cl_bench.backbones.layers.vit import build_small_vit
+from cl_bench.backbones.memory_vit import MemoryViT, build_attention_rules
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
 from cl_bench.engine.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize(("mode", "earlier"), [("extension", True), ("concatenation", False)])
 def test_attention_rules_are_the_papers_table(mode, earlier):
     inputs, tasks, memory = 5, 4, 3
-    rules = attention_rules(inputs, tasks, memory, mode)
+    rules = build_attention_rules(inputs, tasks, memory, mode)
     assert rules.shape == (inputs + tasks, inputs + tasks + tasks * memory)  # memory has columns but no rows
     for query in range(inputs + tasks):
         for key in range(rules.shape[1]):
@@ -91,7 +91,7 @@ def test_outputs_are_one_masked_attention_over_input_class_tokens_and_memory(mod
     net, x = network(attention=mode), images()
     trunk = net.trunk
     n, tasks = trunk.pos_embed.shape[1], len(net.tokens)
-    rules = attention_rules(n, tasks, net.num_memory, mode)
+    rules = build_attention_rules(n, tasks, net.num_memory, mode)
     patches = trunk.patch_embed(x)
     y = torch.cat([trunk.cls_token.expand(len(x), -1, -1), patches], 1) + trunk.pos_embed
     c = torch.stack([token[0] + trunk.pos_embed[0, 0] for token in net.tokens]).expand(len(x), -1, -1)
@@ -106,7 +106,7 @@ def test_outputs_are_one_masked_attention_over_input_class_tokens_and_memory(mod
         z = z + block.attn.proj((weights @ v).transpose(1, 2).flatten(2))  # the residual carries no memory
         z = z + block.mlp(block.norm2(z))
     z = trunk.norm(z)
-    assert same(net.outputs(x), z[:, n:])
+    assert same(net.compute_outputs(x), z[:, n:])
     assert same(net.features(x), z[:, 0])  # the trunk's own class token, among all the others
 
 
@@ -121,7 +121,7 @@ def test_input_tokens_are_those_of_timms_network_without_any_task():
     seen = []
     for block in net.trunk.blocks:  # what our pass hands to each layer and what the last one makes of it
         block.norm1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    net.outputs(x)
+    net.compute_outputs(x)
     layers = [y for y in seen if y.shape[1] == 5]
     expected = []
     for block in plain.blocks:
@@ -138,44 +138,44 @@ def test_input_tokens_are_those_of_timms_network_without_any_task():
 @pytest.mark.parametrize("mode", ["extension", "concatenation"])
 def test_a_new_task_leaves_old_outputs_unchanged(mode):
     net, x = network(attention=mode), images()
-    assert same(only(net, [0, 1]).outputs(x), net.outputs(x)[:, :2])
+    assert same(only(net, [0, 1]).compute_outputs(x), net.compute_outputs(x)[:, :2])
     assert same(only(net, [0, 1])(x)[:, :4], net(x)[:, :4])
 
 
 def test_concatenated_tasks_are_as_run_on_their_own():
     net, x = network(attention="concatenation"), images()
     for task in range(3):
-        assert same(only(net, [task]).outputs(x)[:, 0], net.outputs(x)[:, task])
+        assert same(only(net, [task]).compute_outputs(x)[:, 0], net.compute_outputs(x)[:, task])
 
 
 def test_an_extended_task_reads_the_earlier_ones():
     net, x = network(attention="extension"), images()
     apart = network(attention="concatenation")
     apart.load_state_dict(net.state_dict())
-    assert same(net.outputs(x)[:, 0], apart.outputs(x)[:, 0])
-    assert (net.outputs(x)[:, 2] - apart.outputs(x)[:, 2]).abs().max() > 1e-3
-    before = net.outputs(x)
+    assert same(net.compute_outputs(x)[:, 0], apart.compute_outputs(x)[:, 0])
+    assert (net.compute_outputs(x)[:, 2] - apart.compute_outputs(x)[:, 2]).abs().max() > 1e-3
+    before = net.compute_outputs(x)
     net.memories[0].data += torch.randn_like(net.memories[0])
-    assert (net.outputs(x)[:, 2] - before[:, 2]).abs().max() > 1e-3
+    assert (net.compute_outputs(x)[:, 2] - before[:, 2]).abs().max() > 1e-3
 
 
 def test_every_class_token_has_position_zero():
     net, x = network(), images()
-    before, shift = net.outputs(x), torch.randn(16, dtype=torch.float64)
+    before, shift = net.compute_outputs(x), torch.randn(16, dtype=torch.float64)
     net.trunk.pos_embed.data[:, 0] += shift
-    assert (net.outputs(x) - before).abs().amax((0, 2)).min() > 1e-3
+    assert (net.compute_outputs(x) - before).abs().amax((0, 2)).min() > 1e-3
     for token in (*net.tokens, net.trunk.cls_token):
         token.data -= shift
-    assert same(net.outputs(x), before)
+    assert same(net.compute_outputs(x), before)
 
 
 def test_memory_passes_the_layers_norm():
     net, x = network(), images()
-    before = net.outputs(x)
+    before = net.compute_outputs(x)
     net.memories[1].data += 1.0  # a LayerNorm takes the same number in all channels away
-    assert same(net.outputs(x), before)
+    assert same(net.compute_outputs(x), before)
     net.memories[1].data[..., 0] += 1.0
-    assert not same(net.outputs(x), before)
+    assert not same(net.compute_outputs(x), before)
 
 
 @pytest.mark.parametrize(("memory", "classes"), [(3, 2), (1, 4), (0, 2)])
@@ -185,8 +185,8 @@ def test_parameters_of_a_task(memory, classes):
     net.add_task(classes)
     added = sum(p.numel() for p in net.parameters()) - before
     assert added == 3 * memory * 16 + 16 + (16 + 1) * classes
-    assert sum(p.numel() for p in net.newest()) == added
-    assert {id(p) for p in net.parameters() if p.requires_grad and p.numel()} == {id(p) for p in net.newest()}
+    assert sum(p.numel() for p in net.list_newest()) == added
+    assert {id(p) for p in net.parameters() if p.requires_grad and p.numel()} == {id(p) for p in net.list_newest()}
 
 
 def test_the_papers_count_of_a_task():
@@ -196,14 +196,14 @@ def test_the_papers_count_of_a_task():
     )
     net.add_task(100)
     assert net.memories[0].numel() == 46_080
-    assert sum(p.numel() for p in net.newest()) == 123_748
+    assert sum(p.numel() for p in net.list_newest()) == 123_748
 
 
 def test_heads_alone_read_the_trunks_class_token():
     net, x = network(memory=0, class_token=False), images()
     assert len(net.tokens) == len(net.memories) == 0
     assert same(net(x)[:, 2:4], net.heads[1](net.features(x)))
-    assert sum(p.numel() for p in net.newest()) == (16 + 1) * 2
+    assert sum(p.numel() for p in net.list_newest()) == (16 + 1) * 2
 
 
 # -- the rule --------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_only_the_newest_task_gets_a_gradient_and_the_trunk_stays_in_evaluation_
     assert learned.net.heads.training
     losses = learned.observe(batch_of(three_images[0], torch.tensor([4, 5, 4]), task=2))
     losses["ce"].backward()
-    trained = {id(p) for p in learned.net.newest()}
+    trained = {id(p) for p in learned.net.list_newest()}
     for name, p in learned.named_parameters():
         assert (p.grad is not None) == (id(p) in trained), name
 
@@ -361,7 +361,7 @@ def test_weights_from_a_file(tmp_path):
     side = theirs.patch_embed.img_size
     mean, std = (torch.tensor(theirs.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     expected = (F.interpolate(raw, size=side, mode="bicubic") - mean) / std  # resized, normalised as it was trained
-    torch.testing.assert_close(net.fitted(x), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(net.fit_images(x), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(net.features(x), theirs.forward_head(theirs.forward_features(expected), pre_logits=True))
     learned = LearnableMemory(net=net, scenario=scenario(), **RULE)
     assert learned.facts()["trunk"] == "weights of test_vit from the file weights.pt"
@@ -417,8 +417,8 @@ def test_unreachable_weights_say_the_way_out(monkeypatch):
     ("keys", "message"),
     [
         ({"memory": -1}, "memory: expected 0 or more"),
-        ({"class_token": False}, "class_token: expected true where there is memory"),
-        ({"pretrained": True, "checkpoint": "x"}, "checkpoint: expected null beside pretrained=true"),
+        ({"class_token": False}, "class_token: expected true with memory tokens"),
+        ({"pretrained": True, "checkpoint": "x"}, "checkpoint: expected null with pretrained=true"),
         ({"patch_size": 3}, "patch_size: expected a divisor"),
         ({"heads": 3}, "heads: expected a divisor of dim = 16"),
     ],
@@ -439,7 +439,7 @@ def test_plain_vit_is_timms_and_as_large_as_lvt():
     logits = small(x)
     assert logits.shape == (2, 100)
     torch.testing.assert_close(small.head(small.features(x)), logits)
-    whole = small_vit(
+    whole = build_small_vit(
         patch_size=8, dim=96, depth=3, heads=3, mlp_ratio=4.0, num_classes=100, image_shape=(3, 32, 32)
     ).eval()
     head = {f"head.{name}": value for name, value in small.head.state_dict().items()}

@@ -1,29 +1,44 @@
-"""The README's example of a method, executed as it stands there."""
+"""The README's commands and code, executed as they stand there."""
 
 import json
 import re
-import shutil
+import shlex
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, TINY, command, configure
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+import cl_bench
+
+README = (ROOT / "README.md").read_text()
 
 
-def blocks() -> dict[str, str]:
+def find_commands() -> list[list[str]]:
+    """Every indented command of the README, split into words."""
+    text = README.replace("\\\n", " ")
+    lines = re.findall(r"^    (?=python |make |timeout |source |\.venv)(.*)$", text, flags=re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+SMALL = ["method=finetune", "buffer=none", "backbone=mlp", "backbone.hidden=[16]"]
+COMMANDS = find_commands()
+RUNS = [words[words.index("cl_bench") + 1 :] for words in COMMANDS if "cl_bench" in words]
+
+
+def find_files() -> dict[str, str]:
     """The fenced blocks of the README that a file name stands above."""
-    text = (ROOT / "README.md").read_text()
-    return dict(re.findall(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", text, flags=re.M | re.S))
+    return dict(re.findall(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", README, flags=re.M | re.S))
 
 
 @pytest.mark.slow
-def test_the_example_method_works_from_one_file_and_one_yaml(tmp_path):
-    for folder in ("cl_bench", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    files = blocks()
-    assert list(files) == ["cl_bench/methods/l2.py", "configs/method/l2.yaml"]
+def test_the_example_method_works_outside_the_package(tmp_path):
+    files = find_files()
+    assert list(files) == ["mine/l2.py", "mine/method/l2.yaml"]
     for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    line = re.search(r"python -m cl_bench (method=l2 .*)", (ROOT / "README.md").read_text())
-    done = command(*line[1].split(), "trainer.epochs=2", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    (words,) = [words for words in RUNS if "method=l2" in words]
+    done = command(*words, "trainer.epochs=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("results/**/summary.json")
     assert json.loads(path.read_text())["method"] == "l2"
@@ -32,29 +47,60 @@ def test_the_example_method_works_from_one_file_and_one_yaml(tmp_path):
     assert terms[0] == {"ce"}
     assert terms[-1] == {"ce", "l2"}
 
-    wrong = command("method=l2", "method.strenght=1", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    wrong = command(*words, "method.strenght=1", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "strenght" in wrong.stderr
 
 
-def test_commands_of_the_readme_compose():
-    from conftest import configure
-
-    text = (ROOT / "README.md").read_text()
-    lines = re.findall(r"python -m cl_bench (?!--|-m )(.*?)(?:\s+#.*)?$", text, flags=re.M)
-    runs = [line for line in lines if "l2" not in line]
-    assert len(runs) >= 5
-    for line in runs:
-        configure(*line.split())
+def test_the_environment_is_activated_before_it_is_used():
+    first = next(i for i, words in enumerate(COMMANDS) if words[0] == "python")
+    assert ["source", ".venv/bin/activate"] in COMMANDS[:first]
 
 
-def test_what_holds_a_promise_is_there():
-    """Every test file that docs/reliability.md names, and every test, in the file that is named before it."""
-    named = re.findall(r"`(?:tests/)?(test_\w+\.py|test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())
-    assert len(named) > 60
-    text = ""
-    for name in named:
-        if name.endswith(".py"):
-            text = (ROOT / "tests" / name).read_text()
-        else:
-            assert f"\ndef {name}(" in text, name
+@pytest.mark.parametrize("words", [words for words in RUNS if not {"--help", "--config-dir"} & {*words}], ids=" ".join)
+def test_commands_of_the_readme_compose(words):
+    parsed = OverridesParser.create().parse_overrides([word for word in words if word != "-m"])
+    assert ("-m" in words) == any(override.is_sweep_override() for override in parsed) or "+search=lvt" in words
+    chosen = []
+    for override in parsed:
+        if override.is_sweep_override() and override.is_choice_sweep():
+            chosen.append(f"{override.input_line.split('=')[0]}={next(override.sweep_string_iterator())}")
+        elif not override.is_sweep_override() and not override.key_or_group.startswith(("hydra", "search")):
+            chosen.append(override.input_line)
+    configure(*chosen)
+
+
+def test_other_commands_of_the_readme_are_there():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    scripts = [words for words in COMMANDS if any(word.startswith("scripts/") for word in words)]
+    assert len(scripts) >= 6
+    for words in COMMANDS:
+        if words[0] == "make":
+            assert words[1] in targets
+    for words in scripts:
+        text = (ROOT / words[1]).read_text()
+        for option in words[2:]:
+            assert not option.startswith("-") or f'"{option}"' in text, words
+
+
+def test_a_run_from_python_is_made_predicts_and_is_plotted(tmp_path, monkeypatch):
+    import matplotlib
+
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    make, plot = re.findall(r"^```python\n(.*?)^```$", README.split("## From Python")[1].split("\n## ")[0], re.M | re.S)
+    names: dict = {}
+    smaller = ", ".join(repr(override) for override in [*TINY, "trainer.epochs=1", "logger=none", *SMALL])
+    exec(make.replace('"+experiment=quickstart"', f'"+experiment=quickstart", {smaller}'), names)
+    run = names["run"]
+    answers = run.predict(names["images"])
+    assert answers.shape == (len(names["images"]),)
+    exec(plot, names)
+    lines = names["plt"].gca().lines
+    assert len(lines) == len(run.scenario.tasks)
+    names["plt"].close("all")
+    again = cl_bench.load(run.run_dir)
+    assert (again.predict(names["images"]) == answers).all()
+    assert again.summary == run.summary
+    for name in re.findall(r"`\.(\w+)`", README.split("## From Python")[1].split("\n## ")[0]):
+        assert hasattr(run, name), name

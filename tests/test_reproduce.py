@@ -288,6 +288,12 @@ def test_the_projects_pages_are_what_the_command_makes():
     assert marked == 9
 
 
+def test_the_projects_table_is_what_the_command_makes(tmp_path):
+    out = ROOT / "results" / "reproduction"
+    write_all(GROUPS, read_records(GROUPS, out / "records"), tmp_path, "python scripts/reproduce.py")
+    assert (tmp_path / "table.md").read_text() == (out / "table.md").read_text(), "python scripts/reproduce.py"
+
+
 # ---- the command
 
 FAKE = """#!/bin/sh
@@ -333,7 +339,7 @@ def test_a_slice_ends_by_a_signal_and_the_next_goes_on(command, tmp_path, capfd)
     todo = jobs(command, tmp_path, "long", "short")
     assert command.run(todo, time.monotonic() + 0.3) == command.STOPPED
     assert [job.state for job in todo] == ["begun", "not begun"]
-    assert "the same command goes on" in capfd.readouterr().out
+    assert "the same command continues" in capfd.readouterr().out
     assert command.run(todo, time.monotonic()) == command.STOPPED  # no time at all: nothing is started
 
 

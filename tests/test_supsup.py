@@ -6,7 +6,7 @@ import torch
 from conftest import SEED, TINY, batch_of, configure, identity_transform
 from torch import nn
 
-from cl_bench.backbones.layers.masked import MaskedNet, TaskBatchNorm, kept_weights, pack, unpack
+from cl_bench.backbones.layers.masked import MaskedNet, TaskBatchNorm, count_kept_weights, pack, unpack
 from cl_bench.backbones.lvt import LVT
 from cl_bench.backbones.mlp import MLP
 from cl_bench.backbones.resnet18 import ResNet18
@@ -92,7 +92,8 @@ def test_loss_is_the_cross_entropy_over_all_outputs(three_images):
     # By hand: W x for the weights whose score is not negative, ReLU, and the second layer likewise.
     x = raw.double().numpy().reshape(3, -1) / 255
     first, second = (
-        (layer.layer.weight * (layer.scores >= 0)).detach().double().numpy() for layer in method.net.layers().values()
+        (layer.layer.weight * (layer.scores >= 0)).detach().double().numpy()
+        for layer in method.net.list_layers().values()
     )
     z = np.maximum(x @ first.T, 0) @ second.T
     assert z.shape == (3, 5)
@@ -105,7 +106,7 @@ def test_weights_are_signed_kaiming_constants_without_bias():
     plain = slim_resnet()
     signs = {name: p.sign() for name, p in plain.named_parameters() if p.dim() == 4}
     net = supsup(plain, shape=COLOUR).net
-    for name, layer in net.layers().items():
+    for name, layer in net.list_layers().items():
         weight = layer.layer.weight
         assert layer.layer.bias is None
         torch.testing.assert_close(weight.abs(), torch.full_like(weight, np.sqrt(2 / weight[0].numel())))
@@ -113,7 +114,7 @@ def test_weights_are_signed_kaiming_constants_without_bias():
         if f"{name}.weight" in signs:
             assert torch.equal(weight.sign(), signs[f"{name}.weight"]), name
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
-    assert trained == {f"net.{name}.scores" for name in net.layers()}
+    assert trained == {f"net.{name}.scores" for name in net.list_layers()}
     assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
 
 
@@ -134,7 +135,7 @@ def test_any_network_is_masked_and_learns(net, mask):
 
 
 def test_only_layers_that_the_answer_passes_are_masked():
-    names = supsup(small_lvt()).net.layers()
+    names = supsup(small_lvt()).net.list_layers()
     assert "accumulation" in names
     assert "injection" not in names
     assert names["accumulation"].scores.shape == (5, 16)
@@ -154,11 +155,11 @@ def test_a_network_without_linear_head_is_refused():
 def test_scores_start_uniform_and_pass_the_gradient_straight_through():
     for mask in ("threshold", "edge_popup"):
         method = supsup(mask=mask)
-        layer = method.net.layers()["trunk.1.0"]
+        layer = method.net.list_layers()["trunk.1.0"]
         assert 0.9 / 8 < layer.scores.abs().max() <= 1 / 8  # 64 inputs
         x = images().flatten(1)
         layer(x).square().sum().backward()
-        hard = layer.hard_mask().float().requires_grad_()
+        hard = layer.compute_mask().float().requires_grad_()
         nn.functional.linear(x, layer.layer.weight * hard).square().sum().backward()
         expected = hard.grad if mask == "threshold" else hard.grad * layer.scores.sign()
         torch.testing.assert_close(layer.scores.grad, expected)
@@ -167,12 +168,12 @@ def test_scores_start_uniform_and_pass_the_gradient_straight_through():
 @pytest.mark.parametrize("budget", [1, 16])
 def test_density_of_each_layer_is_the_erdos_renyi_rule_and_the_largest_scores_are_kept(budget):
     net = learn_nothing(supsup(slim_resnet(), shape=COLOUR, mask="edge_popup", budget=float(budget))).net
-    kept = net.kept()
-    for name, layer in net.layers().items():
+    kept = net.count_kept()
+    for name, layer in net.list_layers().items():
         shape = layer.scores.shape
         n = shape.numel()
         part = min(0.5, budget * (shape[0] + shape[1]) / n)
-        assert kept[name] == [kept_weights(shape, budget)]
+        assert kept[name] == [count_kept_weights(shape, budget)]
         assert abs(kept[name][0] - part * n) <= 1
         mask = unpack(layer.packed[0], n).bool()
         size = layer.scores.detach().abs().flatten()
@@ -206,7 +207,7 @@ def test_old_masks_and_weights_never_change_and_nothing_is_forgotten():
     before = bytes_of(("packed", "means", "vars"), slice(0, 0))
     answers: list[torch.Tensor] = []
     for task in tasks:
-        phase_masks = [layer.hard_mask() for layer in method.net.layers().values()]
+        phase_masks = [layer.compute_mask() for layer in method.net.list_layers().values()]
         method.eval()
         for phase in method.learn(task):
             train(method, phase, task, steps=3)
@@ -214,7 +215,8 @@ def test_old_masks_and_weights_never_change_and_nothing_is_forgotten():
         assert bytes_of(("packed", "means", "vars"), slice(0, task.id)) == before
         before = bytes_of(("packed", "means", "vars"), slice(0, task.id + 1))
         assert any(
-            not torch.equal(old, layer.hard_mask()) for old, layer in zip(phase_masks, method.net.layers().values())
+            not torch.equal(old, layer.compute_mask())
+            for old, layer in zip(phase_masks, method.net.list_layers().values())
         )
         with torch.no_grad():
             answers.append(method.predict(x, torch.full((8,), task.id)))
@@ -224,7 +226,7 @@ def test_old_masks_and_weights_never_change_and_nothing_is_forgotten():
 
 def test_scores_start_from_the_mean_of_all_earlier_tasks():
     method = supsup(score_init="running_mean")
-    layer = method.net.layers()["head"]
+    layer = method.net.list_layers()["head"]
     seen = []
     for task in Classes(3, GREY).tasks:
         for phase in method.learn(task):
@@ -232,7 +234,7 @@ def test_scores_start_from_the_mean_of_all_earlier_tasks():
                 torch.testing.assert_close(layer.scores.detach(), torch.stack(seen).mean(0))
             train(method, phase, task)
             seen.append(layer.scores.detach().clone())
-    assert method.facts()["mean_score_bytes"] == 4 * sum(method.net.weights().values())
+    assert method.facts()["mean_score_bytes"] == 4 * sum(method.net.count_weights().values())
 
 
 # -- BatchNorm ---------------------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_scores_start_from_the_mean_of_all_earlier_tasks():
 
 def test_statistics_are_kept_a_task():
     method = supsup(slim_resnet(), shape=COLOUR)
-    norm = method.net.norms()[0]
+    norm = method.net.list_norms()[0]
     for task in Classes(3, COLOUR).tasks:
         for phase in method.learn(task):
             assert torch.equal(norm.mean, torch.zeros(4))
@@ -291,7 +293,7 @@ def learned(net=mlp, shape=GREY, **changes) -> SupSup:
 def test_g_has_the_gradient_of_the_cross_entropy_on_superfluous_outputs_and_none_on_real_ones():
     method = supsup(outputs=9)
     z = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).requires_grad_()
-    (g,) = torch.autograd.grad(method.superfluous_mass(z).sum(), z)
+    (g,) = torch.autograd.grad(method.compute_superfluous_mass(z).sum(), z)
     assert g.dtype is torch.float64
     for label in (0, 1):  # whichever it is
         loss = nn.functional.cross_entropy(z, torch.full((4,), label), reduction="sum")
@@ -305,7 +307,7 @@ def test_g_has_the_gradient_of_the_cross_entropy_on_superfluous_outputs_and_none
 def test_h_is_the_entropy_over_all_outputs():
     z = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     p = np.exp(z.numpy()) / np.exp(z.numpy()).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(SupSup.entropy(z).numpy(), -(p * np.log(p)).sum(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(SupSup.compute_entropy(z).numpy(), -(p * np.log(p)).sum(axis=1), rtol=1e-12)
 
 
 @pytest.mark.parametrize("objective", ["H", "G"])
@@ -315,7 +317,7 @@ def test_gradients_at_one_over_k_against_finite_differences_one_image_at_a_time(
     method = learned(net, shape).double()
     x = images(shape).double()
     alpha = torch.full((3,), 1 / 3, dtype=torch.float64)
-    gradients = method.gradients(x, alpha, objective)
+    gradients = method.compute_gradients(x, alpha, objective)
     assert gradients.shape == (3, 3)
     step = 1e-6
     with torch.no_grad():
@@ -328,7 +330,7 @@ def test_gradients_at_one_over_k_against_finite_differences_one_image_at_a_time(
                     moved[i] += sign * step
                     z = method.net(x[b : b + 1], moved)
                     if objective == "H":
-                        values.append(method.entropy(z))
+                        values.append(method.compute_entropy(z))
                     else:  # the real outputs are held at 1 / k
                         values.append(torch.cat([real[b : b + 1], z[:, 2:]], dim=1).logsumexp(1))
                 expected = (values[0] - values[1]) / (2 * step)
@@ -350,11 +352,11 @@ def test_binary_halves_the_live_tasks_and_weighs_them_equally(monkeypatch):
     asked = []
     slopes = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]])
 
-    def gradients(x, alpha, objective):
+    def compute_gradients(x, alpha, objective):
         asked.append(alpha)
         return slopes if len(asked) == 1 else torch.tensor([[-9.0, 7.0, 6.0], [1.0, -9.0, 0.5]])
 
-    monkeypatch.setattr(method, "gradients", gradients)
+    monkeypatch.setattr(method, "compute_gradients", compute_gradients)
     # First image: 1 and 2 live, then 2; the second: 0 and 2 live, then 2. What is out stays out, however small.
     assert method.infer(images(n=2), "binary", "H").tolist() == [2, 2]
     assert asked[0].tolist() == pytest.approx([1 / 3] * 3)
@@ -401,12 +403,12 @@ def test_several_images_decide_by_the_mean_of_their_entropies(inference):
     method = learned(deciding_images=4)
     x = images(n=9)
     alpha = torch.full((3,), 1 / 3, requires_grad=True)
-    (slopes,) = torch.autograd.grad(method.entropy(method.net(x[:4], alpha)).mean(), alpha)
+    (slopes,) = torch.autograd.grad(method.compute_entropy(method.net(x[:4], alpha)).mean(), alpha)
     expected = int(slopes.argmin())
     if inference == "binary":
         live = slopes.argsort()[:2]
         alpha = torch.zeros(3).scatter(0, live, 0.5).requires_grad_()
-        (slopes,) = torch.autograd.grad(method.entropy(method.net(x[:4], alpha)).mean(), alpha)
+        (slopes,) = torch.autograd.grad(method.compute_entropy(method.net(x[:4], alpha)).mean(), alpha)
         expected = int(live[slopes[live].argmin()])
     assert method.infer(x, inference, "H").tolist() == [expected] * 9
 
@@ -469,11 +471,11 @@ def test_a_mask_is_made_where_none_is_surer_than_chance(monkeypatch, slopes, mad
     method.net.learned.fill_(made)
     asked = []
 
-    def gradients(x, alpha, objective):
+    def compute_gradients(x, alpha, objective):
         asked.append((alpha.tolist(), objective))
         return torch.tensor(slopes) + torch.tensor([[0.1], [-0.1]])  # the mean over the batch counts
 
-    monkeypatch.setattr(method, "gradients", gradients)
+    monkeypatch.setattr(method, "compute_gradients", compute_gradients)
     assert method.choose(images(n=2)) == chosen
     if made:
         k = max(made, 3)
@@ -497,7 +499,7 @@ def test_each_stretch_trains_the_mask_it_needs_and_no_other(monkeypatch):
     before, visited = banks(), []
     for number, phase in zip([0, 1, 0, 1, 1], method.learn(task), strict=True):
         visited.append(len(phase.order(torch.Generator())))
-        for layer, bank in zip(method.net.layers().values(), banks()):
+        for layer, bank in zip(method.net.list_layers().values(), banks()):
             assert torch.equal(layer.scores, bank[number])  # goes on where that mask was left
         train(method, phase, task)
     assert visited == [4, 4, 4, 4, 2]  # stretches of two batches of two, of three times six images
@@ -505,13 +507,13 @@ def test_each_stretch_trains_the_mask_it_needs_and_no_other(monkeypatch):
     for a, b in zip(before, after):
         assert not torch.equal(a[0], b[0])
         assert torch.equal(a[2:], b[2:])
-    for layer, bank in zip(method.net.layers().values(), after):
+    for layer, bank in zip(method.net.list_layers().values(), after):
         for number in range(6):  # what is stored is the mask of its scores
             assert torch.equal(unpack(layer.packed[number], bank[number].numel()).bool(), (bank[number] >= 0).flatten())
     assert method.facts()["masks"] == 2
     assert method.facts()["masks_of_tasks"] == [[], [], [0, 1]]
-    weights = sum(method.net.weights().values())
-    assert method.memory_bytes() == 2 * (method.net.mask_bytes() + 4 * weights)
+    weights = sum(method.net.count_weights().values())
+    assert method.memory_bytes() == 2 * (method.net.count_mask_bytes() + 4 * weights)
 
 
 def test_the_stream_is_every_image_once_an_epoch():
@@ -533,9 +535,9 @@ def test_alternatives_are_the_other_rules():
     ("changes", "message"),
     [
         ({"outputs": 1}, "at least 2"),
-        ({"outputs": 2, "objective": "G"}, "none superfluous"),
-        ({"budget": 0.0}, "above 0"),
-        ({"deciding_images": 0}, "1 or more images"),
+        ({"outputs": 2, "objective": "G"}, "no superfluous output"),
+        ({"budget": 0.0}, "budget: expected a number above 0"),
+        ({"deciding_images": 0}, "deciding_images: expected a number above 0"),
     ],
 )
 def test_user_errors(changes, message):
@@ -546,7 +548,7 @@ def test_user_errors(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_masks": 0}, "max_masks: expected 1 or more"),
+        ({"max_masks": 0}, "max_masks: expected a number above 0"),
         ({"floor": 7}, "floor: expected at most max_masks=6"),
         ({"net": slim_resnet(GREY)}, "without BatchNorm"),
     ],
@@ -569,23 +571,23 @@ def test_storage_of_20_tasks_on_the_slim_resnet18(budget, kept, megabytes):
         net, image_shape=(3, 32, 32), num_tasks=1, outputs=5, rule="edge_popup", budget=budget, mean_scores=False
     )
     masked.close_task()
-    counts = {name: layer[0] for name, layer in masked.kept().items()}
-    assert sum(masked.weights().values()) == 1_090_940
+    counts = {name: layer[0] for name, layer in masked.count_kept().items()}
+    assert sum(masked.count_weights().values()) == 1_090_940
     assert sum(counts.values()) == kept
     assert round(20 * 2 * kept / 1e6, 2) == megabytes  # 16-bit indices
-    assert masked.mask_bytes() == 136_368  # a bit a weight
-    assert masked.norm_bytes() == 12_000
+    assert masked.count_mask_bytes() == 136_368  # a bit a weight
+    assert masked.count_norm_bytes() == 12_000
 
 
 def test_bytes_are_reported():
     method = learned(slim_resnet, COLOUR, mask="edge_popup")
-    weights = sum(layer.layer.weight.numel() for layer in method.net.layers().values())
-    packed = sum(layer.packed.nbytes for layer in method.net.layers().values())
+    weights = sum(layer.layer.weight.numel() for layer in method.net.list_layers().values())
+    packed = sum(layer.packed.nbytes for layer in method.net.list_layers().values())
     assert packed <= 3 * (weights / 8 + 21)
-    statistics = sum(norm.means.nbytes + norm.vars.nbytes for norm in method.net.norms())
+    statistics = sum(norm.means.nbytes + norm.vars.nbytes for norm in method.net.list_norms())
     assert method.memory_bytes() == packed + statistics
     facts = method.facts()
-    assert facts["kept_weights"] == [sum(layer.kept for layer in method.net.layers().values())] * 3
+    assert facts["kept_weights"] == [sum(layer.kept for layer in method.net.list_layers().values())] * 3
     assert facts["density"] == [facts["kept_weights"][0] / weights] * 3
     assert facts["index_bytes"] == 6 * facts["kept_weights"][0]
     assert method.capacity() == pytest.approx(1 + method.memory_bytes() / (4 * weights))
@@ -600,7 +602,7 @@ def test_names_that_a_newcomer_tries():
     }  # fmt: skip
     config = configure("method=supsup", "backbone=mlp")
     assert (config.choices.method, config.choices.backbone) == ("supsup", "mlp")
-    assert set(build(config).method.net.layers()) == {"trunk.1.0", "trunk.2.0", "head"}
+    assert set(build(config).method.net.list_layers()) == {"trunk.1.0", "trunk.2.0", "head"}
 
 
 def test_permutations_are_classes_of_their_own():

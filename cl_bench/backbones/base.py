@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cl_bench.core.errors import require
 
 MOST_LAYERS = 1000
-"""Layers of a kind that a network may be asked for: building more takes minutes and ends in no memory."""
+"""The largest number of layers of one kind: building more takes minutes and then fails for lack of memory."""
 
 
 def check_layers(key: str, layers: int) -> None:
-    """Refuse a number of layers that cannot be meant."""
+    """Refuse a number of layers that must be a mistake."""
     require(0 < layers <= MOST_LAYERS, key, expected=f"1 to {MOST_LAYERS} layers", got=layers, fix="2 to 24 are usual.")
 
 
@@ -25,7 +25,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D), what the head reads."""
+        """(B, C, H, W) -> (B, D), the input of the head."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Backbone(nn.Module, ABC):
 
 
 class SingleHead(Backbone):
-    """A network that is its features and one linear head on them."""
+    """A network with one linear head on its features."""
 
     head: nn.Module
     """(B, D) -> (B, K)."""
@@ -45,13 +45,13 @@ class SingleHead(Backbone):
 
 @torch.no_grad()
 def check_single_images(net: Backbone, image_shape: tuple[int, ...], key: str) -> None:
-    """Refuse to train a network on batches of one image where BatchNorm would see one value of each channel.
+    """Refuse to train a network on batches of one image if BatchNorm would get one value per channel.
 
-    That is where a map has shrunk to one pixel; a value by itself cannot be normalised, and torch refuses to.
+    This happens if a map has shrunk to one pixel; torch cannot normalise a single value.
 
     Args:
         image_shape: (C, H, W).
-        key: the setting that asks for such batches.
+        key: the setting that gives such batches.
     """
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     if not norms:

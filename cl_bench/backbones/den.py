@@ -1,11 +1,12 @@
 """The growable networks of DEN, Dynamically Expandable Networks (Yoon, Yang, Lee, Hwang, ICLR 2018, section 4).
 
-Shapes: B images, C channels, H x W pixels, K classes of the scenario; a layer has n units that read m units of the
-layer below, each pair connected by a kernel: (k, k) in a convolution, (positions,) where a linear layer reads maps,
-() between linear layers. A unit is one feature map or one neuron: a row of the layer's weight (n, m, *kernel).
+Shapes: B images, C channels, H x W pixels, K classes of the scenario. A layer has n units with inputs from m units of
+the layer below. Each pair is connected by a kernel: (k, k) in a convolution, (positions,) if the input of a linear
+layer is maps, () between linear layers. A unit is one feature map or one neuron: a row of the layer's weight (n, m,
+*kernel).
 
-Units are only ever appended, and each carries the task at which it was added. Task t is answered by the units stamped
-t or earlier, which are the first ones of every layer, and by its own head, so later units cannot change the answer.
+Units are appended only, and each is stamped with the task that added it. Task t is predicted by its own head and the
+units stamped t or earlier, which are the first ones of every layer, so later units cannot change the prediction.
 """
 
 import math
@@ -18,28 +19,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.core.errors import require
+from cl_bench.core.errors import require, require_positive
 
 Units = list[Tensor]
 """For each hidden layer, positions of some of its units: (number,) int64."""
 
 
 class Layer(nn.Module):
-    """Units with their incoming weights (n, m, *kernel) and biases (n,), drawn as He et al. 2015 do.
+    """Units with their incoming weights (n, m, *kernel) and biases (n,), initialised as in He et al. 2015.
 
     Args:
-        gain: standard deviation of the weights times the root of the fan-in: sqrt(2) before a ReLU.
+        gain: standard deviation of the weights times the square root of the fan-in: sqrt(2) before a ReLU.
     """
 
     def __init__(self, units: int, inputs: int, kernel: tuple[int, ...], gain: float) -> None:
         super().__init__()
         self.kernel, self.gain = kernel, gain
-        self.weight = nn.Parameter(self._drawn(units, inputs))
+        self.weight = nn.Parameter(self._draw_weights(units, inputs))
         self.bias = nn.Parameter(torch.zeros(units))
 
     def forward(self, x: Tensor, units: int) -> Tensor:
         """The first ``units`` units on the first x.shape[1] inputs: (B, m, ...) -> (B, units, ...) before the ReLU."""
-        # Contiguous, so that an old task's slice of a grown layer goes through the very kernels it went through before.
+        # Contiguous, so that an old task's slice of a grown layer is computed by the same kernels as before.
         inputs = x.shape[1]
         weight, bias = self.weight[:units, :inputs].contiguous(), self.bias[:units]
         if len(self.kernel) == 2:
@@ -48,9 +49,9 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def grow(self, units: int, inputs: int) -> None:
-        """Append that many units and inputs, newly drawn; what was there keeps its weights."""
+        """Append this many units and inputs with random weights; the old weights stay."""
         n, m = self.weight.shape[:2]
-        weight = self._drawn(n + units, m + inputs).to(self.weight.device)
+        weight = self._draw_weights(n + units, m + inputs).to(self.weight.device)
         weight[:n, :m] = self.weight
         self._set(weight, torch.cat([self.bias, self.bias.new_zeros(units)]))
 
@@ -60,25 +61,25 @@ class Layer(nn.Module):
         self._set(self.weight[units][:, inputs], self.bias[units])
 
     def resize(self, units: int, inputs: int) -> None:
-        """Make room for a saved layer of this size; the weights are to be loaded next."""
+        """Allocate a saved layer's size; its weights are loaded next."""
         if self.weight.shape[:2] != (units, inputs):
             self._set(self.weight.new_zeros(units, inputs, *self.kernel), self.bias.new_zeros(units))
 
     def _set(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
-    def _drawn(self, units: int, inputs: int) -> Tensor:
+    def _draw_weights(self, units: int, inputs: int) -> Tensor:
         deviation = self.gain / math.sqrt(inputs * math.prod(self.kernel))
         return deviation * torch.randn(units, inputs, *self.kernel)
 
 
 class DEN(Backbone):
-    """Convolutions, then linear layers, ReLU after each, and a head a task; everything but the heads can grow.
+    """Convolutions, then linear layers, ReLU after each, and one head per task; everything except the heads can grow.
 
     Args:
         channels: units of the convolutions; an empty list is a multi-layer perceptron.
         kernel_size: side of the convolutions' kernels, odd; stride 1, the maps keep their size.
-        pool_after: convolutions, counted from 1, that a 3 x 3 maximum with stride 2 follows (AlexNet: 1, 2, 5).
+        pool_after: convolutions, counted from 1, with a 3 x 3 max pooling of stride 2 after them (AlexNet: 1, 2, 5).
         hidden: units of the linear layers.
     """
 
@@ -93,19 +94,11 @@ class DEN(Backbone):
         image_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
-        require(
-            len(hidden) > 0 and min([*hidden, 1]) > 0,
-            "hidden",
-            expected="one or more widths of 1 or more",
-            got=list(hidden),
-            fix="The paper has [384,192] after convolutions and [312,128] without.",
-        )
-        require(
-            min([*channels, 1]) > 0,
-            "channels",
-            expected="widths of 1 or more",
-            got=list(channels),
-            fix="The paper has [64,128,256,256,128]; an empty list is a multi-layer perceptron.",
+        usual = "The paper has [384,192] after convolutions and [312,128] without."
+        require(len(hidden) > 0, "hidden", expected="one or more widths", got="an empty list", fix=usual)
+        require_positive(fix=usual, hidden=hidden)
+        require_positive(
+            fix="The paper has [64,128,256,256,128]; an empty list is a multi-layer perceptron.", channels=channels
         )
         require(
             kernel_size % 2 == 1 and kernel_size > 0,
@@ -141,38 +134,38 @@ class DEN(Backbone):
         """Units of each hidden layer."""
         return [len(stamps) for stamps in self.stamps]
 
-    def widths_at(self, task: int) -> list[int]:
-        """Units of each hidden layer that were there when ``task`` was learned."""
+    def get_widths_at(self, task: int) -> list[int]:
+        """Units of each hidden layer when ``task`` was learned."""
         return [bisect_right(stamps, task) for stamps in self.stamps]
 
-    def path(self) -> list[Layer]:
-        """The hidden layers and the newest head: what the newest task is answered by."""
-        return [*self.hidden(), self.head(len(self.heads) - 1)]
+    def list_path(self) -> list[Layer]:
+        """The hidden layers and the newest head, which predict the newest task."""
+        return [*self.list_hidden(), self.get_head(len(self.heads) - 1)]
 
-    def hidden(self) -> list[Layer]:
+    def list_hidden(self) -> list[Layer]:
         """The layers below the heads."""
         return list(self.layers)  # type: ignore[arg-type]
 
-    def head(self, task: int) -> Layer:
+    def get_head(self, task: int) -> Layer:
         """The head of ``task``."""
         return self.heads[task]  # type: ignore[return-value]
 
-    def classes(self, task: int) -> slice:
+    def get_classes(self, task: int) -> slice:
         """The classes of ``task``, as positions in the class order."""
         ends = [0]
         for number in range(task + 1):
-            ends.append(ends[-1] + len(self.head(number).bias))
+            ends.append(ends[-1] + len(self.get_head(number).bias))
         return slice(ends[-2], ends[-1])
 
-    def features_at(self, x: Tensor, task: int, known: dict[tuple[int, ...], Tensor] | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, D_task), what the head of ``task`` reads: only units stamped ``task`` or earlier.
+    def extract_features_at(self, x: Tensor, task: int, known: dict[tuple[int, ...], Tensor] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, D_task), the input of the head of ``task``: only units stamped ``task`` or earlier.
 
         Args:
-            known: maps of the same images by the widths up to their layer; read, and added to.
+            known: maps of the same images, by the widths up to their layer; new ones are added.
         """
         known = {} if known is None else known
-        widths = self.widths_at(task)
-        for number, (layer, pooled) in enumerate(zip(self.hidden(), self.pooled)):
+        widths = self.get_widths_at(task)
+        for number, (layer, pooled) in enumerate(zip(self.list_hidden(), self.pooled)):
             through = tuple(widths[: number + 1])
             if through not in known:
                 maps = F.relu(layer(x, widths[number]))
@@ -182,63 +175,64 @@ class DEN(Backbone):
 
     def answer(self, x: Tensor, task: int, known: dict[tuple[int, ...], Tensor] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, classes of the task) logits; ``known`` as above."""
-        head = self.head(task)
-        return head(self.features_at(x, task, known), len(head.bias))
+        head = self.get_head(task)
+        return head(self.extract_features_at(x, task, known), len(head.bias))
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D), all units of the last hidden layer."""
-        return self.features_at(x, len(self.heads))
+        return self.extract_features_at(x, len(self.heads))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K): the heads side by side, each on its own units; -inf for tasks without a head."""
+        """(B, C, H, W) -> (B, K): all heads' logits, each with its own units; -inf for tasks without a head."""
         scores = x.new_full((len(x), self.num_classes), -torch.inf)
-        known: dict[tuple[int, ...], Tensor] = {}  # tasks between which a layer did not grow share its maps
+        known: dict[tuple[int, ...], Tensor] = {}  # tasks share the maps of layers that did not grow between them
         for task in range(len(self.heads)):
-            scores[:, self.classes(task)] = self.answer(x, task, known)
+            scores[:, self.get_classes(task)] = self.answer(x, task, known)
         return scores
 
     # -- growing ---------------------------------------------------------------------------------------------------
 
     def add_head(self, classes: int) -> None:
-        """A head for the next task, on all units there are."""
+        """Add a head for the next task, with inputs from all units."""
         head = Layer(classes, self.widths[-1], (), 1.0)
-        self.heads.append(head.to(self.hidden()[0].weight.device))
+        self.heads.append(head.to(self.list_hidden()[0].weight.device))
 
     def grow(self, units: int) -> None:
-        """Append ``units`` new units to every hidden layer, stamped with the newest task; only its head reads them."""
+        """Append ``units`` new units to every hidden layer, stamped with the newest task; only its head uses them."""
         below = 0
-        for layer, stamps in zip(self.hidden(), self.stamps):
+        for layer, stamps in zip(self.list_hidden(), self.stamps):
             layer.grow(units, below)
             stamps += [len(self.heads) - 1] * units
             below = units
-        self.path()[-1].grow(0, below)
+        self.list_path()[-1].grow(0, below)
 
     def remove(self, units: Units) -> None:
-        """Delete units of the newest task and what they feed."""
-        kept = [torch.tensor([i for i in range(n) if i not in gone]) for n, gone in zip(self.widths, _lists(units))]
+        """Delete units of the newest task and their outgoing weights."""
+        kept = [torch.tensor([i for i in range(n) if i not in gone]) for n, gone in zip(self.widths, _to_lists(units))]
         self._gather(kept)
         self.stamps = [[stamps[i] for i in which.tolist()] for stamps, which in zip(self.stamps, kept)]
 
     @torch.no_grad()
     def split(self, units: Units, old: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Make two of each of ``units``: in its place the unit of ``old``, at the layer's end the one as it is now.
+        """Split each of ``units`` in two: it gets its weights of ``old`` back, and a copy with its current weights is
+        appended to the layer.
 
         Args:
-            old: weight and bias of each hidden layer before the newest task, as large as the layers were then.
+            old: weight and bias of each hidden layer before the newest task, in the layer's size of that time.
 
-        Units that old tasks share go on reading the old copy, the newest task's own units and its head read the
-        drifted one. If every unit that differs from ``old`` is split, the old tasks' networks are those of ``old``.
+        Units of old tasks keep the old unit as input; the newest task's own units and its head have the copy as input.
+        If every unit that differs from ``old`` is split, the old tasks' networks are those of ``old``.
         """
-        before = [self.hidden()[0].weight.shape[1], *self.widths]
+        before = [self.list_hidden()[0].weight.shape[1], *self.widths]
         task = len(self.heads) - 1
         self._gather([torch.cat([torch.arange(n), which.cpu()]) for n, which in zip(self.widths, units)])
         for stamps, which in zip(self.stamps, units):
             stamps += [task] * len(which)
         none = units[0][:0]
-        head = self.path()[-1]
-        shapes = [*old, (head.weight[:0, :0], head.bias[:0])]  # no output of the newest head serves an old task
+        head = self.list_path()[-1]
+        shapes = [*old, (head.weight[:0, :0], head.bias[:0])]  # the newest head has no output for an old task
         for layer, m, below, which, (weight, bias) in zip(
-            self.path(), before, [none, *units], [*units, none], shapes, strict=True
+            self.list_path(), before, [none, *units], [*units, none], shapes, strict=True
         ):
             n_old, m_old = weight.shape[:2]
             layer.weight[n_old:, below] = 0
@@ -248,31 +242,31 @@ class DEN(Backbone):
             layer.bias[which] = bias[which]
 
     def _gather(self, kept: Units) -> None:
-        """Keep the units at positions ``kept`` of each hidden layer, in this order, also as inputs of the next one."""
-        device = self.hidden()[0].weight.device
-        first, head = self.hidden()[0], self.path()[-1]
+        """Keep the units at positions ``kept`` of each hidden layer, in this order, also as inputs of the next."""
+        device = self.list_hidden()[0].weight.device
+        first, head = self.list_hidden()[0], self.list_path()[-1]
         inputs = [torch.arange(first.weight.shape[1]), *kept]
-        for layer, rows, columns in zip(self.path(), [*kept, torch.arange(len(head.bias))], inputs):
+        for layer, rows, columns in zip(self.list_path(), [*kept, torch.arange(len(head.bias))], inputs):
             layer.gather(rows.to(device), columns.to(device))
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Sizes: the stamp of every unit, and (classes, inputs) of every head."""
+        """The stamp of every unit, and (classes, inputs) of every head."""
         stamps = [list(stamps) for stamps in self.stamps]
-        return {"stamps": stamps, "heads": [list(self.head(t).weight.shape[:2]) for t in range(len(self.heads))]}
+        return {"stamps": stamps, "heads": [list(self.get_head(t).weight.shape[:2]) for t in range(len(self.heads))]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take on the saved sizes; the layers' own tensors are loaded after this."""
+        """Allocate the saved sizes; the layers' tensors are loaded afterwards."""
         self.stamps = [list(stamps) for stamps in state["stamps"]]
-        inputs = self.hidden()[0].weight.shape[1]
-        for layer, units in zip(self.hidden(), self.widths):
+        inputs = self.list_hidden()[0].weight.shape[1]
+        for layer, units in zip(self.list_hidden(), self.widths):
             layer.resize(units, inputs)
             inputs = units
         del self.heads[len(state["heads"]) :]
         for task, (classes, read) in enumerate(state["heads"]):
             if task == len(self.heads):
                 self.add_head(classes)
-            self.head(task).resize(classes, read)
+            self.get_head(task).resize(classes, read)
 
 
-def _lists(units: Units) -> list[list[int]]:
+def _to_lists(units: Units) -> list[list[int]]:
     return [which.tolist() for which in units]

@@ -1,16 +1,20 @@
-"""Network of DyTox (Douillard, Rame, Couairon, Cord, CVPR 2022), a ConViT encoder and a decoder with a token a task.
+"""Network of DyTox (Douillard, Rame, Couairon, Cord, CVPR 2022): a ConViT encoder, and a decoder with task tokens.
 
-    x_0 = patches of the image + learned positions;  x_l = SAB_l(x_{l-1})                     the encoder, once an image
-    e_i = TAB(theta_i, x_L),  i = 1..t                                                        the decoder, once a task
+    x_0 = patches of the image + learned positions;  x_l = SAB_l(x_{l-1})                   the encoder, once per image
+    e_i = TAB(theta_i, x_L),  i = 1..t                                                      the decoder, once per task
     logits = concatenation over i of Linear_i(LayerNorm_i(e_i))
 
-SAB is ConViT's block with gated positional self-attention (d'Ascoli et al. 2021), timm's. TAB is shared by all tasks;
-what grows with a task is its token theta_i (D), its LayerNorm and its Linear.
+SAB is ConViT's block with gated positional self-attention (d'Ascoli et al. 2021), as in timm: with gate g_h, s =
+sigmoid and the offset (dx, dy) between two patches, the attention of a head, whose rows are scaled to sum 1, is
+
+    A = (1 - s(g_h)) softmax(q k^T / sqrt(d)) + s(g_h) softmax(v_h . [dx, dy, dx^2 + dy^2])
+
+All tasks share TAB; each task adds a token theta_i (D), a LayerNorm and a Linear.
 
 Shapes: B images, n patches, D = dim, h heads, t tasks so far, C classes so far, K classes of the scenario.
 
-Departures: none in the network. The release's masked pass of all tokens at once is left out, as its authors do not use
-it either.
+Departures: none in the network. The release can also pass all tokens at once with masks; its authors do not use that,
+and it is not implemented here.
 """
 
 from typing import Any
@@ -22,15 +26,15 @@ from timm.models.convit import GPSA, Block
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone, check_layers
-from cl_bench.core.errors import require
+from cl_bench.core.errors import require, require_fraction, require_positive
 
 
 class TaskAttention(nn.Module):
-    """TAB: a task token asks the patches and itself, z = [theta; x], u = LN(z).
+    """TAB: a task token attends to the patches and itself, z = [theta; x], u = LN(z).
 
     q = W_q u_theta, k = W_k u, v = W_v u;  c = theta + W_o softmax(q k^T / sqrt(D / h)) v;  e = c + MLP(LN(c)).
-    Only the token is updated, so that the cost is linear in the number of patches. LN, W_k and W_v look at every row of
-    z by itself, so keys and values of the patches are computed once for all tokens (:meth:`remembered`).
+    Only the token is updated, so the cost is linear in the number of patches. LN, W_k and W_v act on each row of z
+    separately, so keys and values of the patches are computed once for all tokens (:meth:`project_patches`).
     """
 
     def __init__(self, *, dim: int, heads: int, mlp_ratio: int, drop_path: float) -> None:
@@ -42,24 +46,24 @@ class TaskAttention(nn.Module):
         self.mlp = Mlp(dim, mlp_ratio * dim)
         self.drop_path = DropPath(drop_path)
 
-    def remembered(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_patches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Patches (B, n, D) -> their keys and values, (B, h, n, D / h) each."""
         u = self.norm1(x)
-        return self._heads(self.k(u)), self._heads(self.v(u))
+        return self._split_heads(self.k(u)), self._split_heads(self.v(u))
 
     def forward(self, token: Tensor, patches: tuple[Tensor, Tensor]) -> Tensor:
         """Token (1, 1, D), keys and values of the patches -> (B, D)."""
         keys, values = patches
         batch = len(keys)
         u = self.norm1(token)
-        q, k, v = (self._heads(layer(u)).expand(batch, -1, -1, -1) for layer in (self.q, self.k, self.v))
+        q, k, v = (self._split_heads(layer(u)).expand(batch, -1, -1, -1) for layer in (self.q, self.k, self.v))
         k, v = torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)  # (B, h, n + 1, D / h)
-        asked = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, 1, -1)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, 1, -1)
         token = token.expand(batch, 1, -1)
-        c = token + self.drop_path(self.out(asked))
+        c = token + self.drop_path(self.out(attended))
         return (c + self.drop_path(self.mlp(self.norm2(c))))[:, 0]
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         """(B, n, D) -> (B, h, n, D / h)."""
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
@@ -74,20 +78,21 @@ class Classifier(nn.Sequential):
 class DyTox(Backbone):
     """Patch embedding, SABs, one TAB; a token and a classifier for every task.
 
-    A new network has one task of all K classes (the paper's "joint" transformer, 10.723 M parameters on CIFAR-100), so
-    that any method can train it; :mod:`cl_bench.methods.dytox` empties it and lets it grow task by task.
+    A new network has one task with all K classes (the paper's "joint" transformer, 10.723 M parameters on CIFAR-100),
+    so any method can train it; :mod:`cl_bench.methods.dytox` removes that task and adds tasks one by one.
 
     Args:
-        patch_size: pixels a side of a patch.
+        patch_size: side of a patch in pixels.
         dim: D.
         depth: SABs before the TAB.
         heads: h, of every block.
         mlp_ratio: width of the MLPs relative to D.
-        locality_strength: of the positional attention at the start.
-        drop_path: probability that the TAB's branches are left out of an image's step; it rises linearly from 0.
+        locality_strength: initial locality strength of the positional attention.
+        drop_path: probability of skipping the TAB's residual branches for an image in training; it rises linearly from
+            0 over the blocks before.
         task_tokens: ablation switch of the token expansion; without it all tasks share the first one's token.
-        independent_classifiers: ablation switch; without it one classifier reads all tokens together, and is made anew
-            for every task.
+        independent_classifiers: ablation switch; without it one classifier has all embeddings as input, and each task
+            starts with a new one.
     """
 
     def __init__(
@@ -106,12 +111,11 @@ class DyTox(Backbone):
         image_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
-        sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
-        for key, value in sizes.items():
-            require(value > 0, key, expected="1 or more", got=value, fix="See configs/backbone/dytox.yaml.")
+        usual = "See configs/backbone/dytox.yaml."
+        require_positive(fix=usual, patch_size=patch_size, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
         check_layers("depth", depth)
         require(dim % heads == 0, "dim", expected=f"a multiple of {heads} heads", got=dim, fix=f"Try {heads * 32}.")
-        require(0 <= drop_path < 1, "drop_path", expected="in [0, 1)", got=drop_path, fix="The paper's code has 0.1.")
+        require_fraction(fix="The paper's code has 0.1.", below_one=True, drop_path=drop_path)
         channels, height, width = image_shape
         require(
             height == width and height % patch_size == 0,
@@ -151,10 +155,10 @@ class DyTox(Backbone):
             if isinstance(module, GPSA):
                 gated.append(module)
         for attention in gated:
-            attention.local_init()  # heads that look at neighbouring patches, values that pass them on unchanged
+            attention.local_init()  # heads attend to neighbouring patches, values start as the identity
 
     def grow(self, classes: int) -> None:
-        """Add a task: a token drawn afresh, not copied, and a classifier of its own."""
+        """Add a task: a new random token, not a copy, and a classifier of its own."""
         self.sizes.append(classes)
         device = self.positions.device
         if self.task_tokens or not self.tokens:
@@ -166,49 +170,51 @@ class DyTox(Backbone):
             self.classifiers = nn.ModuleList([together.to(device)])
 
     def clear(self) -> None:
-        """Back to no task at all."""
+        """Remove all tasks."""
         self.sizes, self.tokens, self.classifiers = [], nn.ParameterList(), nn.ModuleList()
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, n, D): the patches after the SABs."""
         return self.sabs(self.patches(x).flatten(2).transpose(1, 2) + self.positions)
 
-    def embeddings(self, x: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> e_1..e_t, (B, D) each: one pass of the encoder, one of the TAB for every token."""
-        patches = self.tab.remembered(self.encode(x))
+    def compute_embeddings(self, x: Tensor) -> list[Tensor]:
+        """(B, C, H, W) -> e_1..e_t, (B, D) each: one pass of the encoder, and one of the TAB per token."""
+        patches = self.tab.project_patches(self.encode(x))
         return [self.tab(token, patches) for token in self.tokens]
 
-    def logits(self, embeddings: list[Tensor]) -> Tensor:
-        """e_1..e_t -> (B, C): classifier i reads e_i, or a single one reads all of them."""
+    def classify(self, embeddings: list[Tensor]) -> Tensor:
+        """e_1..e_t -> (B, C): the input of classifier i is e_i, or one classifier has all of them as input."""
         if not self.independent_classifiers:
             return self.classifiers[0](torch.cat(embeddings, dim=1))
         read = embeddings if self.task_tokens else embeddings * len(self.sizes)
         return torch.cat([classifier(e) for classifier, e in zip(self.classifiers, read)], dim=1)
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, t D), the embeddings of all tasks side by side."""
-        return torch.cat(self.embeddings(x), dim=1)
+        """(B, C, H, W) -> (B, t D), the embeddings of all tasks concatenated."""
+        return torch.cat(self.compute_embeddings(x), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K), -inf for classes without a classifier yet."""
         if not self.sizes:
             return x.new_full((len(x), self.num_classes), -torch.inf)
-        return F.pad(self.logits(self.embeddings(x)), (0, self.num_classes - sum(self.sizes)), value=-torch.inf)
+        return F.pad(
+            self.classify(self.compute_embeddings(x)), (0, self.num_classes - sum(self.sizes)), value=-torch.inf
+        )
 
-    def encoder_parameters(self) -> list[nn.Parameter]:
+    def list_encoder_parameters(self) -> list[nn.Parameter]:
         """Patch embedding, positions and SABs."""
         return [self.positions, *self.patches.parameters(), *self.sabs.parameters()]
 
-    def old_parameters(self) -> list[nn.Parameter]:
-        """Tokens and classifiers of all tasks but the newest; without what an ablation shares between tasks."""
+    def list_old_parameters(self) -> list[nn.Parameter]:
+        """Tokens and classifiers of all tasks except the newest, without those shared in an ablation."""
         return [*list(self.tokens)[:-1], *(p for old in self.classifiers[:-1] for p in old.parameters())]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Classes of each task, from which the shape follows."""
+        """Classes of each task, which determine the shapes."""
         return {"sizes": list(self.sizes)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Grow to the shape of a saved network; parameters stay the same objects where it has that shape already."""
+        """Grow to the shapes of a saved network; if it has them already, parameters stay the same objects."""
         if state["sizes"] != self.sizes:
             self.clear()
             for classes in state["sizes"]:

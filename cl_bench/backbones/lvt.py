@@ -1,32 +1,33 @@
 """Network of the Lifelong Vision Transformer (Wang, Liu, Duan, Kong, Tao, CVPR 2022, pp. 171-181).
 
-A convolutional stem, stages of attention blocks at falling resolution, two linear heads. LeViT-like: 1 x 1 convolutions
-with BatchNorm, no LayerNorm, no class token, no absolute positions. The key of the attention is a parameter of the
-block, shared by all inputs ("external key"), and so is its bias; the rule that protects both is in
+A convolutional stem, stages of attention blocks with decreasing resolution, two linear heads. As in LeViT: 1 x 1
+convolutions with BatchNorm, no LayerNorm, no class token, no absolute positions. The key of the attention is a
+parameter of the block, the same for all inputs ("external key"), and so is its bias; the loss that protects both is in
 :mod:`cl_bench.methods.lvt`.
 
-Shapes: B images, s x s map, n = s^2 keys, n_q queries (n, or n / 4 where the block shrinks the map), h heads,
+Shapes: B images, s x s map, n = s^2 keys, n_q queries (n, or n / 4 if the block shrinks the map), h heads,
 d_k = key_dim, d_v = value_dim, K classes.
 
 Departures from the sources (docs/methods/lvt.md says why): the attention bias B starts at 0.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone, check_layers
-from cl_bench.backbones.layers.resnet import resnet_layers
-from cl_bench.core.errors import require
+from cl_bench.backbones.layers.resnet import build_resnet_layers
+from cl_bench.core.errors import require, require_fraction, require_positive
 
 
 class Attention(nn.Module):
     """Inter-task attention: A = softmax( BN(K_w Q) + B sqrt(d_k) ), out = BN0(W_o GELU(A V)).
 
-    Q = BN(W_q x) and V = BN(W_v x) come from the input, the key K_w (h d_k -> h n, dense over heads) and the bias B
-    (n, h), looked up by |dx| s + |dy|, do not. BN normalises the scores, so there is no 1 / sqrt(d_k).
+    Q = BN(W_q x) and V = BN(W_v x) come from the input. The key K_w (h d_k -> h n, dense over heads) and the bias B
+    (n, h), indexed by |dx| s + |dy|, do not. BN normalises the scores, so there is no 1 / sqrt(d_k).
     """
 
     distance: Tensor
@@ -58,7 +59,7 @@ class Attention(nn.Module):
         out_norm = nn.BatchNorm2d(dim_out)
         nn.init.zeros_(out_norm.weight)
         self.out = nn.Sequential(nn.GELU(), nn.Conv2d(heads * value_dim, dim_out, 1), out_norm, nn.Dropout(dropout))
-        self.register_buffer("distance", _distances(size, stride), persistent=False)  # (n_q, n)
+        self.register_buffer("distance", _compute_distances(size, stride), persistent=False)  # (n_q, n)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim_in, s, s) -> (B, dim_out, s / stride, s / stride)."""
@@ -72,8 +73,8 @@ class Attention(nn.Module):
         return self.out(out.reshape(batch, h * self.value_dim, *q.shape[2:]))
 
 
-def _distances(size: int, stride: int) -> Tensor:
-    """(n_q, n) row |dx| s + |dy| of B for each pair of a query's and a key's place."""
+def _compute_distances(size: int, stride: int) -> Tensor:
+    """(n_q, n) row |dx| s + |dy| of B for each pair of a query's and a key's position."""
     grid = torch.cartesian_prod(torch.arange(size), torch.arange(size))  # (n, 2)
     queries = torch.cartesian_prod(torch.arange(0, size, stride), torch.arange(0, size, stride))  # (n_q, 2)
     apart = (queries[:, None] - grid[None]).abs()  # (n_q, n, 2)
@@ -94,7 +95,7 @@ class FeedForward(nn.Sequential):
 
 
 class Block(nn.Module):
-    """y = x + attention(x), or attention(x) alone where the map shrinks; then y + FFN(y)."""
+    """y = x + attention(x), or attention(x) alone if the block shrinks the map; then y + FFN(y)."""
 
     def __init__(self, attention: Attention, feed_forward: FeedForward, residual: bool) -> None:
         super().__init__()
@@ -111,15 +112,15 @@ class Block(nn.Module):
 class LVT(Backbone):
     """Stem, stages, average pooling, and two bias-free heads: injection and accumulation.
 
-    ``forward`` answers with the accumulation head, which is the one used at test time.
+    ``forward`` uses the accumulation head, as at test time.
 
     Args:
         width: channels of the stem's first layer.
-        stem_layers: ResNet18 layers in the stem; each but the first halves the map.
+        stem_layers: ResNet18 layers in the stem; each except the first halves the map.
         dims: channels of each stage; the first must be ``width * 2^(stem_layers - 1)``.
-        depths, heads: blocks and attention heads of each stage; the shrink in front of a stage has twice the heads of
-            the stage before it.
-        key_dim, value_dim: d_k and d_v, channels a head.
+        depths, heads: blocks and attention heads of each stage; the shrinking block before a stage has twice as many
+            heads as the previous stage.
+        key_dim, value_dim: d_k and d_v, channels per head.
         mlp_ratio: width of the FFN relative to the stage's.
         dropout: after each projection of attention and FFN.
     """
@@ -140,64 +141,31 @@ class LVT(Backbone):
         image_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
-        require(
-            len(dims) == len(depths) == len(heads) > 0,
-            "dims",
-            expected="dims, depths and heads of the same length, an entry a stage",
-            got=f"{len(dims)}, {len(depths)} and {len(heads)} entries",
-            fix="The two-stage model has dims=[256,512], depths=[2,2], heads=[4,8].",
-        )
-        sizes = {"width": [width], "stem_layers": [stem_layers], "depths": depths, "heads": heads}
-        sizes |= {"key_dim": [key_dim], "value_dim": [value_dim], "mlp_ratio": [mlp_ratio]}
-        for key, values in sizes.items():
-            require(min(values) > 0, key, expected="1 or more", got=values, fix="See configs/backbone/lvt.yaml.")
+        _check_stages(dims, depths, heads)
+        usual = "See configs/backbone/lvt.yaml."
+        require_positive(fix=usual, width=width, stem_layers=stem_layers, key_dim=key_dim, value_dim=value_dim)
+        require_positive(fix=usual, mlp_ratio=mlp_ratio)
+        require_fraction(fix="The paper's code has 0.1.", below_one=True, dropout=dropout)
         check_layers("stem_layers", stem_layers)
-        for depth in depths:
-            check_layers("depths", depth)
-        require(
-            0 <= dropout < 1, "dropout", expected="a number in [0, 1)", got=dropout, fix="The paper's code has 0.1."
-        )
-        stem_dim = width * 2 ** (stem_layers - 1)
-        require(
-            dims[0] == stem_dim,
-            "dims",
-            expected=f"a first stage of width * 2^(stem_layers - 1) = {stem_dim} channels",
-            got=list(dims),
-            fix=f"Set dims[0]={stem_dim}, or change width or stem_layers.",
-        )
+        _check_stem(width, stem_layers, dims, image_shape)
         size = image_shape[1] // 2 ** (stem_layers - 1)
-        smallest = 2 ** (stem_layers + len(dims) - 2)
-        require(
-            image_shape[1] == image_shape[2] and image_shape[1] % smallest == 0,
-            "stem_layers",
-            expected=f"square images, side a multiple of {smallest} ({stem_layers} stem layers, {len(dims)} stages)",
-            got=f"images of {image_shape[1]} x {image_shape[2]}",
-            fix="Use fewer stem layers or stages.",
-        )
-        self.stem = resnet_layers(image_shape[0], width, stem_layers)
+        self.stem = build_resnet_layers(image_shape[0], width, stem_layers)
         for module in self.stem.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
-        def block(dim_in: int, dim_out: int, num_heads: int, stride: int) -> Block:
-            attention = Attention(
-                dim_in=dim_in,
-                dim_out=dim_out,
-                size=size,
-                heads=num_heads,
-                key_dim=key_dim,
-                value_dim=value_dim,
-                dropout=dropout,
-                stride=stride,
-            )
+        build_attention = partial(Attention, key_dim=key_dim, value_dim=value_dim, dropout=dropout)
+
+        def build_block(dim_in: int, dim_out: int, num_heads: int, stride: int) -> Block:
+            attention = build_attention(dim_in=dim_in, dim_out=dim_out, size=size, heads=num_heads, stride=stride)
             return Block(attention, FeedForward(dim_out, mlp_ratio, dropout), residual=stride == 1)
 
         blocks: list[Block] = []
         for i, dim in enumerate(dims):
             if i > 0:
-                blocks.append(block(dims[i - 1], dim, 2 * heads[i - 1], stride=2))
+                blocks.append(build_block(dims[i - 1], dim, 2 * heads[i - 1], stride=2))
                 size //= 2
-            blocks += [block(dim, dim, heads[i], stride=1) for _ in range(depths[i])]
+            blocks += [build_block(dim, dim, heads[i], stride=1) for _ in range(depths[i])]
         self.stages = nn.Sequential(*blocks)
         self.injection = nn.Linear(dims[-1], num_classes, bias=False)
         self.accumulation = nn.Linear(dims[-1], num_classes, bias=False)
@@ -213,6 +181,39 @@ class LVT(Backbone):
         return self.accumulation(self.features(x))
 
     def keys_and_biases(self) -> list[nn.Parameter]:
-        """K_w and B of every attention, the parameters that the inter-task penalty holds."""
+        """K_w and B of every attention, the parameters that the inter-task penalty acts on."""
         attentions = [module for module in self.modules() if isinstance(module, Attention)]
         return [parameter for a in attentions for parameter in (*a.key.parameters(), a.bias)]
+
+
+def _check_stages(dims: list[int], depths: list[int], heads: list[int]) -> None:
+    """Refuse lists of stages of different lengths, and numbers of blocks or heads that cannot be."""
+    require(
+        len(dims) == len(depths) == len(heads) > 0,
+        "dims",
+        expected="dims, depths and heads of the same length, one entry per stage",
+        got=f"{len(dims)}, {len(depths)} and {len(heads)} entries",
+        fix="The two-stage model has dims=[256,512], depths=[2,2], heads=[4,8].",
+    )
+    require_positive(fix="See configs/backbone/lvt.yaml.", depths=depths, heads=heads)
+    check_layers("depths", max(depths))
+
+
+def _check_stem(width: int, stem_layers: int, dims: list[int], image_shape: tuple[int, int, int]) -> None:
+    """Refuse a stem whose output does not fit the first stage, or images that the stages cannot halve."""
+    stem_dim = width * 2 ** (stem_layers - 1)
+    require(
+        dims[0] == stem_dim,
+        "dims",
+        expected=f"a first stage of width * 2^(stem_layers - 1) = {stem_dim} channels",
+        got=list(dims),
+        fix=f"Set dims[0]={stem_dim}, or change width or stem_layers.",
+    )
+    smallest = 2 ** (stem_layers + len(dims) - 2)
+    require(
+        image_shape[1] == image_shape[2] and image_shape[1] % smallest == 0,
+        "stem_layers",
+        expected=f"square images, side a multiple of {smallest} ({stem_layers} stem layers, {len(dims)} stages)",
+        got=f"images of {image_shape[1]} x {image_shape[2]}",
+        fix="Use fewer stem layers or stages.",
+    )

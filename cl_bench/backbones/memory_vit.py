@@ -1,26 +1,28 @@
 """Vision Transformer with learnable memory (Sandler, Zhmoginov, Vladymyrov, Jackson, CVPR 2022, arXiv 2203.15243).
 
-A frozen ViT, and for each task t a class token c_t, m memory tokens in front of every layer and a linear head. With y^l
-the tokens after layer l (y^0 = patches and the ViT's own class token, each with its position's embedding; every c_t has
-position 0's), a layer is
+A frozen ViT, and for each task t a class token c_t, m memory tokens before every layer and a linear head. y^l are the
+tokens after layer l; y^0 are the patches and the ViT's own class token, each with the embedding of its position; every
+c_t has the embedding of position 0. A layer is
 
-    [z; e]  = LN1( [ y^{l-1} ; c^{l-1} ; E^l ] )     one LayerNorm over input, class tokens and memory
-    a       = attention(Q of z, K and V of [z; e]), by the rules below; memory emits no query
-    [y^l; c^l] = u + MLP(LN2(u)),   u = [ y^{l-1} ; c^{l-1} ] + a         the residual carries the input, no memory
+    [z; e]  = LN1( [ y^{l-1} ; c^{l-1} ; E^l ] )     one LayerNorm over input, class tokens and memory tokens
+    a       = attention(Q of z, K and V of [z; e]), by the rules below; memory tokens are never queries
+    [y^l; c^l] = u + MLP(LN2(u)),   u = [ y^{l-1} ; c^{l-1} ] + a         no residual for the memory tokens
 
-Who reads what (table 1; rows are queries):
+and the logits of task t are W_t LN(c_t^L) + b_t.
+
+Which query attends to which key (table 1):
 
     query \\ key       y     own c_t, E_t   earlier c_j, E_j        later c_j, E_j
     y                 yes   no             no                      no
     c_t               yes   yes            only with ``extension`` no
 
-So y is computed as in the ViT alone, all tasks share one pass, and a new task changes nothing for the old ones.
+So y is the same as in the ViT alone, all tasks share one pass, and a new task changes nothing for the old ones.
 
-Shapes: B images, N patches, n = N + 1, D token width, h heads, d = D / h, L layers, T tasks learned, m memory tokens a
-layer and task, C_t classes of task t, K classes of the scenario.
+Shapes: B images, N patches, n = N + 1, D token width, h heads, d = D / h, L layers, T tasks learned, m memory tokens
+per layer and task, C_t classes of task t, K classes of the scenario.
 
-Departures: y and c are computed apart from each other, since no y reads a c; the result is the same
-(``tests/test_memory_vit.py``) and no gradient passes through y. The rest is in docs/methods/memory_vit.md.
+Departures: y and c are computed separately, since no y attends to a c; the result is the same
+(``tests/test_memory_vit.py``) and no gradient goes through y. The rest is in docs/methods/memory_vit.md.
 """
 
 from collections.abc import Mapping
@@ -34,17 +36,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.backbones.layers.vit import small_vit
-from cl_bench.core.errors import ConfigError, require, void
+from cl_bench.backbones.layers.vit import build_small_vit
+from cl_bench.core.errors import ConfigError, require, require_nonnegative, void
 
 Mode = Literal["extension", "concatenation"]
 
 STD = 0.02
-"""Standard deviation of memory, class tokens and heads at their start."""
+"""Standard deviation of new memory tokens, class tokens and heads."""
 
 
-def attention_rules(inputs: int, tasks: int, memory: int, mode: Mode) -> Tensor:
-    """(n + T, n + T + T m) bool, True where a query reads a key; columns are y, class tokens, memories task by task."""
+def build_attention_rules(inputs: int, tasks: int, memory: int, mode: Mode) -> Tensor:
+    """(n + T, n + T + T m) bool, True where a query attends to a key; columns: y, class tokens, each task's memory."""
     query, key = torch.arange(tasks)[:, None], torch.arange(tasks)
     reads = query >= key if mode == "extension" else query == key  # (T, T)
     own_tokens = torch.cat([torch.ones(tasks, inputs), reads, reads.repeat_interleave(memory, dim=1)], dim=1)
@@ -67,23 +69,24 @@ def _has_weights(arguments: Mapping[str, Any]) -> bool:
     why="backbone.model has sizes of its own",
 )
 class MemoryViT(Backbone):
-    """A ViT that is frozen as soon as the first task is added, and the tokens and heads of the tasks.
+    """A ViT that is frozen when the first task is added, and the tokens and heads of the tasks.
 
-    The trunk is ``model`` with timm's weights (``pretrained``) or a file's (``checkpoint``), fed with images resized to
-    the model's side (bicubic) and normalised as it was trained; or else a ViT of the given sizes, not trained yet.
+    The trunk is ``model`` with the weights of timm (``pretrained``) or of a file (``checkpoint``); its images are
+    resized to the model's side (bicubic) and normalised as in its training. Otherwise it is an untrained ViT of the
+    given sizes.
 
     Args:
-        pretrained: fetch the weights of ``model``.
-        checkpoint: file with the weights of ``model``, as torch or safetensors save a state dict; None for no file.
+        pretrained: download the weights of ``model``.
+        checkpoint: file with the weights of ``model``, a state dict saved by torch or safetensors; None for no file.
         model: timm's name of a plain ViT.
-        patch_size, dim, depth, heads, mlp_ratio: sizes of the trunk where there are no weights.
-        attention: ``extension`` (a task reads earlier tasks' tokens) or ``concatenation`` (tasks are independent).
-        memory: m, memory tokens a layer and task; 0 trains the class token and head only.
-        class_token: False lets the heads read the trunk's own class token; needs ``memory`` = 0.
-        image_mean, image_std: what the images were normalised with, a value a channel.
+        patch_size, dim, depth, heads, mlp_ratio: sizes of a trunk without weights.
+        attention: ``extension`` (a task attends to earlier tasks' tokens) or ``concatenation`` (tasks are independent).
+        memory: m, memory tokens per layer and task; 0 trains the class token and head only.
+        class_token: if False, the heads have the trunk's own class token as input; needs ``memory`` = 0.
+        image_mean, image_std: mean and standard deviation that normalised the images, one value per channel.
     """
 
-    trunk: Any  # a VisionTransformer, whose parts timm types too loosely
+    trunk: Any  # a VisionTransformer; timm's types of its parts are too general
     mask: Tensor
     scale: Tensor
     shift: Tensor
@@ -108,40 +111,22 @@ class MemoryViT(Backbone):
         image_std: list[float],
     ) -> None:
         super().__init__()
-        require(memory >= 0, "memory", expected="0 or more tokens", got=memory, fix="The paper's default is 5.")
-        require(
-            class_token or memory == 0,
-            "class_token",
-            expected="true where there is memory, which only class tokens read",
-            got=class_token,
-            fix="Set memory=0 to train heads only.",
-        )
-        require(
-            not (pretrained and checkpoint),
-            "checkpoint",
-            expected="null beside pretrained=true",
-            got=checkpoint,
-            fix="Choose one of them.",
-        )
-        self.attention, self.num_memory, self.class_token = attention, memory, class_token
-        self.num_classes = num_classes
+        require_nonnegative(fix="The paper's default is 5.", memory=memory)
+        expected, fix = "true with memory tokens: only class tokens attend to them", "Set memory=0 to train heads only."
+        require(class_token or memory == 0, "class_token", expected=expected, got=class_token, fix=fix)
+        expected, fix = "null with pretrained=true", "Choose one of them."
+        require(not (pretrained and checkpoint), "checkpoint", expected=expected, got=checkpoint, fix=fix)
+        self.attention, self.num_memory = attention, memory
+        self.class_token, self.num_classes = class_token, num_classes
         self.source: str | None = None
-        channels = image_shape[0]
-        scale, shift = torch.ones(channels), torch.zeros(channels)
+        scale, shift = torch.ones(image_shape[0]), torch.zeros(image_shape[0])
         if pretrained or checkpoint:
-            self.trunk = _pretrained(model) if checkpoint is None else _from_file(model, checkpoint)
+            self.trunk = _get_trunk(model, checkpoint, channels=image_shape[0])
             self.source = f"weights of {model}" + (f" from the file {Path(checkpoint).name}" if checkpoint else "")
-            require(
-                self.trunk.in_chans == channels,
-                "model",
-                expected=f"a network for images of {channels} channels",
-                got=model,
-                fix="Set pretrained=false and checkpoint=null.",
-            )
             mean, std = (torch.tensor(self.trunk.pretrained_cfg[key]) for key in ("mean", "std"))
             scale, shift = torch.tensor(image_std) / std, (torch.tensor(image_mean) - mean) / std
         else:
-            self.trunk = small_vit(
+            self.trunk = build_small_vit(
                 patch_size=patch_size,
                 dim=dim,
                 depth=depth,
@@ -150,12 +135,11 @@ class MemoryViT(Backbone):
                 num_classes=0,
                 image_shape=image_shape,
             )
-        self.register_buffer("scale", scale[:, None, None], persistent=False)
-        self.register_buffer("shift", shift[:, None, None], persistent=False)
+        for name, values in {"scale": scale, "shift": shift}.items():
+            self.register_buffer(name, values[:, None, None], persistent=False)
         self.register_buffer("mask", torch.zeros(0), persistent=False)
         self.dim: int = self.trunk.embed_dim
-        self.memories = nn.ParameterList()  # (L, m, D) a task
-        self.tokens = nn.ParameterList()  # (1, D) a task
+        self.memories, self.tokens = nn.ParameterList(), nn.ParameterList()  # (L, m, D) and (1, D) per task
         self.heads = nn.ModuleList()
 
     @property
@@ -164,7 +148,7 @@ class MemoryViT(Backbone):
         return [cast(nn.Linear, head).out_features for head in self.heads]
 
     def add_task(self, num_classes: int) -> None:
-        """Freeze everything there is, then add memory, class token and head of a new task."""
+        """Freeze everything, then add memory tokens, class token and head of a new task."""
         self.requires_grad_(False)
         device = self.trunk.pos_embed.device
         head = nn.Linear(self.dim, num_classes, device=device)
@@ -176,24 +160,24 @@ class MemoryViT(Backbone):
             size = (len(self.trunk.blocks), self.num_memory, self.dim)
             self.memories.append(nn.Parameter(STD * torch.randn(size, device=device)))
             positions = self.trunk.pos_embed.shape[1]
-            rules = attention_rules(positions, len(self.tokens), self.num_memory, self.attention)
-            self.mask = rules[positions:].to(device)  # the trunk's rows are the trunk alone
+            rules = build_attention_rules(positions, len(self.tokens), self.num_memory, self.attention)
+            self.mask = rules[positions:].to(device)  # without the rows of the trunk's own tokens
         self.train(self.training)
 
-    def newest(self) -> list[nn.Parameter]:
-        """The parameters of the task added last: L m D + D + (D + 1) C_t of them."""
+    def list_newest(self) -> list[nn.Parameter]:
+        """The parameters of the newest task: L m D + D + (D + 1) C_t of them."""
         own = [self.memories[-1], self.tokens[-1]] if self.class_token else []
         return [p for p in (*own, *self.heads[-1].parameters()) if p.numel()]
 
     def train(self, mode: bool = True) -> "MemoryViT":
-        """Training mode never reaches the frozen trunk."""
+        """Set the mode of everything except a frozen trunk, which stays in evaluation mode."""
         super().train(mode)
         if len(self.heads):
             self.trunk.eval()
         return self
 
-    def fitted(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H', W'), resized (bicubic) and normalised as the trunk expects."""
+    def fit_images(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H', W'), resized (bicubic) and normalised for the trunk."""
         size = self.trunk.patch_embed.img_size
         if x.shape[2:] != size:
             x = F.interpolate(x, size=size, mode="bicubic")
@@ -201,29 +185,29 @@ class MemoryViT(Backbone):
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D), the trunk's own class token after its final LayerNorm."""
-        return self.trunk.forward_head(self.trunk.forward_features(self.fitted(x)), pre_logits=True)
+        return self.trunk.forward_head(self.trunk.forward_features(self.fit_images(x)), pre_logits=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K) logits of all heads side by side, -inf for classes of tasks not learned."""
-        logits = [head(output) for head, output in zip(self.heads, self.outputs(x).unbind(1))]
+        """(B, C, H, W) -> (B, K) logits of all heads concatenated, -inf for classes of tasks not learned."""
+        logits = [head(output) for head, output in zip(self.heads, self.compute_outputs(x).unbind(1))]
         missing = self.num_classes - sum(self.sizes)
         return torch.cat([*logits, x.new_full((len(x), missing), -torch.inf)], dim=1)
 
-    def newest_logits(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C_T), the head of the task added last."""
-        return self.heads[-1](self.outputs(x)[:, -1])
+    def compute_newest_logits(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C_T), logits of the newest task's head."""
+        return self.heads[-1](self.compute_outputs(x)[:, -1])
 
-    def outputs(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, T, D), what each task's head reads, in one pass."""
+    def compute_outputs(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, T, D), the input of each task's head, in one pass."""
         if not len(self.tokens):
             return self.features(x)[:, None].expand(-1, len(self.heads), -1)
         trunk = self.trunk
-        y = trunk.patch_embed(self.fitted(x))  # (B, N, D)
+        y = trunk.patch_embed(self.fit_images(x))  # (B, N, D)
         y = torch.cat([trunk.cls_token.expand(len(y), -1, -1), y], dim=1) + trunk.pos_embed
         c = (torch.cat([*self.tokens]) + trunk.pos_embed[:, 0]).expand(len(y), -1, -1)  # (B, T, D), all at position 0
         memory = torch.cat([*self.memories], dim=1)  # (L, T m, D)
         for block, e in zip(trunk.blocks, memory):
-            y, c = _layer(block, y, c, e.expand(len(y), -1, -1), self.mask)
+            y, c = _apply_layer(block, y, c, e.expand(len(y), -1, -1), self.mask)
         return trunk.norm(c)
 
     def get_extra_state(self) -> list[int]:
@@ -231,12 +215,12 @@ class MemoryViT(Backbone):
         return self.sizes
 
     def set_extra_state(self, state: list[int]) -> None:
-        """Grow to the tasks of a saved state; their values are loaded afterwards."""
+        """Add the tasks of a saved state; their values are loaded afterwards."""
         for num_classes in state[len(self.heads) :]:
             self.add_task(num_classes)
 
 
-def _layer(block: Any, y: Tensor, c: Tensor, e: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _apply_layer(block: Any, y: Tensor, c: Tensor, e: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """One block: (B, n, D) inputs, (B, T, D) class tokens, (B, T m, D) memory -> inputs and class tokens after it."""
     tasks = c.shape[1]
     q, k, v = _project(block.attn, block.norm1(y))
@@ -245,7 +229,7 @@ def _layer(block: Any, y: Tensor, c: Tensor, e: Tensor, mask: Tensor) -> tuple[T
     read = F.scaled_dot_product_attention(
         qc[:, :, :tasks], torch.cat([k, kc], dim=2), torch.cat([v, vc], dim=2), attn_mask=mask
     )
-    return _close(block, y, own), _close(block, c, read)
+    return _apply_mlp(block, y, own), _apply_mlp(block, c, read)
 
 
 def _project(attention: Any, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,14 +238,27 @@ def _project(attention: Any, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _close(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+def _apply_mlp(block: Any, x: Tensor, attended: Tensor) -> Tensor:
     """Projection, residual, MLP, residual: (B, n, D), (B, h, n, d) -> (B, n, D)."""
     x = x + block.ls1(block.attn.proj(attended.transpose(1, 2).flatten(2)))
     return x + block.ls2(block.mlp(block.norm2(x)))
 
 
-def _created(model: str, *, pretrained: bool) -> VisionTransformer:
-    """timm's ``model`` without its classifier, refused unless it is a plain ViT."""
+def _get_trunk(model: str, checkpoint: str | None, channels: int) -> VisionTransformer:
+    """``model`` with the weights of a file, or without one with timm's; refuse another number of image channels."""
+    trunk: Any = _download_trunk(model) if checkpoint is None else _load_trunk(model, checkpoint)
+    require(
+        trunk.in_chans == channels,
+        "model",
+        expected=f"a network for images of {channels} channels",
+        got=model,
+        fix="Set pretrained=false and checkpoint=null.",
+    )
+    return trunk
+
+
+def _create_trunk(model: str, *, pretrained: bool) -> VisionTransformer:
+    """timm's ``model`` without its classifier; refuse anything but a plain ViT."""
     trunk: Any = timm.create_model(model, pretrained=pretrained, num_classes=0)
     plain = isinstance(trunk, VisionTransformer) and _is_plain(trunk)
     require(
@@ -284,28 +281,28 @@ def _is_plain(trunk: Any) -> bool:
     )
 
 
-def _pretrained(model: str) -> VisionTransformer:
+def _download_trunk(model: str) -> VisionTransformer:
     try:
-        return _created(model, pretrained=True)
+        return _create_trunk(model, pretrained=True)
     except ConfigError:
         raise
-    except Exception as error:  # no network, no such name, no weights: timm and its hub raise many kinds
+    except Exception as error:  # no network, no such name, no weights: timm and its hub raise many kinds of errors
         raise ConfigError(
             "pretrained",
             expected=f"weights of {model} from timm",
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            fix="Fetch the weights file elsewhere and set backbone.checkpoint=PATH, "
+            fix="Download the weights file elsewhere and set backbone.checkpoint=PATH, "
             "or set backbone.pretrained=false for a trunk that is trained first (method.warm_up).",
         ) from error
 
 
-def _from_file(model: str, checkpoint: str) -> VisionTransformer:
-    trunk = _created(model, pretrained=False)
+def _load_trunk(model: str, checkpoint: str) -> VisionTransformer:
+    trunk = _create_trunk(model, pretrained=False)
     try:
         state = timm.models.load_state_dict(checkpoint, weights_only=True)
         missing, surplus = trunk.load_state_dict(state, strict=False)
         problem = [*missing, *(name for name in surplus if not name.startswith("head."))]
-    except Exception as error:  # no such file, not a state dict, other shapes: as many kinds again
+    except Exception as error:  # no such file, not a state dict, other shapes: also many kinds
         problem = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
     require(
         not problem,

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import SingleHead
-from cl_bench.core.errors import require
+from cl_bench.core.errors import require_positive
 
 
 class MLP(SingleHead):
@@ -18,13 +18,7 @@ class MLP(SingleHead):
 
     def __init__(self, *, hidden: list[int], num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        require(
-            all(width > 0 for width in hidden),
-            "hidden",
-            expected="widths of 1 or more",
-            got=list(hidden),
-            fix="An empty list is a linear classifier.",
-        )
+        require_positive(fix="An empty list is a linear classifier.", hidden=hidden)
         widths = [math.prod(image_shape), *hidden]
         layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU(inplace=True)) for a, b in pairwise(widths)]
         self.trunk = nn.Sequential(nn.Flatten(), *layers)

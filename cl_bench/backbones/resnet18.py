@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import SingleHead
-from cl_bench.backbones.layers.resnet import resnet_layers
-from cl_bench.core.errors import require
+from cl_bench.backbones.layers.resnet import build_resnet_layers
+from cl_bench.core.errors import require_positive
 
 
 class ResNet18(SingleHead):
@@ -16,10 +16,8 @@ class ResNet18(SingleHead):
 
     def __init__(self, *, width: int, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        require(
-            width > 0, "width", expected="1 or more channels", got=width, fix="64 is the ResNet18, 20 the slim one."
-        )
-        self.layers = resnet_layers(image_shape[0], width, num_layers=4)
+        require_positive(fix="64 is the ResNet18, 20 the slim one.", width=width)
+        self.layers = build_resnet_layers(image_shape[0], width, num_layers=4)
         self.head = nn.Linear(8 * width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""A plain Vision Transformer (Dosovitskiy et al., ICLR 2021) for small images: the ordinary transformer as a baseline.
+"""A plain Vision Transformer (Dosovitskiy et al., ICLR 2021) for small images, as a baseline.
 
-timm's ``VisionTransformer`` as it is: patch embedding, learned positions, class token, pre-norm blocks, a linear head.
-Nothing in it knows of tasks.
+timm's ``VisionTransformer`` unchanged: patch embedding, learned positions, class token, pre-norm blocks, a linear head.
+No part of it depends on tasks.
 
 Departures: the sizes are ours; the network has as many parameters as the Lifelong Vision Transformer
 (docs/methods/vit.md).
@@ -10,7 +10,7 @@ Departures: the sizes are ours; the network has as many parameters as the Lifelo
 from torch import Tensor
 
 from cl_bench.backbones.base import SingleHead
-from cl_bench.backbones.layers.vit import small_vit
+from cl_bench.backbones.layers.vit import build_small_vit
 
 
 class ViT(SingleHead):
@@ -18,7 +18,7 @@ class ViT(SingleHead):
 
     Args:
         patch_size: side of a patch in pixels; must divide the images' side.
-        dim, depth, heads: width of a token, blocks, attention heads a block.
+        dim, depth, heads: width of a token, number of blocks, attention heads per block.
         mlp_ratio: width of the MLP relative to ``dim``.
     """
 
@@ -34,7 +34,7 @@ class ViT(SingleHead):
         image_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
-        net = small_vit(
+        net = build_small_vit(
             patch_size=patch_size,
             dim=dim,
             depth=depth,

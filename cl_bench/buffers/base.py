@@ -1,4 +1,4 @@
-"""What is remembered of past images.
+"""What every buffer is: a fixed amount of past images, with labels and what the method stores with them.
 
 Shapes: M = capacity, B images of a batch, N images of a task, K classes.
 """
@@ -18,25 +18,25 @@ from cl_bench.data.transform import Transform
 
 Columns = dict[str, Tensor]
 Describe = Callable[[Tensor, Tensor], Columns]
-"""(x (B, C, H, W) normalised and not augmented, y (B,)) -> what the method says of each image, by name, (B, ...) each.
+"""(x (B, C, H, W) normalised and not augmented, y (B,)) -> the method's values for each image, by name, (B, ...) each.
 
 ``confidence`` (B,), ``logits`` (B, K) and ``features`` (B, D) are the names that policies and methods share.
 """
 
 CHUNK = 256
-"""Images described in one forward pass; bounds the memory of the pass, changes no result."""
+"""Images in one forward pass of ``Describe``; limits the memory of the pass, changes no result."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every buffer is given when it is built.
+    """What every buffer gets when it is built.
 
     Attributes:
         image_shape: (C, H, W).
         num_classes: K of the whole scenario.
-        transform: augments what is sampled.
-        generator: CPU generator of places and draws.
-        device: where the images lie.
+        transform: augments sampled images.
+        generator: CPU generator of slots and draws.
+        device: the device of the images.
     """
 
     image_shape: tuple[int, int, int]
@@ -49,13 +49,12 @@ class Context:
 class Buffer(nn.Module, ABC):
     """At most M images with labels and named columns, in tensors that are allocated once.
 
-    Everything is on the training device; the places and draws are decided with a CPU generator, so that they are the
-    same on every device and nothing waits for the device. The whole content is module state, and so part of a
-    checkpoint.
+    Everything is on the training device. Slots and draws come from a CPU generator, so they are the same on every
+    device and nothing waits for the device. The whole content is module state, so a checkpoint contains it.
 
     Args:
-        capacity: M, images in all.
-        context: what every buffer is given.
+        capacity: M, images in total.
+        context: what every buffer gets.
     """
 
     images: Tensor
@@ -74,11 +73,11 @@ class Buffer(nn.Module, ABC):
 
     @abstractmethod
     def add(self, batch: Batch, **columns: Tensor) -> None:
-        """While a task is learned: a batch of its stream was trained on; ``columns`` are (B, ...) each."""
+        """Offer a batch of the stream after a training step on it; ``columns`` are (B, ...) each."""
 
     @abstractmethod
     def close_task(self, task: Task, describe: Describe, keep: tuple[str, ...] = ()) -> None:
-        """A task is learned: take images of it; ``keep`` names the columns of ``describe`` to store with them."""
+        """Take images of a learned task; ``keep`` names the columns of ``describe`` to store with them."""
 
     def sample(self, size: int) -> Batch:
         """At most ``size`` different images, freshly augmented."""
@@ -95,7 +94,7 @@ class Buffer(nn.Module, ABC):
         )
 
     def data(self) -> Data:
-        """Everything remembered, as a set to train on; where an image stood in the data set is not kept (-1)."""
+        """All stored images as a training set; their positions in the data set are not known (-1)."""
         labels = self.labels[: self.filled]
         return Data(self.images[: self.filled], labels, torch.full_like(labels, -1))
 
@@ -107,17 +106,17 @@ class Buffer(nn.Module, ABC):
         """Bytes of images, labels and columns as allocated."""
         return sum(t.numel() * t.element_size() for t in [self.images, self.labels, *self.columns.values()])
 
-    def write(self, places: Tensor, raw: Tensor, labels: Tensor, columns: Columns) -> None:
-        """Put images and columns at ``places`` (n,), each place at most once."""
-        self.images[places] = raw
-        self.labels[places] = labels
+    def write(self, slots: Tensor, raw: Tensor, labels: Tensor, columns: Columns) -> None:
+        """Write images and columns into ``slots`` (n,), each slot at most once."""
+        self.images[slots] = raw
+        self.labels[slots] = labels
         for name, values in columns.items():
             if name not in self.columns:
                 self.columns[name] = torch.zeros((self.capacity, *values.shape[1:]), dtype=torch.float32).to(raw.device)
-            self.columns[name][places] = values.detach().float()
+            self.columns[name][slots] = values.detach().float()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What is no registered tensor: counts, and the columns, which exist from the first write on."""
+        """State that is not a registered tensor: counts, and the columns, which exist after the first write."""
         columns = {name: column.clone() for name, column in self.columns.items()}
         return {"filled": self.filled, "offered": self.offered, "columns": columns}
 
@@ -128,56 +127,56 @@ class Buffer(nn.Module, ABC):
 
 
 class PerClassBuffer(Buffer):
-    """An equal share of the capacity for every class seen, filled when a task is closed.
+    """An equal quota for every class seen, filled at the end of each task.
 
-    After task t every class holds the ``floor(M / classes seen)`` first of its ranking; old classes keep the front of
-    theirs, so a ranking is made once. Between tasks the buffer holds old classes only.
+    After task t every class has the first ``floor(M / classes seen)`` images of its ranking. Old classes keep the first
+    images of theirs, so a class is ranked once. During a task the buffer has images of old classes only.
     """
 
     def __init__(self, *, capacity: int, context: Context) -> None:
         require(
             capacity >= context.num_classes,
             "capacity",
-            expected=f"at least {context.num_classes} images, one a class (a class has a share of capacity / classes)",
+            expected=f"at least {context.num_classes} images, one per class: a class has a quota of capacity / classes",
             got=capacity,
-            fix="Raise buffer.capacity, or use buffer=reservoir, which keeps no share a class.",
+            fix="Raise buffer.capacity, or use buffer=reservoir, which has no quota per class.",
         )
         super().__init__(capacity=capacity, context=context)
 
     @abstractmethod
     def rank(self, data: Data, describe: Describe) -> Tensor:
-        """(N,) scores of a task's images on the CPU: within a class the higher ones are kept first."""
+        """(N,) scores of a task's images on the CPU: in each class, images with higher scores come first."""
 
     def add(self, batch: Batch, **columns: Tensor) -> None:
-        """Nothing: images are chosen when the task is closed."""
+        """Do nothing: images are chosen at the end of the task."""
 
     def close_task(self, task: Task, describe: Describe, keep: tuple[str, ...] = ()) -> None:
-        """Shrink the share of the old classes and give the task's classes theirs."""
-        share = self.capacity // task.classes.stop
+        """Cut the old classes to the new quota, and take as many images of each of the task's classes."""
+        quota = self.capacity // task.classes.stop
         labels = self.labels[: self.filled].cpu()
         old = torch.cat(
-            [torch.empty(0, dtype=torch.int64), *(_of(labels, c)[:share] for c in range(task.classes.start))]
+            [torch.empty(0, dtype=torch.int64), *(_find_class(labels, c)[:quota] for c in range(task.classes.start))]
         )
         scores, labels = self.rank(task.train, describe), task.train.labels.cpu()
         best_first = torch.argsort(scores, descending=True, stable=True)
-        new = torch.cat([best_first[labels[best_first] == c][:share] for c in task.classes])
+        new = torch.cat([best_first[labels[best_first] == c][:quota] for c in task.classes])
         chosen = task.train.take(new.to(task.train.labels.device))
-        described = described_in_chunks(chosen, self.transform, describe) if keep else {}
+        described = describe_in_chunks(chosen, self.transform, describe) if keep else {}
 
-        # Compact first: the old images are gathered before their places are written over.
+        # First gather the old images, before their slots are overwritten.
         kept = (self.images[old], self.labels[old], {name: column[old] for name, column in self.columns.items()})
         self.write(torch.arange(len(old)), *kept)
         self.filled = len(old) + len(new)
-        places = torch.arange(len(old), self.filled)
-        self.write(places, chosen.images, chosen.labels, {name: described[name] for name in keep})
+        slots = torch.arange(len(old), self.filled)
+        self.write(slots, chosen.images, chosen.labels, {name: described[name] for name in keep})
 
 
-def _of(labels: Tensor, c: int) -> Tensor:
+def _find_class(labels: Tensor, c: int) -> Tensor:
     return torch.nonzero(labels == c).flatten()
 
 
 @torch.no_grad()
-def described_in_chunks(data: Data, transform: Transform, describe: Describe) -> Columns:
-    """``describe`` over a whole set, un-augmented."""
+def describe_in_chunks(data: Data, transform: Transform, describe: Describe) -> Columns:
+    """``describe`` of all images of a set, un-augmented."""
     parts = [describe(transform.normalise(chunk.images), chunk.labels) for chunk in data.split(CHUNK)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

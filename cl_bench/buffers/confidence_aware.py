@@ -1,18 +1,18 @@
-"""Confidence-aware memory update of the Lifelong Vision Transformer (Wang et al. 2022)."""
+"""The confidence-aware buffer of the Lifelong Vision Transformer (Wang et al. 2022)."""
 
 from torch import Tensor
 
-from cl_bench.buffers.base import Describe, PerClassBuffer, described_in_chunks
+from cl_bench.buffers.base import Describe, PerClassBuffer, describe_in_chunks
 from cl_bench.core.types import Data
 
 
 class ConfidenceAware(PerClassBuffer):
     """floor(M / classes seen) images of every class, the most confident ones.
 
-    The confidence of (x, y) is the softmax probability of y under the method's own answer on the un-augmented image,
-    taken once, when the task is closed.
+    The confidence of (x, y) is the method's softmax probability of y for the un-augmented image, measured once, at the
+    end of the task.
     """
 
     def rank(self, data: Data, describe: Describe) -> Tensor:
         """(N,) confidences."""
-        return described_in_chunks(data, self.transform, describe)["confidence"].cpu()
+        return describe_in_chunks(data, self.transform, describe)["confidence"].cpu()

@@ -1,4 +1,4 @@
-"""A fixed total with an equal quota a class, images drawn at random."""
+"""A fixed number of images with an equal quota per class, drawn at random."""
 
 import torch
 from torch import Tensor

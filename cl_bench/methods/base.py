@@ -1,19 +1,20 @@
-"""What a method is: three verbs.
+"""What every method is built on: three verbs, and what several methods share.
 
 Shapes: B images of a batch, C channels, H x W pixels, K classes of the scenario.
 """
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone, check_single_images
 from cl_bench.buffers.base import Buffer, Columns
-from cl_bench.core.errors import require
+from cl_bench.core.errors import require_positive
 from cl_bench.core.types import Batch, Losses, Phase, Task
 
 Predict = Callable[[Tensor, Tensor | None], Tensor]
@@ -23,34 +24,35 @@ Inputs = dict[str, Tensor]
 """What a step is computed from, by name; ``x`` (B, C, H, W) and ``y`` (B,) are the stream's."""
 
 Terms = tuple[Losses, Columns]
-"""Named loss terms, and what to remember of each image of the stream, (B, ...) each."""
+"""Named loss terms, and what the buffer stores with each image of the stream, (B, ...) each."""
 
 
 class Method(nn.Module, ABC):
     """A learning rule around a network.
 
     A method returns named losses; it never logs, saves, steps an optimizer or loops over training batches. Everything
-    it must remember between tasks is module state (parameters, registered buffers, extra state), for resuming is
-    replay: the trainer loads the state of the task's beginning, runs :meth:`learn` again and lays the saved state of
-    the phase over it. So the code of :meth:`learn` depends on nothing but that state, the task, and torch's global
-    random generator. It runs in evaluation mode; a phase's steps run in training mode.
+    it must remember between tasks is module state (parameters, registered buffers, extra state), because a run is
+    resumed by replay: the trainer loads the state saved at the start of the task, runs :meth:`learn` again, and loads
+    the state saved at the end of each finished phase. So the code of :meth:`learn` may depend only on that state, the
+    task, and torch's global random generator. It runs in evaluation mode; the steps of a phase run in training mode.
     """
 
     task_id: ClassVar[Literal["ignored", "used", "needed"]] = "ignored"
-    """What :meth:`predict` does with a task id: nothing (Task-IL restricts the Class-IL scores to the task's classes),
-    uses it where it is given (Task-IL needs a pass of its own), or cannot answer without (Class-IL is null)."""
+    """What :meth:`predict` does with a task id: it ignores it (Task-IL restricts the Class-IL scores to the task's
+    classes), uses it if it is given (Task-IL needs its own pass), or needs it (Class-IL is null)."""
 
     shared_labels: ClassVar[bool] = False
-    """Whether it can learn tasks that share their classes. Not where a task has a head, a teacher or a share of the
-    memory for classes that were never seen before."""
+    """Whether it can learn tasks that share their classes. A method cannot if it needs new classes in each task, e.g.
+    for a new head, for distillation on the old ones, or for a quota of the buffer."""
 
     test_batches: Literal["mixed", "single_task"] = "mixed"
-    """How test images come to :meth:`predict` where it is told no task id: tasks mixed, or batches of one task each,
-    which tells it more than an image does. The summary and the report say so, and an audit fails it (decision 14)."""
+    """How :meth:`predict` gets the test images if it gets no task id: all tasks shuffled together, or batches of one
+    task each, which tell it more than an image does. The summary and the report say so, and the audit fails
+    (decision 14)."""
 
     @abstractmethod
     def learn(self, task: Task) -> Iterator[Phase]:
-        """Yield the phases of a task; code before the first ``yield`` opens the task, after the last closes it."""
+        """Yield the phases of a task; code before the first ``yield`` starts the task, code after the last ends it."""
 
     @abstractmethod
     def observe(self, batch: Batch) -> Losses:
@@ -58,60 +60,62 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
-        """Scores (B, K) of images (B, C, H, W), -inf for a class that the method has no answer for.
+        """Scores (B, K) of images (B, C, H, W), -inf for a class that the method cannot score.
 
-        ``task_id`` is (B,) or None where it is unknown. Classes not seen yet, and in Task-IL the classes of other
-        tasks, are masked by the evaluation, in one place for every method; a row of -inf is no answer.
+        ``task_id`` is (B,), or None if it is unknown. The evaluation masks classes not seen yet and, in Task-IL, the
+        classes of other tasks, in one place for every method. A row of -inf is no answer.
         """
 
     def after_backward(self) -> None:
         """Change gradients before the optimizer's step."""
 
     def alternatives(self) -> dict[str, Predict]:
-        """Other rules to answer by than :meth:`predict`, by name.
+        """Other prediction rules than :meth:`predict`, by name.
 
-        Each is measured once, after the last task, and stands in ``summary.json`` under ``alternatives``.
+        Each is measured once, after the last task, and reported in ``summary.json`` under ``alternatives``.
         """
         return {}
 
     def facts(self) -> dict[str, Any]:
-        """What else is known of the learned method, as plain JSON values: ``method_facts`` of ``summary.json``."""
+        """More facts about the trained method, as plain JSON values: ``method_facts`` of ``summary.json``."""
         return {}
 
     def capacity(self) -> float | None:
-        """Size relative to the method's own base network, where that is more than a count of parameters."""
+        """Size relative to the method's own base network; None if the number of parameters says it all."""
         return None
 
     def memory_bytes(self) -> int:
-        """Bytes kept for old tasks beside the network's parameters and the buffer: masks, copies, statistics."""
+        """Bytes kept for old tasks besides the network's parameters and the buffer: masks, copies, statistics."""
         return 0
 
 
 class FunctionalMethod(Method):
-    """A method whose step is to look up tensors, to compute the loss terms from them alone, and to remember.
+    """A method whose step has three parts: get the tensors, compute the loss terms from them alone, fill the buffer.
 
-    The middle part can then be compiled, captured in a CUDA graph, or computed for many seeds at once
-    (:mod:`cl_bench.engine.step`, :mod:`cl_bench.engine.replicas`). A method that cannot be cut so is a plain
-    :class:`Method`.
+    The second part can then be compiled, captured in a CUDA graph, or computed for many seeds at once
+    (:mod:`cl_bench.engine.step`, :mod:`cl_bench.engine.replicas`). A method that cannot be split like this is a plain
+    :class:`Method`. Unless a method says otherwise, it predicts with the logits of its network.
     """
 
+    net: Backbone
+
     self_contained: ClassVar[bool] = True
-    """Whether :meth:`terms` reads registered tensors only, and no network that is kept aside."""
+    """Whether :meth:`terms` reads registered tensors only, and no network that is kept outside the module's state."""
 
     def inputs(self, batch: Batch) -> Inputs:
-        """Everything that the loss terms of a batch read, e.g. a draw from the buffer: host work, before the step."""
+        """Everything that the loss terms of a batch read, e.g. a draw from the buffer; runs before the step."""
         return {"x": batch.x, "y": batch.y}
 
     @abstractmethod
     def terms(self, inputs: Inputs, task: int) -> Terms:
         """The loss terms of ``inputs``.
 
-        A function of its arguments and of the module's parameters and tensors, which waits for no device, draws
-        nothing but dropout, and changes nothing but BatchNorm's statistics.
+        It is a function of its arguments and of the module's parameters and tensors. It never waits for the device,
+        draws no random number except for dropout, and changes nothing except BatchNorm's statistics.
         """
 
     def remember(self, batch: Batch, columns: Columns) -> None:
-        """Hand a batch of the stream to the buffer, with the columns that :meth:`terms` gave."""
+        """Offer a batch of the stream to the buffer, with the columns that :meth:`terms` returned."""
 
     def observe(self, batch: Batch) -> Losses:
         """Named loss terms of a batch: inputs, terms, remember."""
@@ -119,9 +123,32 @@ class FunctionalMethod(Method):
         self.remember(batch, columns)
         return losses
 
+    def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
+        """(B, C, H, W) -> (B, K), the network's logits."""
+        return self.net(x)
+
+
+class RehearsalMethod(FunctionalMethod):
+    """A functional method with a buffer, which is offered every batch of the stream."""
+
+    buffer: Buffer
+
+    def __init__(self, *, net: Backbone, buffer: Buffer) -> None:
+        super().__init__()
+        self.net, self.buffer = net, buffer
+
+    def remember(self, batch: Batch, columns: Columns) -> None:
+        """Offer a batch of the stream to the buffer, with the columns that :meth:`terms` returned."""
+        self.buffer.add(batch, **columns)
+
+    def describe(self, x: Tensor, y: Tensor) -> Columns:
+        """What a buffer may rank by or store: confidence, logits and features of images (B, C, H, W), labels (B,)."""
+        logits = self.net(x)
+        return {"confidence": true_class_probability(logits, y), "logits": logits, "features": self.net.features(x)}
+
 
 class Teacher(nn.Module):
-    """A network as it was, which only answers: its weights are buffers, and it is always in evaluation mode."""
+    """A frozen copy of a network: its weights are buffers, and it is always in evaluation mode."""
 
     def __init__(self, net: Backbone) -> None:
         super().__init__()
@@ -137,7 +164,7 @@ class Teacher(nn.Module):
         self.net.load_state_dict(net.state_dict())
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Evaluation mode, whatever is asked."""
+        """Evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
     @torch.no_grad()
@@ -151,30 +178,83 @@ class Teacher(nn.Module):
         return sum(t.nbytes for t in self.buffers())
 
 
+class ParameterSnapshot:
+    """Old values of some parameters of a method and, if asked for, the importance of each entry; 0 until :meth:`take`.
+
+    Both are registered buffers of the method itself, so they are part of its state and of its checkpoints.
+
+    Args:
+        method: gets the buffers ``{values}_0``, ``{importance}_0``, ``{values}_1``, ...
+        parameters: the parameters; later calls get the same ones in the same order.
+        values, importance: names of the buffers; None for no importance.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        parameters: Iterable[nn.Parameter],
+        *,
+        values: str = "old",
+        importance: str | None = None,
+    ) -> None:
+        self._method, self._values, self._importance = method, values, importance
+        self._count = 0
+        for p in parameters:
+            for name in filter(None, (values, importance)):
+                method.register_buffer(f"{name}_{self._count}", torch.zeros_like(p))
+            self._count += 1
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The old values of each parameter."""
+        return self._get(self._values)
+
+    @property
+    def importance(self) -> list[Tensor]:
+        """The importance of each parameter's entries, in the parameter's shape; an empty list if there is none."""
+        return self._get(self._importance) if self._importance else []
+
+    def _get(self, name: str) -> list[Tensor]:
+        return [self._method.get_buffer(f"{name}_{i}") for i in range(self._count)]
+
+    def drifts(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """Each parameter minus its old values."""
+        return [p - old for p, old in zip(parameters, self.values, strict=True)]
+
+    @torch.no_grad()
+    def take(self, values: Iterable[Tensor], importance: Iterable[Tensor] = ()) -> None:
+        """Replace the old values and the importance."""
+        for old, new in zip(self.values + self.importance, [*values, *importance], strict=True):
+            old.copy_(new)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of old values and importance."""
+        return sum(t.nbytes for t in self.values + self.importance)
+
+
 def check_replay_size(replay_size: int) -> None:
-    """Refuse a rehearsal step without rehearsal."""
-    require(
-        replay_size > 0,
-        "replay_size",
-        expected="1 or more images",
-        got=replay_size,
-        fix="32 is usual at batch size 32.",
-    )
+    """Refuse a rehearsal step that replays nothing."""
+    require_positive(fix="32 is usual at batch size 32.", replay_size=replay_size)
 
 
 def check_draws(net: Backbone, buffer: Buffer, replay_size: int) -> None:
-    """Refuse draws of one image that pass a network by themselves, where it cannot be trained on one."""
+    """Refuse draws of one image in a forward pass of their own if the network cannot be trained on one image."""
     for key, size in {"replay_size": replay_size, "buffer.capacity": buffer.capacity}.items():
         if size == 1:
             check_single_images(net, buffer.images.shape[1:], key)
 
 
-def described(net: Backbone, x: Tensor, y: Tensor) -> Columns:
-    """What a buffer may rank by or store of images (B, C, H, W) with labels (B,), by the network's own head."""
-    logits = net(x)
-    return {"confidence": true_class_probability(logits, y), "logits": logits, "features": net.features(x)}
-
-
 def true_class_probability(logits: Tensor, y: Tensor) -> Tensor:
     """(B, K), (B,) -> (B,) softmax probability of each image's class: its confidence."""
     return torch.softmax(logits.float(), dim=1).gather(1, y[:, None]).squeeze(1)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, *, mean_over_classes: bool) -> Tensor:
+    """T^2 KL( softmax(teacher / T) || softmax(student / T) ), logits (B, K) each -> scalar, mean over images.
+
+    With ``mean_over_classes`` the sum over classes that is in KL is a mean as well.
+    """
+    p, q = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
+    divergence = F.kl_div(p, q, reduction="none", log_target=True)
+    return temperature**2 * (divergence.mean() if mean_over_classes else divergence.sum() / len(student))

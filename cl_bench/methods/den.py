@@ -1,11 +1,11 @@
 """DEN: Lifelong Learning with Dynamically Expandable Networks (Yoon, Yang, Lee, Hwang, ICLR 2018).
 
-L is the cross-entropy of the newest task's head over the task's classes, W^{t-1} the network before task t, each
-line a phase that runs until its loss has converged:
+L is the cross-entropy of the newest task's head over the task's classes, W^{t-1} the network before task t. Each line
+is a phase that runs until its loss has converged:
 
     first task   min_W      L + mu |W|_1
     (a) head     min_o      L(o; W^{t-1}) + mu |o|_1      o the weights of the new head
-        S = units from which the head is reached through non-zero weights (breadth-first)
+        S = units with a path of non-zero weights to the head, found layer by layer from the top
         retrain  min_W_S    L(W_S; W_{S^c}) + nu/2 |W_S|_2^2
     (b) expand   min_W^N    L(W^N; W^{t-1}) + mu |W^N|_1 + gamma sum_g |W^N_g|_2   if L > tau
         k new units a layer, W^N their incoming and outgoing weights, g the weights entering one of them;
@@ -14,9 +14,12 @@ line a phase that runs until its loss has converged:
         rho_i = |w_i^t - w_i^{t-1}|_2; units with rho_i > sigma are split in two, an old and a drifted copy
         split    min_W      L + lambda/2 |W - W^{t-1}|_2^2                       if any was split
 
-The penalties |.|_1 and |.|_2 are proximal steps after every step of the optimizer, with thresholds mu and gamma, as in
-the authors' code. Each unit is stamped with its task, and a task is answered by its own head and the units stamped no
-later (``cl_bench/backbones/den.py``); without a task id the heads' logits stand side by side.
+The penalties |.|_1 and |.|_2 are proximal steps after every step of the optimizer, as in the authors' code:
+
+    w <- sign(w) max(|w| - mu, 0)            w_g <- w_g max(1 - gamma / |w_g|_2, 0)
+
+Each unit is stamped with the task that added it. A task is predicted by its own head and the units that are not stamped
+with a later task (``cl_bench/backbones/den.py``); without a task id the heads' logits are concatenated.
 
 Departures and what the sources leave open: docs/methods/den.md.
 """
@@ -29,13 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_bench.backbones.den import DEN, Layer, Units
-from cl_bench.core.errors import require
+from cl_bench.core.errors import require, require_nonnegative, require_positive
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.methods.base import Method
 from cl_bench.scenarios.base import Scenario
 
 CHUNK = 500
-"""Images of one forward pass when the loss is measured."""
+"""Images in one forward pass when the loss is measured; changes no result."""
 
 Mask = tuple[Tensor, Tensor]
 """Which entries of a layer's weight (n, m, *kernel) and bias (n,) a phase may change."""
@@ -47,15 +50,15 @@ class DynamicallyExpandable(Method):
     Args:
         l1: mu, threshold of the soft-thresholding step.
         l2: nu, weight decay of the selected sub-network.
-        group_lasso: gamma, what each step takes off the norm of a new unit's incoming weights.
+        group_lasso: gamma, what each step subtracts from the norm of a new unit's incoming weights.
         drift: lambda.
         units: k, units that an expansion adds to every hidden layer.
         tau: mean cross-entropy of the training images after selective retraining, above which the network expands.
         sigma: drift of a unit above which it is split.
-        split_limit: most units that are split in a layer, the most drifted ones; None for no limit.
-        window: epochs that convergence is judged by, even.
-        tolerance: a phase ends when the mean loss of the window's newer half is not lower than that of its older half
-            by at least this much.
+        split_limit: at most this many units of a layer are split, those that drifted most; None for no limit.
+        window: number of epochs that decide about convergence, even.
+        tolerance: a phase ends if the mean loss of the newer half of the window is not lower than that of the older
+            half by at least this much.
     """
 
     task_id = "used"
@@ -80,9 +83,15 @@ class DynamicallyExpandable(Method):
         tolerance: float,
     ) -> None:
         super().__init__()
-        for key, value in {"l1": l1, "l2": l2, "group_lasso": group_lasso, "drift": drift, "sigma": sigma}.items():
-            require(value >= 0, key, expected="0 or more", got=value, fix="docs/methods/den.md has the paper's values.")
-        require(units > 0, "units", expected="1 or more units", got=units, fix="The paper's code has 10.")
+        require_nonnegative(
+            fix="docs/methods/den.md has the paper's values.",
+            l1=l1,
+            l2=l2,
+            group_lasso=group_lasso,
+            drift=drift,
+            sigma=sigma,
+        )
+        require_positive(fix="The paper's code has 10.", units=units)
         require(
             window > 1 and window % 2 == 0, "window", expected="an even number above 0", got=window, fix="10 is usual."
         )
@@ -99,130 +108,137 @@ class DynamicallyExpandable(Method):
         self._chosen: list[Mask] = []  # W_S
 
     def learn(self, task: Task) -> Iterator[Phase]:
-        """The first task's phase, or (a), (b) and (c), each with what follows from its result."""
+        """The first task's phase, or the phases (a), (b) and (c); the result of each decides what follows."""
         net = self.net
-        self._old = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in net.hidden()]
+        self._old = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in net.list_hidden()]
         net.add_head(len(task.classes))
         none = [0] * len(net.widths)
         note: dict[str, Any] = {"task": task.id, "selected": None, "loss": None, "expanded": False}
         note |= {"added": none, "removed": none, "split": none, "drifted": none}
         if task.id == 0:
-            yield self._phase(task, self.observe, [everything(layer) for layer in net.path()], self.shrink_weights)
+            yield self._build_phase(
+                task, self.observe, [select_all(layer) for layer in net.list_path()], self.shrink_weights
+            )
         else:
-            yield self._phase(
-                task, self.observe_head, [*map(nothing, net.hidden()), everything(net.path()[-1])], self.shrink_head
+            yield self._build_phase(
+                task,
+                self.observe_head,
+                [*map(select_nothing, net.list_hidden()), select_all(net.list_path()[-1])],
+                self.shrink_head,
             )
 
-            selected = connected([layer.weight.detach() for layer in net.path()])
-            self._chosen = between(net.path(), selected)
+            selected = find_connected([layer.weight.detach() for layer in net.list_path()])
+            self._chosen = select_between(net.list_path(), selected)
             note["selected"] = [int(which.sum()) for which in selected]
-            yield self._phase(task, self.observe_selected, self._chosen, None)
+            yield self._build_phase(task, self.observe_selected, self._chosen, None)
 
-            note["loss"] = self.loss(task.train)
+            note["loss"] = self.measure_loss(task.train)
             if note["loss"] > self.tau:
                 note["expanded"], note["added"] = True, [self.units] * len(none)
-                before = [tuple(layer.weight.shape[:2]) for layer in net.path()]
+                before = [tuple(layer.weight.shape[:2]) for layer in net.list_path()]
                 net.grow(self.units)
-                new = [new_entries(layer, *shape) for layer, shape in zip(net.path(), before)]
-                yield self._phase(task, self.observe, new, self.shrink_new)
-                useless = self.useless()
+                new = [select_new(layer, *shape) for layer, shape in zip(net.list_path(), before)]
+                yield self._build_phase(task, self.observe, new, self.shrink_new)
+                useless = self.find_useless()
                 note["removed"] = [len(which) for which in useless]
                 net.remove(useless)
 
-            edges = [connections(layer) for layer in net.path()]
-            yield self._phase(task, self.observe_drift, edges, None)
+            edges = [select_connections(layer) for layer in net.list_path()]
+            yield self._build_phase(task, self.observe_drift, edges, None)
 
-            rho = self.drifts()
+            rho = self.measure_drifts()
             note["drifted"] = [int((r > self.sigma).sum()) for r in rho]
-            which = [most_drifted(r, self.sigma, self.split_limit) for r in rho]
+            which = [find_most_drifted(r, self.sigma, self.split_limit) for r in rho]
             note["split"] = [len(units) for units in which]
             if any(note["split"]):
-                edges = duplicated(edges, which)
+                edges = duplicate(edges, which)
                 net.split(which, self._old)
-                yield self._phase(task, self.observe_drift, edges, None)
-        self.history.append(note | self.size())
+                yield self._build_phase(task, self.observe_drift, edges, None)
+        self.history.append(note | self.measure_size())
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
     def observe(self, batch: Batch) -> Losses:
         """L: the newest head on all units."""
-        return self._noted(batch, {"ce": self._ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)})
+        return self._add_to_total(
+            batch, {"ce": self._compute_ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)}
+        )
 
     def observe_head(self, batch: Batch) -> Losses:
         """L for the head alone: the layers below are frozen."""
         with torch.no_grad():
-            features = self.net.features_at(batch.x, batch.task)
-        head = self.net.head(batch.task)
-        return self._noted(batch, {"ce": self._ce(head(features, len(head.bias)), batch.y, batch.task)})
+            features = self.net.extract_features_at(batch.x, batch.task)
+        head = self.net.get_head(batch.task)
+        return self._add_to_total(batch, {"ce": self._compute_ce(head(features, len(head.bias)), batch.y, batch.task)})
 
     def observe_selected(self, batch: Batch) -> Losses:
         """L + nu/2 |W_S|^2."""
-        losses = {"ce": self._ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)}
-        squares = [(layer.weight * mask).square().sum() for layer, (mask, _) in zip(self.net.path(), self._chosen)]
-        return self._noted(batch, losses | {"l2": self.l2 / 2 * torch.stack(squares).sum()})
+        losses = {"ce": self._compute_ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)}
+        squares = [(layer.weight * mask).square().sum() for layer, (mask, _) in zip(self.net.list_path(), self._chosen)]
+        return self._add_to_total(batch, losses | {"l2": self.l2 / 2 * torch.stack(squares).sum()})
 
     def observe_drift(self, batch: Batch) -> Losses:
-        """L + lambda/2 |W - W^{t-1}|^2 over the weights and biases that W^{t-1} had."""
-        losses = {"ce": self._ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)}
-        squares = [torch.cat([w.flatten(), b]).square().sum() for w, b in self._moved()]
-        return self._noted(batch, losses | {"drift": self.drift / 2 * torch.stack(squares).sum()})
+        """L + lambda/2 |W - W^{t-1}|^2 over the weights and biases of W^{t-1}."""
+        losses = {"ce": self._compute_ce(self.net.answer(batch.x, batch.task), batch.y, batch.task)}
+        squares = [torch.cat([w.flatten(), b]).square().sum() for w, b in self._compute_drift()]
+        return self._add_to_total(batch, losses | {"drift": self.drift / 2 * torch.stack(squares).sum()})
 
     @torch.no_grad()
-    def loss(self, data: Data) -> float:
-        """Mean L over un-augmented images, which tau is compared with."""
+    def measure_loss(self, data: Data) -> float:
+        """Mean L over un-augmented images; the network expands if it is above tau."""
         task = len(self.net.heads) - 1
         total = 0.0
         for chunk in data.split(CHUNK):
             logits = self.net.answer(self.transform.normalise(chunk.images), task)
-            total += float(self._ce(logits, chunk.labels, task)) * len(chunk)
+            total += float(self._compute_ce(logits, chunk.labels, task)) * len(chunk)
         return total / len(data)
 
-    def _ce(self, logits: Tensor, y: Tensor, task: int) -> Tensor:
-        return F.cross_entropy(logits, y - self.net.classes(task).start)
+    def _compute_ce(self, logits: Tensor, y: Tensor, task: int) -> Tensor:
+        return F.cross_entropy(logits, y - self.net.get_classes(task).start)
 
-    def _moved(self) -> list[Mask]:
-        """W - W^{t-1} of each hidden layer, as large as W^{t-1}."""
+    def _compute_drift(self) -> list[Mask]:
+        """W - W^{t-1} of each hidden layer, in the shape of W^{t-1}."""
         return [
             (layer.weight[: len(w), : w.shape[1]] - w, layer.bias[: len(b)] - b)
-            for layer, (w, b) in zip(self.net.hidden(), self._old)
+            for layer, (w, b) in zip(self.net.list_hidden(), self._old)
         ]
 
-    def _noted(self, batch: Batch, losses: Losses) -> Losses:
-        """The same losses; their sum counts for convergence."""
+    def _add_to_total(self, batch: Batch, losses: Losses) -> Losses:
+        """Return ``losses``, and add their sum to the epoch's total, which decides about convergence."""
         self.total += torch.stack([loss.detach() for loss in losses.values()]).sum() * len(batch)
         self.images += len(batch)
         return losses
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
-    def _phase(
+    def _build_phase(
         self, task: Task, observe: Callable[[Batch], Losses], masks: list[Mask], proximal: Callable[[], None] | None
     ) -> Phase:
-        """Train the entries of ``masks``; all others are put back after each step, whatever the optimizer did."""
+        """Train the entries of ``masks`` only: after each optimizer step all others are reset."""
         self.losses.fill_(torch.inf)
         self.total.zero_()
         self.images.zero_()
         parts = [
             (parameter, mask, parameter.detach().clone())
-            for layer, pair in zip(self.net.path(), masks)
+            for layer, pair in zip(self.net.list_path(), masks)
             for parameter, mask in zip((layer.weight, layer.bias), pair)
             if mask.any()
         ]
-        mixed = [part for part in parts if not part[1].all()]
+        partly_trained = [part for part in parts if not part[1].all()]
 
         @torch.no_grad()
         def after_step() -> None:
             if proximal:
                 proximal()
-            for parameter, mask, start in mixed:
+            for parameter, mask, start in partly_trained:
                 parameter.copy_(torch.where(mask, parameter, start))
 
         return Phase(
-            task.train, observe, [part[0] for part in parts], after_step=after_step, after_epoch=self._converged
+            task.train, observe, [part[0] for part in parts], after_step=after_step, after_epoch=self._has_converged
         )
 
-    def _converged(self, epoch: int) -> bool:
-        """Note the epoch's mean loss; whether the newer half of the window is no better than the older."""
+    def _has_converged(self, epoch: int) -> bool:
+        """Record the epoch's mean loss; True if the newer half of the window is no better than the older."""
         self.losses.copy_(torch.cat([self.losses[1:], (self.total / self.images)[None]]))
         self.total.zero_()
         self.images.zero_()
@@ -231,48 +247,48 @@ class DynamicallyExpandable(Method):
 
     def shrink_weights(self) -> None:
         """mu |W|_1, first task."""
-        for layer in self.net.path():
-            layer.weight.copy_(soft_threshold(layer.weight, self.l1))
+        for layer in self.net.list_path():
+            layer.weight.copy_(apply_soft_threshold(layer.weight, self.l1))
 
     def shrink_head(self) -> None:
         """mu |o|_1."""
-        head = self.net.path()[-1]
-        head.weight.copy_(soft_threshold(head.weight, self.l1))
+        head = self.net.list_path()[-1]
+        head.weight.copy_(apply_soft_threshold(head.weight, self.l1))
 
     def shrink_new(self) -> None:
-        """mu |W^N|_1 + gamma sum_g |W^N_g|_2; old entries are put back after this."""
+        """mu |W^N|_1 + gamma sum_g |W^N_g|_2; old entries are reset after this."""
         self.shrink_weights()
-        for layer in self.net.hidden():
+        for layer in self.net.list_hidden():
             new = layer.weight[-self.units :]
             new.copy_(shrink_groups(new, self.group_lasso))
 
-    def useless(self) -> Units:
-        """The units just added that have no incoming weight left."""
+    def find_useless(self) -> Units:
+        """The units just added whose incoming weights are all 0."""
         return [
             len(layer.bias) - self.units + (layer.weight[-self.units :].flatten(1) == 0).all(1).nonzero().flatten()
-            for layer in self.net.hidden()
+            for layer in self.net.list_hidden()
         ]
 
     @torch.no_grad()
-    def drifts(self) -> list[Tensor]:
-        """rho of the units of each hidden layer that W^{t-1} had, (n,)."""
-        return [torch.cat([w.flatten(1), b[:, None]], dim=1).norm(dim=1) for w, b in self._moved()]
+    def measure_drifts(self) -> list[Tensor]:
+        """rho of each hidden layer's units in W^{t-1}, (n,)."""
+        return [torch.cat([w.flatten(1), b[:, None]], dim=1).norm(dim=1) for w, b in self._compute_drift()]
 
     # -- answers and facts -----------------------------------------------------------------------------------------
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
-        """(B, C, H, W) -> (B, K): the heads' logits side by side; only its task's where an image's task is known."""
+        """(B, C, H, W) -> (B, K), the heads' logits concatenated; if the task is known, those of its head only."""
         if task_id is None:
             return self.net(x)
         scores = x.new_full((len(x), self.net.num_classes), -torch.inf)
         for task in range(len(self.net.heads)):
             own = task_id == task
-            scores[own, self.net.classes(task)] = self.net.answer(x[own], task).to(scores.dtype)
+            scores[own, self.net.get_classes(task)] = self.net.answer(x[own], task).to(scores.dtype)
         return scores
 
-    def size(self) -> dict[str, Any]:
-        """Units, non-zero weights and biases of all layers and heads, capacity, and the part of weights that is 0."""
-        layers = [*self.net.hidden(), *(self.net.head(t) for t in range(len(self.net.heads)))]
+    def measure_size(self) -> dict[str, Any]:
+        """Units, non-zero weights and biases of all layers and heads, capacity, and the fraction of zero weights."""
+        layers = [*self.net.list_hidden(), *(self.net.get_head(t) for t in range(len(self.net.heads)))]
         weights = sum(layer.weight.numel() for layer in layers)
         nonzero = sum(int(layer.weight.count_nonzero()) for layer in layers)
         parameters = nonzero + sum(int(layer.bias.count_nonzero()) for layer in layers)
@@ -284,15 +300,15 @@ class DynamicallyExpandable(Method):
         }
 
     def capacity(self) -> float:
-        """Non-zero parameters relative to all those of the base network with one head over all classes."""
-        return self.size()["capacity"]
+        """Non-zero parameters relative to all parameters of the base network with one head over all classes."""
+        return self.measure_size()["capacity"]
 
     def facts(self) -> dict[str, Any]:
-        """What each task did to the network, per hidden layer where it is a list."""
+        """What each task changed in the network; lists have one entry per hidden layer."""
         return {"base_parameters": self.base_parameters, "tasks": self.history}
 
     def memory_bytes(self) -> int:
-        """The units' stamps, eight bytes each; W^{t-1} is kept only while a task is learned."""
+        """The units' stamps, eight bytes each; W^{t-1} is stored only during a task."""
         return 8 * sum(self.net.widths)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -304,7 +320,7 @@ class DynamicallyExpandable(Method):
         self.history = list(state["history"])
 
 
-def soft_threshold(weight: Tensor, threshold: float) -> Tensor:
+def apply_soft_threshold(weight: Tensor, threshold: float) -> Tensor:
     """The proximal step of threshold * |w|_1: sign(w) max(|w| - threshold, 0)."""
     return weight.sign() * (weight.abs() - threshold).clamp(min=0)
 
@@ -315,8 +331,8 @@ def shrink_groups(weight: Tensor, threshold: float) -> Tensor:
     return torch.where(norm > threshold, weight * (1 - threshold / norm), 0.0)
 
 
-def connected(weights: list[Tensor]) -> list[Tensor]:
-    """Units from which an output is reached through non-zero weights (paper Algorithm 2).
+def find_connected(weights: list[Tensor]) -> list[Tensor]:
+    """The units with a path of non-zero weights to an output (paper, Algorithm 2).
 
     Args:
         weights: (n, m, *kernel) of each hidden layer, and of the head last.
@@ -332,43 +348,43 @@ def connected(weights: list[Tensor]) -> list[Tensor]:
     return masks[::-1]
 
 
-def between(path: list[Layer], chosen: list[Tensor]) -> list[Mask]:
-    """The connections among the ``chosen`` units of the hidden layers of ``path``, the input and the outputs."""
+def select_between(path: list[Layer], chosen: list[Tensor]) -> list[Mask]:
+    """The connections between input, the ``chosen`` units of the hidden layers of ``path``, and outputs."""
     first, head = path[0].weight, path[-1].weight
     rows = [*chosen, torch.ones(len(head), dtype=torch.bool, device=head.device)]
     columns = [torch.ones(first.shape[1], dtype=torch.bool, device=first.device), *chosen]
     return [
         (both * (row[:, None] & column).view(*both.shape[:2], *[1] * (both.dim() - 2)), row)
-        for (both, _), row, column in zip(map(connections, path), rows, columns)
+        for (both, _), row, column in zip(map(select_connections, path), rows, columns)
     ]
 
 
-def everything(layer: Layer) -> Mask:
+def select_all(layer: Layer) -> Mask:
     """All entries."""
     return torch.ones_like(layer.weight, dtype=torch.bool), torch.ones_like(layer.bias, dtype=torch.bool)
 
 
-def nothing(layer: Layer) -> Mask:
+def select_nothing(layer: Layer) -> Mask:
     """No entry."""
     return torch.zeros_like(layer.weight, dtype=torch.bool), torch.zeros_like(layer.bias, dtype=torch.bool)
 
 
-def connections(layer: Layer) -> Mask:
-    """The non-zero weights and all biases: a weight that is 0 is a connection that is not there."""
-    return layer.weight.detach() != 0, everything(layer)[1]
+def select_connections(layer: Layer) -> Mask:
+    """The non-zero weights and all biases: a weight of 0 is no connection."""
+    return layer.weight.detach() != 0, select_all(layer)[1]
 
 
-def new_entries(layer: Layer, units: int, inputs: int) -> Mask:
-    """Everything beyond the first ``units`` and ``inputs``; and the biases of a head, whose units are all new."""
-    weight, bias = everything(layer)
+def select_new(layer: Layer, units: int, inputs: int) -> Mask:
+    """All entries beyond the first ``units`` and ``inputs``, and all biases of a head: its units are new."""
+    weight, bias = select_all(layer)
     weight[:units, :inputs] = False
     if len(bias) > units:
         bias[:units] = False
     return weight, bias
 
 
-def duplicated(masks: list[Mask], units: Units) -> list[Mask]:
-    """Masks of a path whose hidden ``units`` get copies at the end of their layers."""
+def duplicate(masks: list[Mask], units: Units) -> list[Mask]:
+    """The masks of a path after its hidden ``units`` got copies at the end of their layers."""
     none = units[0][:0]
     result = []
     for (weight, bias), rows, columns in zip(masks, [*units, none], [none, *units]):
@@ -377,8 +393,8 @@ def duplicated(masks: list[Mask], units: Units) -> list[Mask]:
     return result
 
 
-def most_drifted(rho: Tensor, sigma: float, limit: int | None) -> Tensor:
-    """Positions of the units with drift above ``sigma``, in rising order; at most ``limit`` of them, the largest."""
+def find_most_drifted(rho: Tensor, sigma: float, limit: int | None) -> Tensor:
+    """Positions of the units with drift above ``sigma``, in ascending order; at most ``limit`` of them, the largest."""
     count = int((rho > sigma).sum())
     count = count if limit is None else min(count, limit)
     return rho.topk(count).indices.sort().values

@@ -2,24 +2,23 @@
 
 Loss: CE over the stream's batch and a batch from the buffer together, mean over both (as Mammoth's ``er``).
 
-Departures: none with ``buffer=reservoir``. A per-class buffer takes its images when a task is closed, so the task at
-hand is not replayed while it is learned.
+Departures: none with ``buffer=reservoir``. A per-class buffer takes its images at the end of a task, so the current
+task is not replayed while it is learned.
 """
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.buffers.base import Buffer, Columns
+from cl_bench.buffers.base import Buffer
 from cl_bench.core.types import Batch, Phase, Task
-from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_replay_size, described
+from cl_bench.methods.base import Inputs, RehearsalMethod, Terms, check_replay_size
 
 
-class ER(FunctionalMethod):
-    """Replays stored images beside the stream.
+class ER(RehearsalMethod):
+    """Trains on the stream and on stored images together.
 
     Args:
         replay_size: images drawn from the buffer at each step.
@@ -28,9 +27,9 @@ class ER(FunctionalMethod):
     shared_labels = True
 
     def __init__(self, *, net: Backbone, buffer: Buffer, replay_size: int) -> None:
-        super().__init__()
+        super().__init__(net=net, buffer=buffer)
         check_replay_size(replay_size)
-        self.net, self.buffer, self.replay_size = net, buffer, replay_size
+        self.replay_size = replay_size
 
     def learn(self, task: Task) -> Iterator[Phase]:
         """One phase, then the buffer closes the task."""
@@ -38,25 +37,13 @@ class ER(FunctionalMethod):
         self.buffer.close_task(task, self.describe)
 
     def inputs(self, batch: Batch) -> Inputs:
-        """Stream and memory together."""
+        """The stream's batch and a draw from the buffer, in one batch."""
         x, y = batch.x, batch.y
         if len(self.buffer):
-            memory = self.buffer.sample(self.replay_size)
-            x, y = torch.cat([x, memory.x]), torch.cat([y, memory.y])
+            drawn = self.buffer.sample(self.replay_size)
+            x, y = torch.cat([x, drawn.x]), torch.cat([y, drawn.y])
         return {"x": x, "y": y}
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
-        """Cross-entropy of stream and memory in one forward pass."""
+        """Cross-entropy of the whole batch."""
         return {"ce": F.cross_entropy(self.net(inputs["x"]), inputs["y"])}, {}
-
-    def remember(self, batch: Batch, columns: Columns) -> None:
-        """The stream passes the buffer."""
-        self.buffer.add(batch)
-
-    def describe(self, x: Tensor, y: Tensor) -> Columns:
-        """What a buffer may rank by."""
-        return described(self.net, x, y)
-
-    def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
-        return self.net(x)

@@ -3,15 +3,16 @@
     L = CE + strength / 2 * sum over old tasks t, weights i of  F_t,i (theta_i - theta*_t,i)^2                       EWC
     L = CE + strength / 2 * sum over weights i of  F~_i (theta_i - theta*_i)^2,   F~ = decay F~ + F_t         online EWC
 
-F_t is the diagonal of the Fisher information at the weights theta*_t that task t ended with: the mean over its images
-of the squared gradient of log p(y | x), y drawn from the network's own answer (``sampled``, the definition) or the
-image's label (``empirical``); ``weighted`` takes that, too, and weights each image by p(y | x), as Mammoth does.
+F_t is the diagonal of the Fisher information at the weights theta*_t at the end of task t: the mean over its images of
+the squared gradient of log p(y | x). The label y is drawn from the network's softmax (``sampled``, the definition) or
+is the image's label (``empirical``). ``weighted`` uses the image's label, too, and weights each image by p(y | x), as
+Mammoth does.
 
-EWC's sum of quadratics is kept as one: precision P = sum F_t, centre C = sum F_t theta*_t / P. What is left out is a
-constant, which no gradient sees, so memory does not grow with the tasks.
+EWC's sum of quadratics is stored as one, so its size does not grow with the tasks: precision P = sum F_t, centre
+C = sum F_t theta*_t / P. The two differ by a constant, which has no gradient.
 
-Departures: the constant, and how the Fisher information is measured (docs/methods/ewc.md). The head is consolidated
-like every other weight.
+Departures: the constant, and how the Fisher information is measured (docs/methods/ewc.md). The head is regularised like
+every other weight.
 """
 
 from collections.abc import Iterator
@@ -23,27 +24,27 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.core.errors import require, void
+from cl_bench.core.errors import require_fraction, require_nonnegative, require_positive, void
 from cl_bench.core.types import Phase, Task
-from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, true_class_probability
+from cl_bench.methods.base import FunctionalMethod, Inputs, ParameterSnapshot, Terms, true_class_probability
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.memory import get_pass_bytes
 
 GRADIENT_BYTES = 2**28
-"""Memory of a CPU for the gradients of single images in one pass; changes no result."""
+"""Bytes on a CPU for the per-image gradients of one pass; changes no result."""
 
 
 @void("decay", when=lambda v: not v["online"], why="only online EWC decays (method.online=true)")
 class EWC(FunctionalMethod):
-    """A quadratic pull towards old weights, as strong as each of them mattered.
+    """A quadratic penalty on changes of old weights, weighted by the importance of each.
 
     Args:
         strength: lambda.
-        online: one decaying Fisher around the latest weights instead of one for each task.
+        online: one decaying Fisher information around the latest weights instead of one for each task.
         decay: gamma of online EWC; not used otherwise.
-        fisher: which label log p(y | x) is of: ``sampled`` from the network's answer, or ``empirical``, the image's;
-            ``weighted``, the image's, its squared gradient times p(y | x).
-        fisher_images: images of a task that the Fisher is measured on, evenly spread; None for all.
+        fisher: the label in log p(y | x): ``sampled`` from the network's softmax, ``empirical`` for the image's label,
+            or ``weighted`` for the image's label with each squared gradient times p(y | x).
+        fisher_images: images of a task that the Fisher information is measured on, evenly spaced; None for all.
     """
 
     shared_labels = True
@@ -60,53 +61,39 @@ class EWC(FunctionalMethod):
         fisher_images: int | None,
     ) -> None:
         super().__init__()
-        require(strength >= 0, "strength", expected="0 or more", got=strength, fix="0 is fine-tuning.")
-        require(0 <= decay <= 1, "decay", expected="a number in [0, 1]", got=decay, fix="1 forgets no task.")
-        require(
-            fisher_images is None or fisher_images > 0,
-            "fisher_images",
-            expected="1 or more, or null for every image",
-            got=fisher_images,
-            fix="Set method.fisher_images=null.",
-        )
+        require_nonnegative(fix="0 is fine-tuning.", strength=strength)
+        require_fraction(fix="1 forgets no task.", decay=decay)
+        require_positive(fix="Set method.fisher_images=null to use every image.", fisher_images=fisher_images)
         self.net, self.transform = net, scenario.transform
         self.strength, self.online, self.decay = strength, online, decay
         self.fisher, self.fisher_images = fisher, fisher_images
-        for i, p in enumerate(net.parameters()):
-            self.register_buffer(f"precision_{i}", torch.zeros_like(p))
-            self.register_buffer(f"centre_{i}", torch.zeros_like(p))
+        self.snapshot = ParameterSnapshot(self, net.parameters(), values="centre", importance="precision")  # C, P
 
     def learn(self, task: Task) -> Iterator[Phase]:
         """One phase, then the Fisher information."""
         yield Phase(task.train, self.observe, self.net.parameters())
-        self._consolidate(self.fisher_information(task))
+        self._consolidate(self.measure_fisher_information(task))
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
-        """Cross-entropy of the stream and the pull."""
+        """Cross-entropy of the stream, and the penalty."""
         losses = {"ce": F.cross_entropy(self.net(inputs["x"]), inputs["y"])}
         if task > 0:
-            losses["pull"] = self.strength / 2 * self.penalty()
+            losses["pull"] = self.strength / 2 * self.compute_penalty()
         return losses, {}
 
-    def penalty(self) -> Tensor:
+    def compute_penalty(self) -> Tensor:
         """Sum of P (theta - C)^2 over all weights."""
-        pulls = [
-            (self.get_buffer(f"precision_{i}") * (p - self.get_buffer(f"centre_{i}")).square()).sum()
-            for i, p in enumerate(self.net.parameters())
-        ]
+        drifts = self.snapshot.drifts(self.net.parameters())
+        pulls = [(precision * drift.square()).sum() for precision, drift in zip(self.snapshot.importance, drifts)]
         return torch.stack(pulls).sum()
-
-    def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
-        return self.net(x)
 
     def memory_bytes(self) -> int:
         """Precision and centre."""
-        return sum(t.nbytes for t in self.buffers(recurse=False))
+        return self.snapshot.nbytes
 
     @torch.no_grad()
-    def fisher_information(self, task: Task) -> list[Tensor]:
-        """Diagonal Fisher information of each parameter at the present weights, over a task's training images."""
+    def measure_fisher_information(self, task: Task) -> list[Tensor]:
+        """The diagonal Fisher information of each parameter at the current weights, over a task's training images."""
         names = [name for name, _ in self.net.named_parameters()]
         weights = {name: p.detach() for name, p in self.net.named_parameters()}
         fixed = dict(self.net.named_buffers())
@@ -115,7 +102,7 @@ class EWC(FunctionalMethod):
             logits = functional_call(self.net, {**weights, **fixed}, (x[None],))
             return -F.cross_entropy(logits, y[None])
 
-        # one gradient an image; in evaluation mode, so that BatchNorm treats each image by itself
+        # one gradient per image; in evaluation mode, so that BatchNorm treats each image separately
         gradients = vmap(grad(log_likelihood), in_dims=(None, 0, 0))
         data = task.train
         if self.fisher_images is not None and self.fisher_images < len(data):
@@ -133,15 +120,16 @@ class EWC(FunctionalMethod):
                 totals[name] += square.sum(dim=0) if likelihood is None else torch.tensordot(likelihood, square, dims=1)
         return [totals[name] / len(data) for name in names]
 
+    @torch.no_grad()
     def _consolidate(self, information: list[Tensor]) -> None:
         """Add a task's Fisher information and weights to precision and centre."""
-        for i, (p, new) in enumerate(zip(self.net.parameters(), information)):
-            precision, centre = self.get_buffer(f"precision_{i}"), self.get_buffer(f"centre_{i}")
-            if self.online:
-                precision.mul_(self.decay).add_(new)
-                centre.copy_(p.detach())
-            else:
-                total = precision + new
-                mixed = (precision * centre + new * p.detach()) / total
-                centre.copy_(torch.where(total > 0, mixed, p.detach()))
-                precision.copy_(total)
+        weights, kept = list(self.net.parameters()), self.snapshot
+        if self.online:
+            kept.take(weights, [self.decay * old + new for old, new in zip(kept.importance, information)])
+            return
+        totals = [old + new for old, new in zip(kept.importance, information)]
+        centres = [
+            torch.where(total > 0, (old * centre + new * p) / total, p)
+            for old, centre, new, p, total in zip(kept.importance, kept.values, information, weights, totals)
+        ]
+        kept.take(centres, totals)

@@ -6,7 +6,6 @@ Loss: CE(f(x), y) over all K classes.
 from collections.abc import Iterator
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.core.types import Phase, Task
@@ -14,7 +13,7 @@ from cl_bench.methods.base import FunctionalMethod, Inputs, Terms
 
 
 class Finetune(FunctionalMethod):
-    """Does nothing against forgetting."""
+    """Trains on each task and does nothing against forgetting."""
 
     shared_labels = True
 
@@ -29,7 +28,3 @@ class Finetune(FunctionalMethod):
     def terms(self, inputs: Inputs, task: int) -> Terms:
         """Cross-entropy of the stream."""
         return {"ce": F.cross_entropy(self.net(inputs["x"]), inputs["y"])}, {}
-
-    def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
-        """(B, C, H, W) -> (B, K)."""
-        return self.net(x)

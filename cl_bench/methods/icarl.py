@@ -5,13 +5,13 @@ The network is trained on the new task's images and the exemplars together, with
     L = mean over images and classes of  BCE( g_y(x), q_y )
     q_y = the old network's g_y(x) for old classes (distillation),  1[y = label] for the others           (Algorithm 3)
 
-and answers with the class whose exemplars' mean feature is nearest (Eq. 2): features and means have unit length,
-means are measured anew with the network after every task. Exemplars are chosen by herding (``buffer=herding``).
+and predicts the class whose exemplars' mean feature is nearest (Eq. 2). Features and means have unit length; the means
+are computed again after every task. Exemplars are chosen by herding (``buffer=herding``).
 
-Departures: the paper sums the loss over classes, this is its mean, to which the published learning rates belong:
-``mean_over=seen`` as Mammoth in 2022, over the classes seen; ``all`` as Mammoth today and the authors' code, over all
-outputs, those of classes to come with target 0. The old network answers on the augmented image that the new one sees;
-the paper stores its answers once. The network's own argmax is reported as the alternative ``head``.
+Departures: the paper sums the loss over classes, this is the mean, which the published learning rates are made for.
+``mean_over=seen`` is the mean over the classes seen, as in Mammoth in 2022; ``all`` is the mean over all outputs, with
+target 0 for the classes to come, as in Mammoth today and in the authors' code. The old network sees the same augmented
+image as the new one; the paper stores its answers once. The network's own argmax is the alternative ``head``.
 """
 
 from collections.abc import Iterator
@@ -22,28 +22,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.buffers.base import CHUNK, Columns, PerClassBuffer
+from cl_bench.buffers.base import CHUNK, PerClassBuffer
 from cl_bench.core.types import Data, Phase, Task
-from cl_bench.methods.base import FunctionalMethod, Inputs, Predict, Teacher, Terms, described
+from cl_bench.methods.base import Inputs, Predict, RehearsalMethod, Teacher, Terms
 from cl_bench.scenarios.base import Scenario
 
 
-class ICaRL(FunctionalMethod):
+class ICaRL(RehearsalMethod):
     """Nearest mean of exemplars on features learned with distillation and rehearsal.
 
     Args:
-        mean_over: the classes that the loss is the mean over, those ``seen`` or ``all``.
+        mean_over: the loss is the mean over the classes ``seen`` or over ``all``.
     """
 
+    buffer: PerClassBuffer
     means: Tensor
     known: Tensor
 
     def __init__(
         self, *, net: Backbone, buffer: PerClassBuffer, scenario: Scenario, mean_over: Literal["seen", "all"]
     ) -> None:
-        super().__init__()
-        self.mean_over = mean_over
-        self.net, self.buffer, self.teacher = net, buffer, Teacher(net)
+        super().__init__(net=net, buffer=buffer)
+        self.mean_over, self.teacher = mean_over, Teacher(net)
         self._classes = [task.classes for task in scenario.tasks]
         with torch.no_grad():
             width = self.net.eval().features(buffer.transform.normalise(buffer.images[:1])).shape[1]
@@ -72,24 +72,20 @@ class ICaRL(FunctionalMethod):
             losses["distillation"] = terms[:, : classes.start].sum()
         return losses, {}
 
-    def describe(self, x: Tensor, y: Tensor) -> Columns:
-        """What a buffer may rank by."""
-        return described(self.net, x, y)
-
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K), minus the distance to each class's mean."""
-        distances = torch.cdist(self._features(x), self.means)
+        distances = torch.cdist(self._normalise_features(x), self.means)
         return -distances.masked_fill(~self.known, torch.inf)
 
     def alternatives(self) -> dict[str, Predict]:
         """``head``: the network's own scores."""
-        return {"head": lambda x, task_id: self.net(x)}
+        return {"head": super().predict}
 
     def memory_bytes(self) -> int:
         """The old network and the class means."""
         return self.teacher.nbytes + self.means.nbytes
 
-    def _features(self, x: Tensor) -> Tensor:
+    def _normalise_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D) of unit length."""
         return F.normalize(self.net.features(x).to(self.means.dtype), dim=1)
 
@@ -97,7 +93,7 @@ class ICaRL(FunctionalMethod):
     def _measure_means(self) -> None:
         exemplars = self.buffer.data()
         features = torch.cat(
-            [self._features(self.buffer.transform.normalise(c.images)) for c in exemplars.split(CHUNK)]
+            [self._normalise_features(self.buffer.transform.normalise(c.images)) for c in exemplars.split(CHUNK)]
         )
         sums = torch.zeros_like(self.means).index_add_(0, exemplars.labels, features)
         self.means.copy_(F.normalize(sums, dim=1))

@@ -1,7 +1,7 @@
 """Lifelong Vision Transformer (Wang, Liu, Duan, Kong, Tao, CVPR 2022, pp. 171-181), the learning rule.
 
-Two heads on one trunk: *injection* learns the new task only, *accumulation* learns old and new in balance and answers
-at test time. For a batch (x, y) of task t and a draw (m, y_m, z_m) from the memory:
+Two heads on one trunk: *injection* learns the new task only, *accumulation* learns old and new tasks in balance and
+predicts at test time. For a batch (x, y) of task t and a draw (m, y_m, z_m) from the buffer:
 
     L   = L_It + L_l + gamma L_a                              first task: L_It + r(1) L_At
     L_l = alpha L_r + beta L_d + r(t) L_At
@@ -9,11 +9,11 @@ at test time. For a batch (x, y) of task t and a draw (m, y_m, z_m) from the mem
     L_d  = T^2 KL( softmax(z_m / T) || softmax(accumulation(m) / T) ),  or MSE( accumulation(m), z_m )
     L_a  = mean over all entries of |g_K (K_w - K_w^{t-1})| and |g_B (B - B^{t-1})|             (paper Eq. 2)
 
-g is the gradient of CE(injection) averaged over the images of task t-1 when it was closed, K^{t-1} and B^{t-1} the keys
-and biases then. z are the accumulation head's logits when the image was stored. The memory is the paper's Eq. 8
-(``buffer=confidence_aware``), with the injection head's confidence.
+g is the gradient of CE(injection) averaged over the images of task t-1 at the end of that task, K^{t-1} and B^{t-1} are
+the keys and biases at the same time. z_m are the accumulation head's logits when the image was stored. The buffer is
+the paper's Eq. 8 (``buffer=confidence_aware``), with the injection head's confidence.
 
-With a buffer that is filled while the stream passes (``buffer=reservoir``) L_r and L_d act in the first task already.
+With a buffer that is filled during the task (``buffer=reservoir``) L_r and L_d act in the first task already.
 Departures and what the sources leave open: docs/methods/lvt.md.
 """
 
@@ -26,9 +26,17 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.lvt import LVT
 from cl_bench.buffers.base import CHUNK, Buffer, Columns
-from cl_bench.core.errors import require, void
+from cl_bench.core.errors import require, require_positive, void
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
-from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_replay_size, true_class_probability
+from cl_bench.methods.base import (
+    Inputs,
+    ParameterSnapshot,
+    RehearsalMethod,
+    Terms,
+    check_replay_size,
+    distillation_loss,
+    true_class_probability,
+)
 
 
 @void("temperature", when=lambda v: v["distillation"] == "mse", why="method.distillation=mse has none")
@@ -36,8 +44,8 @@ from cl_bench.methods.base import FunctionalMethod, Inputs, Terms, check_replay_
 @void(
     "new_weight", "new_weight_rule", when=lambda v: not v["accumulation_head"], why="method.accumulation_head is false"
 )
-class LifelongViT(FunctionalMethod):
-    """Inter-task attention penalty, dual classifiers, confidence-aware memory.
+class LifelongViT(RehearsalMethod):
+    """Inter-task attention penalty, dual classifiers, confidence-aware buffer.
 
     Args:
         alpha, beta, gamma: weights of L_r, L_d and L_a.
@@ -47,9 +55,11 @@ class LifelongViT(FunctionalMethod):
         temperature: T of L_d.
         replay_size: images drawn from the buffer at each step.
         inter_task: ablation switch of L_a.
-        injection_head: ablation switch; without it L_It is dropped and the accumulation head gives the confidence.
-        accumulation_head: ablation switch; without it the injection head takes every loss and answers.
+        injection_head: ablation switch; without it there is no L_It, and the confidence is the accumulation head's.
+        accumulation_head: ablation switch; without it the injection head has every loss and predicts.
     """
+
+    net: LVT
 
     def __init__(
         self,
@@ -68,7 +78,7 @@ class LifelongViT(FunctionalMethod):
         injection_head: bool,
         accumulation_head: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(net=net, buffer=buffer)
         require(
             injection_head or accumulation_head,
             "accumulation_head",
@@ -77,20 +87,17 @@ class LifelongViT(FunctionalMethod):
             fix="Leave one of them on.",
         )
         check_replay_size(replay_size)
-        require(temperature > 0, "temperature", expected="above 0", got=temperature, fix="The paper's code has 2.")
-        self.net, self.buffer = net, buffer
+        require_positive(fix="The paper's code has 2.", temperature=temperature)
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.new_weight, self.new_weight_rule = new_weight, new_weight_rule
         self.distillation, self.temperature, self.replay_size = distillation, temperature, replay_size
         self.inter_task, self.injection_head = inter_task, injection_head
         self.accumulation_head = accumulation_head
-        for i, parameter in enumerate(net.keys_and_biases()):
-            self.register_buffer(f"old_{i}", parameter.detach().clone())
-            self.register_buffer(f"importance_{i}", torch.zeros_like(parameter))
+        self.snapshot = ParameterSnapshot(self, net.keys_and_biases(), importance="importance")
 
     @property
     def answering(self) -> nn.Module:
-        """The head of L_At, L_r, L_d and of the answer."""
+        """The head of L_At, L_r, L_d and of the prediction."""
         return self.net.accumulation if self.accumulation_head else self.net.injection
 
     @property
@@ -99,7 +106,7 @@ class LifelongViT(FunctionalMethod):
         return self.net.injection if self.injection_head else self.net.accumulation
 
     def learn(self, task: Task) -> Iterator[Phase]:
-        """One phase; then importance, snapshot of keys and biases, memory."""
+        """One phase; then the importance and snapshot of keys and biases, and the buffer."""
         trained = [self.net.stem, self.net.stages, self.answering]
         if self.injecting is not self.answering:
             trained.append(self.injecting)
@@ -109,15 +116,15 @@ class LifelongViT(FunctionalMethod):
         self.buffer.close_task(task, self.describe, keep=("logits",))
 
     def inputs(self, batch: Batch) -> Inputs:
-        """(x, y) of the stream and a draw (m, y_m, z_m) from the memory, the images in one tensor."""
+        """(x, y) of the stream and a draw (m, y_m, z_m) from the buffer, the images in one tensor."""
         if not len(self.buffer):
             return {"x": batch.x, "y": batch.y}
-        memory = self.buffer.sample(self.replay_size)
-        drawn = {"y_m": memory.y, "z_m": memory.columns["logits"]}
-        return {"x": torch.cat([batch.x, memory.x]), "y": batch.y} | drawn
+        drawn = self.buffer.sample(self.replay_size)
+        replayed = {"y_m": drawn.y, "z_m": drawn.columns["logits"]}
+        return {"x": torch.cat([batch.x, drawn.x]), "y": batch.y} | replayed
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
-        """The named terms of the loss, weights included; the stream's logits are remembered."""
+        """The named terms of the loss, weights included; the stream's logits are stored."""
         y = inputs["y"]
         features = self.net.features(inputs["x"])
         new, old = features[: len(y)], features[len(y) :]
@@ -127,32 +134,28 @@ class LifelongViT(FunctionalMethod):
             losses["injection"] = F.cross_entropy(self.injecting(new), y)  # L_It
         answers = self.answering(new)
         if self.accumulation_head:
-            losses["accumulation"] = self.rate(task) * F.cross_entropy(answers, y)  # r(t) L_At
+            losses["accumulation"] = self.get_new_weight(task) * F.cross_entropy(answers, y)  # r(t) L_At
         if "y_m" in inputs:
             logits = self.answering(old)
             losses["replay"] = self.alpha * F.cross_entropy(logits, inputs["y_m"])  # L_r
-            losses["distillation"] = self.beta * self._distil(logits.to(inputs["z_m"].dtype), inputs["z_m"])  # L_d
+            losses["distillation"] = self.beta * self._compute_distillation(
+                logits.to(inputs["z_m"].dtype), inputs["z_m"]
+            )  # L_d
         if self.inter_task and task > 0:
-            losses["attention"] = self.gamma * self.penalty()  # L_a
+            losses["attention"] = self.gamma * self.compute_penalty()  # L_a
         return losses, {"logits": answers.detach()}
 
-    def remember(self, batch: Batch, columns: Columns) -> None:
-        """The stream passes the buffer, with its logits."""
-        self.buffer.add(batch, **columns)
-
-    def rate(self, task: int) -> float:
+    def get_new_weight(self, task: int) -> float:
         """r(t), t = task + 1."""
         if task == 0:
             return 1.0
         return max(self.new_weight, 0.9**task) if self.new_weight_rule == "decay" else self.new_weight
 
-    def penalty(self) -> Tensor:
+    def compute_penalty(self) -> Tensor:
         """L_a without its weight: mean |g (p - p_old)| over all entries of keys and biases; 0 for an unchanged net."""
-        drifts = [
-            (self.get_buffer(f"importance_{i}") * (p - self.get_buffer(f"old_{i}"))).abs().flatten()
-            for i, p in enumerate(self.net.keys_and_biases())
-        ]
-        return torch.cat(drifts).mean()
+        drifts = self.snapshot.drifts(self.net.keys_and_biases())
+        weighted = [(g * drift).abs().flatten() for g, drift in zip(self.snapshot.importance, drifts)]
+        return torch.cat(weighted).mean()
 
     def describe(self, x: Tensor, y: Tensor) -> Columns:
         """Confidence by the injection head, and the accumulation head's logits to store."""
@@ -165,23 +168,20 @@ class LifelongViT(FunctionalMethod):
 
     def memory_bytes(self) -> int:
         """Old keys and biases and their importance."""
-        return sum(
-            t.nbytes for name, t in self.named_buffers(recurse=False) if name.startswith(("old_", "importance_"))
-        )
+        return self.snapshot.nbytes
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
-        """(B, C, H, W) -> (B, K), the accumulation head's logits."""
+        """(B, C, H, W) -> (B, K), logits of :attr:`answering`."""
         return self.answering(self.net.features(x))
 
-    def _distil(self, logits: Tensor, stored: Tensor) -> Tensor:
-        """L_d, teacher first: (B, K), (B, K) -> scalar, mean over images."""
+    def _compute_distillation(self, logits: Tensor, stored: Tensor) -> Tensor:
+        """L_d of logits (B, K) and stored logits (B, K) -> scalar, mean over images."""
         if self.distillation == "mse":
             return F.mse_loss(logits, stored)
-        student, teacher = (F.log_softmax(z / self.temperature, dim=1) for z in (logits, stored))
-        return self.temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return distillation_loss(logits, stored, self.temperature, mean_over_classes=False)
 
     def _measure_importance(self, data: Data) -> None:
-        """g_K, g_B: mean over the images of d CE(injection) / d K_w and d B; and the snapshot they belong to."""
+        """Take the snapshot: K_w and B, and g, the mean over the images of d CE(injection) / d K_w and d B."""
         parameters = self.net.keys_and_biases()
         totals = [torch.zeros_like(p) for p in parameters]
         for chunk in data.split(CHUNK):
@@ -189,6 +189,4 @@ class LifelongViT(FunctionalMethod):
             summed = F.cross_entropy(logits, chunk.labels, reduction="sum")
             for total, gradient in zip(totals, torch.autograd.grad(summed, parameters)):
                 total += gradient
-        for i, (parameter, total) in enumerate(zip(parameters, totals)):
-            self.get_buffer(f"importance_{i}").copy_(total / len(data))
-            self.get_buffer(f"old_{i}").copy_(parameter.detach())
+        self.snapshot.take(parameters, [total / len(data) for total in totals])

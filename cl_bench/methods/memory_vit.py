@@ -1,22 +1,22 @@
 """Learnable-memory ViT (Sandler, Zhmoginov, Vladymyrov, Jackson, CVPR 2022, arXiv 2203.15243), the learning rule.
 
-For each task new memory, a new class token and a new head are trained with the cross-entropy among the task's own
-classes; the trunk and everything of earlier tasks is frozen:
+For each task, new memory tokens, a new class token and a new head are trained with the cross-entropy over the task's
+own classes; the trunk and everything of earlier tasks is frozen:
 
     L = CE( W_t T(c_t) + b_t, y )
 
-so that nothing that answers an earlier task ever changes: Task-IL forgetting is 0. The paper gives no rule for an
-unknown task; of the concatenated logits z = [z_1 .. z_T]
+So the predictions for an earlier task never change: Task-IL forgetting is 0. The paper gives no rule for an unknown
+task; the rules here use the concatenated logits z = [z_1 .. z_T]:
 
     argmax        argmax_k z_k
     energy        t* = argmax_t log sum_k exp z_tk (Liu et al. 2020, temperature 1), then argmax_k z_{t*,k}
     nearest_mean  argmin_k | f(x) - mean of f over the training images of class k |, f the trunk's own class token
-                  (the frozen-backbone baseline of Janson et al. 2022, arXiv 2210.04428; no memory involved)
+                  (the frozen-backbone baseline of Janson et al. 2022, arXiv 2210.04428; no memory tokens)
 
-``method.rule`` answers, the others stand under ``alternatives``. With a known task id it is head t of z.
+``method.rule`` predicts, the others are reported under ``alternatives``. If the task id is known, head t of z predicts.
 
-The trunk must be trained before. Where the network brings no weights, a phase of its own trains it first, with AdamW
-and a head that is not used again: on task 1 (``first_task``) or on classes that are part of no task (``half``).
+The trunk must be trained before. If the network comes without weights, a phase of its own trains it first, with AdamW
+and a head that is not used again: on task 1 (``first_task``) or on classes that belong to no task (``half``).
 
 Departures and what the paper leaves open: docs/methods/memory_vit.md.
 """
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.memory_vit import MemoryViT
 from cl_bench.buffers.base import CHUNK
-from cl_bench.core.errors import require, void
+from cl_bench.core.errors import require, require_positive, void
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.methods.base import FunctionalMethod, Inputs, Predict, Terms
 from cl_bench.optim import adamw
@@ -44,19 +44,20 @@ from cl_bench.scenarios.base import Scenario
     "warm_up_lr",
     "warm_up_weight_decay",
     when=lambda v: bool(v["config"].backbone.get("pretrained") or v["config"].backbone.get("checkpoint")),
-    why="the network brings weights",
+    why="the network comes with weights",
 )
 class LearnableMemory(FunctionalMethod):
-    """Trains memory, class token and head of a task on a frozen trunk.
+    """Trains the memory tokens, class token and head of each task on a frozen trunk.
 
     Args:
-        rule: how an image of an unknown task is answered during the run.
-        warm_up: what trains a trunk without weights: ``first_task``, or ``half`` for the classes that
-            ``scenario.pretrain_classes`` holds out. Not used where the network brings weights.
+        rule: how the class of an image of an unknown task is predicted during the run.
+        warm_up: the images that train a trunk without weights: ``first_task``, or ``half`` for the classes that
+            ``scenario.pretrain_classes`` holds out. Not used if the network comes with weights.
         warm_up_epochs, warm_up_lr, warm_up_weight_decay: of that phase (AdamW).
     """
 
     task_id: ClassVar[Literal["ignored", "used", "needed"]] = "used"
+    net: MemoryViT
     means: Tensor
 
     def __init__(
@@ -71,12 +72,12 @@ class LearnableMemory(FunctionalMethod):
         warm_up_weight_decay: float,
     ) -> None:
         super().__init__()
-        require(warm_up_epochs > 0, "warm_up_epochs", expected="1 or more", got=warm_up_epochs, fix="Use 200.")
+        require_positive(fix="Use 200.", warm_up_epochs=warm_up_epochs)
         self.net, self.rule, self.warm_up, self.warm_up_epochs = net, rule, warm_up, warm_up_epochs
         self.optimizer = partial(
             adamw, lr=warm_up_lr, betas=[0.9, 0.999], weight_decay=warm_up_weight_decay, decay_vectors=True
         )
-        self.optimizer([nn.Parameter(torch.zeros(1))])  # its ranges are checked when it is made
+        self.optimizer([nn.Parameter(torch.zeros(1))])  # checks lr and weight decay now, not at the first step
         self.transform, self.pretrain = scenario.transform, scenario.pretrain
         classes = len(scenario.tasks[0].classes) if warm_up == "first_task" else len(scenario.pretrain_order)
         if net.source is None:
@@ -87,13 +88,13 @@ class LearnableMemory(FunctionalMethod):
                 got="half without such classes",
                 fix="Set scenario.pretrain_classes=50 as well.",
             )
-            net.trunk.reset_classifier(classes)  # read by the warm-up only
+            net.trunk.reset_classifier(classes)  # used in the warm-up only
             on = "the first task" if warm_up == "first_task" else f"{classes} held-out classes"
         self.origin = net.source or f"warmed up on {on}"
         self.register_buffer("means", torch.zeros(scenario.num_classes, net.dim))
 
     def learn(self, task: Task) -> Iterator[Phase]:
-        """The trunk's warm-up before the first task; then one phase on the task's own parameters, and class means."""
+        """The trunk's warm-up before the first task; then one phase on the task's own parameters, then class means."""
         if task.id == 0 and self.net.source is None:
             yield Phase(
                 task.train if self.warm_up == "first_task" else self.pretrain,
@@ -103,32 +104,32 @@ class LearnableMemory(FunctionalMethod):
                 optimizer=self.optimizer,
             )
         self.net.add_task(len(task.classes))
-        yield Phase(task.train, self.observe, self.net.newest())
+        yield Phase(task.train, self.observe, self.net.list_newest())
         self._measure_means(task.train)
 
     def observe_warm_up(self, batch: Batch) -> Losses:
         """Cross-entropy of the trunk with its own head."""
-        return {"warm_up_ce": F.cross_entropy(self.net.trunk(self.net.fitted(batch.x)), batch.y)}
+        return {"warm_up_ce": F.cross_entropy(self.net.trunk(self.net.fit_images(batch.x)), batch.y)}
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
-        """Cross-entropy among the new task's classes."""
+        """Cross-entropy over the new task's classes."""
         first = sum(self.net.sizes[:-1])
-        return {"ce": F.cross_entropy(self.net.newest_logits(inputs["x"]), inputs["y"] - first)}, {}
+        return {"ce": F.cross_entropy(self.net.compute_newest_logits(inputs["x"]), inputs["y"] - first)}, {}
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
-        """(B, C, H, W) -> (B, K) by ``rule``; with a known task id all logits, of which head t's are taken."""
-        return self.net(x) if task_id is not None else self._rules()[self.rule](x, None)
+        """(B, C, H, W) -> (B, K) by ``rule``; with a known task id all logits, from which head t is taken."""
+        return self.net(x) if task_id is not None else self._list_rules()[self.rule](x, None)
 
     def alternatives(self) -> dict[str, Predict]:
-        """The rules that do not answer during the run."""
-        return {name: rule for name, rule in self._rules().items() if name != self.rule}
+        """The rules other than ``rule``."""
+        return {name: rule for name, rule in self._list_rules().items() if name != self.rule}
 
     def argmax(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K), the concatenated logits."""
         return self.net(x)
 
     def energy(self, x: Tensor, task_id: Tensor | None) -> Tensor:
-        """(B, C, H, W) -> (B, K), the logits of the head of lowest energy only, or all where the task is known."""
+        """(B, C, H, W) -> (B, K), the logits of the head of lowest energy only, or all logits if the task is known."""
         logits, sizes = self.net(x).float(), self.net.sizes
         if task_id is not None or not sizes:
             return logits
@@ -146,7 +147,7 @@ class LearnableMemory(FunctionalMethod):
         return scores
 
     def facts(self) -> dict[str, Any]:
-        """Where the trunk's weights come from, and how many parameters each task has."""
+        """Where the trunk's weights come from, and how many parameters each task adds."""
         net = self.net
         own = len(net.trunk.blocks) * net.num_memory * net.dim + net.dim if net.class_token else 0
         return {"trunk": self.origin, "parameters_per_task": [own + (net.dim + 1) * size for size in net.sizes]}
@@ -155,7 +156,7 @@ class LearnableMemory(FunctionalMethod):
         """Class means, which only ``nearest_mean`` reads."""
         return self.means.nbytes
 
-    def _rules(self) -> dict[str, Predict]:
+    def _list_rules(self) -> dict[str, Predict]:
         return {"argmax": self.argmax, "energy": self.energy, "nearest_mean": self.nearest_mean}
 
     @torch.no_grad()

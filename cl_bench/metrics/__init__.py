@@ -1,1 +1,1 @@
-"""Pure functions of an accuracy :class:`~cl_bench.core.record.Matrix`; nan where a metric is not defined."""
+"""Pure functions of an accuracy :class:`~cl_bench.core.record.Matrix`; nan if a metric is not defined."""

@@ -19,7 +19,7 @@ def average_incremental_accuracy(matrix: Matrix) -> float:
 
 
 def average_incremental_accuracy_micro(matrix: Matrix) -> float:
-    """The same weighted by test images: mean_i (right answers on tasks 0..i) / (images of tasks 0..i)."""
+    """The same, weighted by test images: mean_i (correct predictions on tasks 0..i) / (images of tasks 0..i)."""
     if not matrix.count.all():
         return math.nan
     rows = [matrix.correct[i, : i + 1].sum() / matrix.count[: i + 1].sum() for i in range(matrix.num_tasks)]

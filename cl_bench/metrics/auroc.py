@@ -1,7 +1,7 @@
-"""Area under the ROC curve, from scores instead of answers: the measure of Yoon et al. (ICLR 2018) for DEN.
+"""Area under the ROC curve, from scores instead of predictions: the measure of Yoon et al. (ICLR 2018) for DEN.
 
-Of one class against the others it is the probability that an image of the class has a higher score for it than an image
-of another class, ties counting half (Hanley and McNeil 1982).
+For one class against the others it is the probability that an image of the class has a higher score for this class than
+an image of another class; ties count half (Hanley and McNeil 1982).
 """
 
 import math
@@ -13,22 +13,22 @@ def one_vs_rest(scores: np.ndarray, labels: np.ndarray) -> float:
     """Mean over classes of the area of each class against the others, in [0, 1].
 
     Args:
-        scores: (N, C), higher where the image is rather of the class.
+        scores: (N, C), higher for a more likely class.
         labels: (N,) classes.
 
     Returns:
-        nan where a score is nan, or a class has all images or none.
+        nan if a score is nan, or if a class has all images or none.
     """
     if np.isnan(scores).any():
         return math.nan
-    return float(np.mean([_area(scores[:, c], labels == c) for c in range(scores.shape[1])]))
+    return float(np.mean([_compute_area(scores[:, c], labels == c) for c in range(scores.shape[1])]))
 
 
-def _area(score: np.ndarray, positive: np.ndarray) -> float:
-    """By the rank sum of the positives, equal scores sharing their mean rank."""
+def _compute_area(score: np.ndarray, positive: np.ndarray) -> float:
+    """Area by the rank sum of the positives; equal scores get their mean rank."""
     hits, misses = int(positive.sum()), int((~positive).sum())
     if not hits or not misses:
         return math.nan
-    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(count) - (count - 1) / 2)[place]
+    _, group, count = np.unique(score, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(count) - (count - 1) / 2)[group]
     return float((ranks[positive].sum() - hits * (hits + 1) / 2) / (hits * misses))

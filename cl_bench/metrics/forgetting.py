@@ -10,20 +10,20 @@ from cl_bench.core.record import Matrix
 
 def forgetting(matrix: Matrix) -> float:
     """mean_{j<T-1} ( max_{j<=l<T-1} R[l][j] - R[T-1][j] ) (Chaudhry et al. 2018); may be negative; nan for T = 1."""
-    return _mean_drop(matrix, lambda column, j: column[j:-1].max())
+    return _compute_mean_drop(matrix, lambda column, j: column[j:-1].max())
 
 
 def forgetting_first_last(matrix: Matrix) -> float:
     """mean_{j<T-1} ( R[j][j] - R[T-1][j] ), as Avalanche reports it; nan for T = 1."""
-    return _mean_drop(matrix, lambda column, j: column[j])
+    return _compute_mean_drop(matrix, lambda column, j: column[j])
 
 
 def forgetting_clipped(matrix: Matrix) -> float:
     """mean_{j<T-1} ( max_l R[l][j] - R[T-1][j] ), last row included, as Mammoth and PyCIL report it: never negative."""
-    return _mean_drop(matrix, lambda column, j: column[j:].max())
+    return _compute_mean_drop(matrix, lambda column, j: column[j:].max())
 
 
-def _mean_drop(matrix: Matrix, best: Callable[[np.ndarray, int], float]) -> float:
+def _compute_mean_drop(matrix: Matrix, best: Callable[[np.ndarray, int], float]) -> float:
     accuracy, last = matrix.accuracy, matrix.num_tasks - 1
     if last == 0:
         return math.nan

@@ -1,6 +1,7 @@
 """Robustness to the order of the tasks, in percentage points; smaller is better (Yoon et al., ICLR 2020, section 4).
 
-Of R runs that differ only in the order of the same tasks. A task is known by its set of classes, not by its place.
+They compare R runs that differ only in the order of the same tasks. A task is identified by its set of classes, not by
+its position.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -10,7 +11,7 @@ import numpy as np
 from cl_bench.core.record import Matrix
 
 Classes = frozenset[int]
-"""A task: the data set's own ids of its classes."""
+"""A task: the class ids of the data set."""
 
 
 def final_accuracies(matrix: Matrix, tasks: Sequence[Collection[int]]) -> dict[Classes, float]:
@@ -19,7 +20,7 @@ def final_accuracies(matrix: Matrix, tasks: Sequence[Collection[int]]) -> dict[C
 
 
 def order_disparity(runs: Sequence[Mapping[Classes, float]]) -> dict[Classes, float]:
-    """OPD_t = max_r P_t^(r) - min_r P_t^(r) of each task, over the runs r; nan where a run did not answer the task.
+    """OPD_t = max_r P_t^(r) - min_r P_t^(r) of each task, over the runs r; nan if a run has no accuracy on the task.
 
     Args:
         runs: :func:`final_accuracies` of two or more runs of the same tasks.

@@ -37,9 +37,9 @@ class Comparison:
 
     Attributes:
         rows: best Class-IL accuracy first.
-        orders: runs whose order robustness can be told.
-        pairs: paired tests, a line a pair of rows with enough seeds in common.
-        published: label of the row and published number beside the row's mean.
+        orders: runs whose order robustness is known.
+        pairs: paired tests, one line per pair of rows with enough seeds in common.
+        published: label of a row, and a published number beside the row's mean.
         unfinished: run folders that were left out.
     """
 
@@ -67,12 +67,12 @@ def show(comparison: Comparison) -> None:
 def write(comparison: Comparison, out: Path, command: str) -> None:
     """Write ``table.md``, ``table.csv``, ``pairs.csv``, the pictures and ``compare.html`` into the folder ``out``.
 
-    Also ``orders.csv`` where rows differ in nothing but the order of their tasks.
+    Also ``orders.csv`` if rows differ only in the order of their tasks.
 
     Args:
         comparison: what to write.
         out: made if missing.
-        command: the command as typed; the written files name it, and no date, so that it gives the same bytes again.
+        command: the command as typed. The files name it and no date, so the same command gives the same bytes again.
     """
     require(not out.is_file(), "--out", expected="a folder", got=f"{str(out)!r}, a file", fix="Name another folder.")
     out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def _make_markdown(comparison: Comparison, command: str) -> str:
 
 
 def _make_frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """``table.csv``: a line a row; of each number n, mean, std, ci95 and the value of each seed; empty is unknown."""
+    """``table.csv``: one line per row; for each number n, mean, std, ci95 and each seed's value; empty if unknown."""
     lines: list[dict[str, Any]] = []
     columns = [*ACCURACIES, *COSTS]
     seeds = sorted({run.summary["seed"] for row in rows for run in row.runs})
@@ -147,7 +147,7 @@ def _make_frame(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def _make_orders_frame(groups: Sequence[Orders]) -> pd.DataFrame:
-    """``orders.csv``: a line a seed, setting and task: lowest and highest final accuracy over the orders."""
+    """``orders.csv``: one line per seed, setting and task: lowest and highest final accuracy over the orders."""
     lines: list[dict[str, Any]] = []
     for orders in groups:
         for seed, setting in itertools.product(orders.seeds, SETTINGS):
@@ -169,17 +169,18 @@ def _draw_pictures(comparison: Comparison) -> Iterator[tuple[str, Picture]]:
     )
     if figure is not None:
         caption = (
-            "A dot a seed, a bar at the mean, a line over its 95 % confidence interval. The axis need not begin at 0."
+            "One dot per seed, a bar at the mean, a line over its 95 % confidence interval. "
+            "The axis does not always begin at 0."
         )
         yield "final_accuracy", Picture.of(figure, "Final accuracy", caption)
     figure = plots.draw_accuracy_by_row({setting: _make_curves(rows, setting) for setting in SETTINGS})
     if figure is not None:
-        caption = "Mean over seeds and, where there are several, a band of one standard deviation either way."
+        caption = "Mean over seeds; with several seeds, a band of one standard deviation up and down."
         yield "accuracy_over_tasks", Picture.of(figure, "Accuracy over tasks", caption)
 
 
 def _make_curves(rows: Sequence[Row], setting: str) -> dict[str, np.ndarray]:
-    """Label -> (S, T) average accuracy on the tasks seen, of the rows that this setting was measured for."""
+    """Label -> (S, T) average accuracy on the tasks seen, without rows for which this setting was not measured."""
     curves = {
         row.label: np.array(
             [plots.compute_over_tasks(average_accuracy, run.record.get_matrix(setting)) for run in row.runs]

@@ -1,4 +1,4 @@
-"""The report of one run: pictures and one self-contained page, made from nothing but the run folder's files."""
+"""The report of one run: pictures and one self-contained page, made only from the files of its folder."""
 
 import base64
 import json
@@ -29,10 +29,10 @@ CARDS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as its folder tells it.
+    """A finished run, read from its folder.
 
     Attributes:
-        folder: where it lies.
+        folder: its run folder.
         summary: ``summary.json``.
         record: the accuracy matrices of ``accuracy_matrix.csv``.
     """
@@ -43,17 +43,17 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """The run in ``folder``; :class:`ConfigError` when it is not a finished one."""
+        """The run in ``folder``; :class:`ConfigError` if it is not finished."""
         summary = _read_summary(folder / "summary.json")
         return cls(folder, summary, _read_record(folder / "accuracy_matrix.csv", len(summary["tasks"])))
 
     def value(self, section: str, name: str) -> float | None:
-        """A number of the summary's ``class_il``, ``task_il`` or ``cost``; None when it is unknown."""
+        """A number of the summary's ``class_il``, ``task_il`` or ``cost``; None if it is unknown."""
         return (self.summary[section] or {}).get(name)
 
     @property
     def incomparable(self) -> str:
-        """Why this run is not held to a published number; empty when it may be."""
+        """Why this run is not compared with a published number; empty if it may be."""
         if self.summary["scale"] is not None:
             return f"scale={self.summary['scale']}"
         if self.summary["evaluate_on"] != "test":
@@ -63,14 +63,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A published number beside ours; None is what is unknown, or what must not be compared.
+    """A published number beside ours; None if a number is unknown or must not be compared.
 
     Attributes:
         metric: setting and metric in words.
         published, ours: the numbers, in the metric's unit.
         tolerance: the difference, up or down, that still counts as agreement.
         source: where the number is from.
-        note: why there is no comparison; empty when there is one.
+        note: why there is no comparison; empty if there is one.
     """
 
     metric: str
@@ -109,7 +109,7 @@ class Picture:
 
     @property
     def base64(self) -> str:
-        """The PNG file as text, to stand inside a page."""
+        """The PNG file as text, to be put into a page."""
         return base64.b64encode(self.png).decode("ascii")
 
 
@@ -137,7 +137,7 @@ def write_report(folder: Path) -> Path:
     for name, picture in pictures.items():
         (folder / "plots" / f"{name}.png").write_bytes(picture.png)
     path = folder / "report.html"
-    write_text(path, page)  # a kill must not leave half a page that looks finished
+    write_text(path, page)  # so that a kill does not leave half a page
     return path
 
 
@@ -159,7 +159,7 @@ def judge(run: Run, ours: Callable[[str, str], float | None]) -> list[Verdict]:
 
     Args:
         run: whose summary names the published numbers.
-        ours: (setting, metric) -> what to hold to them: the run's own value, or a mean over seeds.
+        ours: (setting, metric) -> our number: the run's own value, or a mean over seeds.
     """
     published = dict(run.summary["published"] or {})
     tolerance, source = published.pop("tolerance", None), published.pop("source", "")
@@ -176,28 +176,28 @@ def judge(run: Run, ours: Callable[[str, str], float | None]) -> list[Verdict]:
 
 
 def to_words(metric: str) -> str:
-    """A metric's name for people."""
+    """A metric's name in words."""
     return metric.replace("_", " ")
 
 
 def format_number(value: float | None) -> str:
-    """Two decimals, or ``-`` for what is unknown."""
+    """Two decimals, or ``-`` if it is unknown."""
     return "-" if value is None or math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
 
 
 def format_signed(value: float | None) -> str:
-    """Two decimals with a sign, or ``-`` for what is unknown."""
+    """Two decimals with a sign, or ``-`` if it is unknown."""
     return "-" if value is None or math.isnan(value) else f"{round(value, 2) + 0.0:+.2f}"
 
 
 def read_text(path: Path) -> str:
-    """The text of a run folder's file; :class:`ConfigError` when it is not there."""
+    """The text of a run folder's file; :class:`ConfigError` if it is not there."""
     require(
         path.is_file(),
         str(path),
         expected="a file of a finished run",
         got="no such file",
-        fix="Finish the run (the same command goes on where it stopped), or run it again with overwrite=true.",
+        fix="Finish the run (the same command resumes it), or run it again with overwrite=true.",
     )
     return path.read_text(encoding="utf-8")
 
@@ -221,7 +221,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         str(path),
         expected="a finished run",
         got=f"status {status}",
-        fix="Finish it: the same command goes on where it stopped.",
+        fix="Finish it: the same command resumes it.",
     )
     return summary
 
@@ -238,7 +238,7 @@ def _read_record(path: Path, num_tasks: int) -> Record:
 
 
 def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
-    """File name, figure, title and caption of every picture that there is something to show in."""
+    """File name, figure, title and caption of every picture that is not empty."""
     summary = run.summary
     on = "test images" if summary["evaluate_on"] == "test" else f"{summary['evaluate_on']} images"
     candidates = {
@@ -251,14 +251,14 @@ def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
         "over_tasks": (
             plots.draw_over_tasks(run.record),
             "Accuracy and forgetting over tasks",
-            "Average accuracy: mean over the tasks seen so far. Forgetting: mean over the earlier tasks of the best "
-            "accuracy once reached minus the present one; larger is worse, below 0 the earlier tasks have improved.",
+            "Average accuracy: mean over the tasks seen so far. Forgetting: the best earlier accuracy of a task minus "
+            "its present one, mean over the earlier tasks; larger is worse, below 0 they have improved.",
         ),
         "confusion": (
             _draw_confusion(run),
             "Confusion matrix",
-            "After the last task: for each class (row), the percentage of its images that were taken for each class "
-            "(column), classes in the order they were learned; lines part tasks, or groups of them. "
+            "After the last task: for each class (row), the percentage of its images that were predicted as each class "
+            "(column). Classes are in the order they were learned; lines separate tasks, or groups of them. "
             "Numbers (up to 20 classes) from 0.5 up; colours follow the square root.",
         ),
         "losses": (
@@ -286,16 +286,18 @@ def _draw_losses(path: Path) -> Figure | None:
 
 
 def _list_warnings(summary: dict[str, Any]) -> list[str]:
-    """What a reader of the numbers must know first."""
+    """What a reader of the numbers must know."""
     warnings = []
     if summary["scale"] is not None:
         warnings.append(f"scale={summary['scale']}: a reduced run, not to be compared with published numbers")
     if summary["evaluate_on"] != "test":
         warnings.append(f"measured on {summary['evaluate_on']} images, not on the test set")
-    if summary.get("shared_labels"):  # records from before it was a key have neither
-        warnings.append("all tasks share their labels: Class-IL is Domain-IL, the label alone must be right")
+    if summary.get("shared_labels"):  # older records have neither
+        warnings.append("all tasks share their labels: Class-IL is Domain-IL, only the label must be right")
     if summary.get("test_batches", "mixed") != "mixed":
-        warnings.append("every test batch is of one task, and its images are told so: easier than unmixed Class-IL")
+        warnings.append(
+            "every test batch is of one task, and the method knows that: easier than Class-IL with mixed batches"
+        )
     return warnings
 
 
@@ -367,12 +369,12 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "method_bytes": ("masks, copies and statistics of old tasks", _format_size),
     "energy_joules": ("energy", _format_energy),
 }
-"""Field of :class:`cl_bench.core.record.Cost` -> its label and how its number is written."""
+"""Field of :class:`cl_bench.core.record.Cost` -> its label and how its number is formatted."""
 
 _RUN_AGAIN = "Run the experiment again with overwrite=true, or leave this folder out."
 
 _ABSENT = {
-    "confusion": "There is no confusion matrix: predictions.npz is missing or holds no answer.",
-    "losses": "There are no loss curves: metrics.jsonl is missing or holds no epoch.",
+    "confusion": "There is no confusion matrix: predictions.npz is missing or has no prediction.",
+    "losses": "There are no loss curves: metrics.jsonl is missing or has no epoch.",
 }
-"""What the page says where a picture could not be drawn."""
+"""What the page says if a picture cannot be drawn."""

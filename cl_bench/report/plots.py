@@ -1,7 +1,7 @@
 """Pictures of a run and of a comparison, for a page 10 inches (1000 CSS pixels) wide.
 
-Matplotlib through its objects only, never ``pyplot``: no global state, no display. Text that comes from a
-configuration is set with ``parse_math=False``, so that a ``$`` in a name stays a ``$``.
+Only matplotlib's objects are used, never ``pyplot``: no global state, no display. Text from a configuration is set with
+``parse_math=False``, so that a ``$`` in a name stays a ``$``.
 
 T tasks, K classes, S seeds.
 """
@@ -44,24 +44,24 @@ def render_png(figure: Figure) -> bytes:
 
 
 def take_first_tasks(matrix: Matrix, count: int) -> Matrix:
-    """The matrix as it stood when ``count`` tasks had been learned."""
+    """The matrix as it was when ``count`` tasks had been learned."""
     rows = [*range(count), -1]  # the last row is that of the untrained network
     return Matrix(matrix.correct[rows, :count], matrix.count[:count])
 
 
 def compute_over_tasks(metric: Callable[[Matrix], float], matrix: Matrix) -> np.ndarray:
-    """(T,) what ``metric`` would have been after each task."""
+    """(T,) ``metric`` after each task."""
     return np.array([metric(take_first_tasks(matrix, count)) for count in range(1, matrix.num_tasks + 1)])
 
 
 def draw_accuracy_matrix(record: Record) -> Figure | None:
-    """Both accuracy matrices as heat maps, with numbers up to 20 tasks; None when nothing was measured."""
+    """Both accuracy matrices as heat maps, with numbers up to 20 tasks; None if nothing was measured."""
     settings = _list_measured(record)
     if not settings:
         return None
     num_tasks = record.class_il.num_tasks
     shown = range(0, num_tasks, _choose_stride(num_tasks))
-    # the row of the untrained network, in all panels or in none so that their rows stand at one height
+    # the row of the untrained network is in all panels or in none, so that their rows have the same height
     untrained = ["untrained"] if any(not np.isnan(record.get_matrix(s).baseline).all() for s in settings) else []
     figure, panels = _make_panels(len(settings), height=min(4.8, 1.6 + 0.34 * num_tasks))
     for axes, setting in zip(panels, settings):
@@ -71,7 +71,7 @@ def draw_accuracy_matrix(record: Record) -> Figure | None:
             axes, values, "YlGnBu", Normalize(0, 100), decimals=1 if num_tasks <= 10 else 0, zeros=True
         )
         axes.set_xticks(shown, [str(task) for task in shown])
-        rows = shown[1:] if untrained and shown.step > 1 else shown  # beside "untrained", a label 0 would touch it
+        rows = shown[1:] if untrained and shown.step > 1 else shown  # the label 0 would touch "untrained"
         ticks = [*range(len(untrained)), *(len(untrained) + task for task in rows)]
         axes.set_yticks(ticks, [*untrained, *map(str, rows)])
         axes.set(title=TITLES[setting], xlabel="accuracy on task", ylabel="after task")
@@ -80,7 +80,7 @@ def draw_accuracy_matrix(record: Record) -> Figure | None:
 
 
 def draw_over_tasks(record: Record) -> Figure | None:
-    """Average accuracy on the tasks seen and forgetting, after each task; None with one task, or nothing measured."""
+    """Average accuracy on the tasks seen, and forgetting, after each task; None with one task or no measurement."""
     settings = _list_measured(record)
     num_tasks = record.class_il.num_tasks
     if num_tasks == 1 or not settings:
@@ -103,7 +103,7 @@ def draw_over_tasks(record: Record) -> Figure | None:
 def draw_confusion(
     tasks: Sequence[Sequence[int]], class_names: Sequence[str], predictions: Mapping[str, np.ndarray]
 ) -> Figure | None:
-    """Shares of each class's images that were taken for each class, classes in the order of the tasks.
+    """Shares of each class's images that were predicted as each class, classes in the order of the tasks.
 
     Args:
         tasks: original class ids of each task.
@@ -111,7 +111,7 @@ def draw_confusion(
         predictions: the arrays of ``predictions.npz``.
 
     Returns:
-        One panel a setting that was answered, with class names and numbers up to 20 classes; None without any answer.
+        One panel per setting with predictions, class names and numbers up to 20 classes; None without any prediction.
     """
     settings = [setting for setting in SETTINGS if (predictions[setting] >= 0).any()]
     if not settings:
@@ -128,7 +128,7 @@ def draw_confusion(
 
 
 def compute_confusion(order: Sequence[int], label: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """(K, K) shares in percent, a row a class in ``order``; (K, K + 1) when some images got no answer (-1)."""
+    """(K, K) shares in percent, one row per class in ``order``; (K, K + 1) if some images have no prediction (-1)."""
     column = np.full(max(order) + 2, len(order))  # -1 falls on the last entry, the column of no answer
     column[list(order)] = range(len(order))
     counts = np.zeros((len(order), len(order) + 1))
@@ -139,7 +139,7 @@ def compute_confusion(order: Sequence[int], label: np.ndarray, answer: np.ndarra
 
 
 def draw_losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Epoch means of each loss term over optimizer steps, a panel a term; None when no epoch was trained.
+    """Epoch means of each loss term over optimizer steps, one panel per term; None if no epoch was trained.
 
     Args:
         events: the lines of ``metrics.jsonl``.
@@ -157,7 +157,7 @@ def draw_losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
         for end in ends:
             axes.axvline(end, color="0.55", lw=0.8, ls=(0, (4, 3)))
         _open_frame(axes)
-        axes.grid(visible=False, axis="x")  # beside the ends of tasks, more upright lines would confuse
+        axes.grid(visible=False, axis="x")  # more vertical lines beside the ends of tasks would confuse
         axes.set_title(term, loc="left", parse_math=False)
     _label_tasks_above(panels[0], ends)
     panels[-1].set_xlabel("optimizer steps")
@@ -166,15 +166,15 @@ def draw_losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 
 def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure | None:
-    """Average accuracy on the tasks seen, a line a row of the comparison, a band of one standard deviation.
+    """Average accuracy on the tasks seen: one line per row of the comparison, with a band of one standard deviation.
 
-    A row that learned everything in one task is drawn as a level.
+    A row that learned everything in one task is drawn as a horizontal line.
 
     Args:
-        curves: setting -> row -> (S, T) accuracies in percent; rows that a setting was not measured for are left out.
+        curves: setting -> row -> (S, T) accuracies in percent; without rows for which a setting was not measured.
 
     Returns:
-        A panel a setting; None when there is none.
+        One panel per setting; None if there is none.
     """
     settings = [setting for setting in SETTINGS if curves[setting]]
     labels = list(dict.fromkeys(label for setting in settings for label in curves[setting]))
@@ -191,7 +191,7 @@ def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figu
         axes.set(title=f"{TITLES[setting]}: average accuracy on the tasks seen [%]", ylim=(0, 102))
         _set_task_axis(axes, max(values.shape[1] for values in curves[setting].values()))
     handles = [Line2D([], [], **_choose_line_style(i)) for i in range(len(labels))]
-    # the texts are put in afterwards: matplotlib leaves labels that begin with "_" out of a legend
+    # the texts are set afterwards: matplotlib leaves labels that begin with "_" out of a legend
     legend = figure.legend(
         handles, [str(i) for i in range(len(labels))], loc="outside lower center", ncols=columns, frameon=False
     )
@@ -204,7 +204,7 @@ def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figu
 def draw_dots(
     values: Mapping[str, Sequence[float]], intervals: Mapping[str, float | None], title: str
 ) -> Figure | None:
-    """One line a row of the comparison: a dot a seed, a bar at the mean, a line over the 95 % confidence interval.
+    """A line per row of the comparison: one dot per seed, a bar at the mean, a line over the 95 % confidence interval.
 
     Args:
         values: row -> values of its seeds, best row first; rows without a value are left out.
@@ -254,11 +254,11 @@ def _set_task_axis(axes: Axes, num_tasks: int) -> None:
 def _draw_heat_map(
     axes: Axes, values: np.ndarray, colour_map: str, norm: Normalize, *, decimals: int, zeros: bool
 ) -> AxesImage:
-    """An image with numbers in its cells up to 20 tasks or classes; without ``zeros``, none where it would read 0."""
+    """An image with numbers in its cells up to 20 tasks or classes; without ``zeros``, no number if it would read 0."""
     colours = matplotlib.colormaps[colour_map].with_extremes(bad="0.9")
     image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
     axes.tick_params(length=0, labelsize=10 if max(values.shape) <= 11 else 7.5)
-    if min(values.shape) <= _NUMBERS_UP_TO:  # the other side may have a row (untrained) or column (no answer) more
+    if min(values.shape) <= _NUMBERS_UP_TO:  # the other side may have one more row (untrained) or column (no answer)
         size = 8 if max(values.shape) <= 11 else 6
         for (row, column), value in np.ndenumerate(values):
             text = f"{value:.{decimals}f}"
@@ -270,7 +270,7 @@ def _draw_heat_map(
 
 
 def _choose_stride(count: int) -> int:
-    """Every how many-th of ``count`` ticks to label: each up to 20, about ten of more."""
+    """The distance between labelled ticks: 1 up to 20 ticks; for more, about ten labels."""
     return 1 if count <= _NUMBERS_UP_TO else math.ceil(count / 10)
 
 
@@ -281,7 +281,7 @@ def _label_classes(
     class_names: Sequence[str],
     unanswered: bool,
 ) -> None:
-    """Class names where they fit, task numbers where not, and lines between (at most 20) tasks that share no class."""
+    """Class names if they fit, else task numbers, and lines between (at most 20) tasks that share no class."""
     ends = np.cumsum([len(task) for task in tasks])
     disjoint = ends[-1] == len(order)
     if disjoint:
@@ -309,7 +309,7 @@ def _shorten(name: str, most: int = 20) -> str:
 
 
 def _split_phases(epochs: Sequence[Mapping[str, Any]], term: str) -> list[tuple[list[int], list[float]]]:
-    """Steps and means of one loss term, a pair a phase, since a line across two phases would mean nothing."""
+    """Steps and means of one loss term, one pair per phase: a line across two phases would mean nothing."""
     stretches: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
     for event in epochs:
         if term in event["losses"]:
@@ -335,7 +335,7 @@ def _choose_line_style(number: int) -> dict[str, Any]:
 
 def _draw_band(axes: Axes, values: np.ndarray, **style: Any) -> None:
     mean = values.mean(axis=0)
-    if len(mean) == 1:  # all classes learned at once: a level to hold the others against, since a dot would be lost
+    if len(mean) == 1:  # all classes learned at once: a horizontal line, because a dot would be hard to see
         axes.axhline(mean[0], color=style["color"], ls=style["ls"])
         return
     axes.plot(mean, **style)

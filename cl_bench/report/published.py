@@ -1,4 +1,4 @@
-"""Published settings as files: which runs a row is made of, and which numbers it is held to.
+"""Published settings as files: the runs of a row, and the numbers with which it is compared.
 
 A file is a group: the rows of one method or one schedule (``scripts/reproduction/*.yaml``). Keys and types are those of
 the classes below.
@@ -20,11 +20,11 @@ class Kind(Enum):
     """How far a published number may be trusted."""
 
     gate = "gate"
-    """Sourced, and of this very setting: a miss is to be explained before anything else."""
+    """Sourced, and of exactly this setting: if we miss it, find out why before anything else."""
     soft = "soft"
-    """Sourced, but of a setting that is not quite this one, or approximate."""
+    """Sourced, but of a slightly different setting, or approximate."""
     recalled = "recalled"
-    """From memory: orientation only."""
+    """From memory, for orientation only."""
 
 
 @dataclass
@@ -32,10 +32,10 @@ class Number:
     """A number of a row, in percent, points or the unit of ``summary.json``.
 
     Attributes:
-        metric: where it stands, as ``section.name`` of ``summary.json``; also ``*.first_task_accuracy``, and ``*.AOPD``
+        metric: its key, as ``section.name`` of ``summary.json``; also ``*.first_task_accuracy``, and ``*.AOPD``
             and ``*.MOPD`` over the row's orders.
-        published: None where ours stands alone.
-        tolerance: the difference, up or down, that still counts as agreement; None where it is not judged.
+        published: None if there is only our number.
+        tolerance: the difference, up or down, that still counts as agreement; None if it is not judged.
         kind, source: of the published number.
     """
 
@@ -54,8 +54,8 @@ class Row:
         what: the setting in words.
         experiment, overrides: as on the command line.
         orders: names of the group's orders that it is run in; empty for the experiment's own.
-        seeds: how many, unless the command says otherwise.
-        reduced: what was cut down; such a row is held to no published number.
+        seeds: number of seeds, unless the command says otherwise.
+        reduced: what was cut down; such a row is not compared with a published number.
         numbers: empty for the group's.
     """
 
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass
 class Claim:
-    """That one row is above another in a metric, by more than the seeds' interval."""
+    """One row is above another in a metric, by more than the confidence interval over seeds."""
 
     above: str = MISSING
     below: str = MISSING
@@ -84,7 +84,7 @@ class Group:
     Attributes:
         title: of its table.
         orders: overrides by name.
-        numbers: of the rows that name none.
+        numbers: of the rows that have none of their own.
         rows: by name.
         claims: of its own rows and those of other groups.
     """
@@ -115,7 +115,7 @@ def read_groups(folder: Path) -> dict[str, Group]:
 
 
 def choose_rows(groups: dict[str, Group], names: Sequence[str]) -> list[tuple[Group, str]]:
-    """The rows that ``names`` mean, each once: names of rows and of groups, or ``all``."""
+    """The rows that ``names`` choose, each once: names of rows and of groups, or ``all``."""
     found: dict[str, Group] = {}
     for name in names:
         holder = next((group for group in groups.values() if name in group.rows), None)

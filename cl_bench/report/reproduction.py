@@ -1,4 +1,4 @@
-"""Published numbers beside ours: tables over the records of reproduced settings."""
+"""Published numbers beside ours: tables from the records of reproduced settings."""
 
 import json
 import math
@@ -22,7 +22,7 @@ Records = Mapping[str, list[Run]]
 """Finished runs by the name of their row."""
 
 MARKED = re.compile(r"(<!-- reproduction: ([\w ]+) -->\n)(.*?)(<!-- end of reproduction -->)", re.DOTALL)
-"""A rank in a page for the table of some groups, or of ``all``."""
+"""The part of a page that has the table of some groups, or of ``all``."""
 
 HEADER = ["row", "what", "metric", "kind", "published", "ours (n)", "difference", "verdict", "source"]
 
@@ -35,7 +35,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Line:
-    """A number of a row and how it came out."""
+    """A published number of a row, and our result."""
 
     name: str
     row: Row
@@ -44,14 +44,14 @@ class Line:
 
     @property
     def stat(self) -> Stat:
-        """Ours; of a disparity only when every order of the row has been run."""
+        """Our number; of a disparity only if every order of the row has been run."""
         orders = {str(run.summary["class_order"]) for run in self.runs}
         partial = self.number.metric.split(".")[1] in DISPARITIES and len(orders) < len(self.row.orders)
         return compute_stat([] if partial else self.runs, self.number.metric)
 
     @property
     def compared(self) -> Verdict:
-        """The published number beside ours; nothing is published for a run that was cut down."""
+        """The published number beside ours; a run that was cut down has none."""
         why = f"reduced: {self.row.reduced}" if self.row.reduced else self.runs[0].incomparable if self.runs else ""
         section, name = self.number.metric.split(".")
         words = f"{TITLES.get(section, section)} {to_words(name)}"
@@ -60,7 +60,7 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """within, below or above; or why there is none."""
+        """within, below or above; or why there is no verdict."""
         compared = self.compared
         if not self.runs:
             return "not run"
@@ -107,7 +107,7 @@ def make_lines(group: Group, records: Records) -> list[Line]:
 
 
 def make_tables(group: Group, records: Records) -> list[Table]:
-    """The numbers of a group, and what is claimed of its rows."""
+    """The numbers of a group, and the claims about its rows."""
     shown = [Table(group.title, NOTE, HEADER, [line.cells for line in make_lines(group, records)], (4, 5, 6))]
     if group.claims:
         header = ["above", "below", "metric", "runs in common", "difference [95 % CI]", "verdict"]
@@ -141,7 +141,7 @@ def write_all(groups: Mapping[str, Group], records: Records, out: Path, command:
 
 
 def fill_text(text: str, groups: Mapping[str, Group], records: Records) -> str:
-    """A page with the numbers of finished rows at its marked ranks."""
+    """The text of a page, with the numbers of finished rows in its marked parts."""
 
     def table(match: re.Match[str]) -> str:
         wanted = list(groups) if match[2] == "all" else match[2].split()
@@ -156,7 +156,7 @@ def fill_text(text: str, groups: Mapping[str, Group], records: Records) -> str:
 
 
 def fill_pages(pages: Sequence[Path], groups: Mapping[str, Group], records: Records) -> None:
-    """Bring the marked ranks of pages up to date."""
+    """Write the current numbers into the marked parts of pages."""
     for page in pages:
         before = page.read_text(encoding="utf-8")
         after = fill_text(before, groups, records)
@@ -165,7 +165,7 @@ def fill_pages(pages: Sequence[Path], groups: Mapping[str, Group], records: Reco
 
 
 def _read_runs(name: str, row: Row, records: Path) -> list[Run]:
-    """The runs of a row: alike in all but seed and order, each seed once in each order."""
+    """The runs of a row: they differ only in seed and order, and each seed is there once in each order."""
     files = sorted(records.glob(f"{row.experiment}/{name}-*/seed*/summary.json"))
     runs = [run for run in (Run.read(file.parent) for file in files) if run.summary["name"] == name]
     seen: dict[str, Run] = {}

@@ -24,13 +24,13 @@ from cl_bench.report.page import Run
 from cl_bench.report.statistics import Stat
 
 MAIN = "class_il.average_accuracy"
-"""The number that orders the rows and that the paired tests look at, as ``section.name`` of ``summary.json``."""
+"""The number that orders the rows and that the paired tests compare, as ``section.name`` of ``summary.json``."""
 
 FREE = ("method", "backbone", "buffer", "optimizer", "schedule")
-"""Groups of settings in which the rows of a comparison are meant to differ."""
+"""Groups of settings in which the rows of a comparison differ on purpose."""
 
 ORDER_KEYS = ("scenario.class_order", "scenario.class_order_seed")
-"""Settings in which rows may differ whose order robustness is measured."""
+"""Settings in which rows may differ if their order robustness is measured."""
 
 DISPARITIES = {"AOPD": average_order_disparity, "MOPD": maximum_order_disparity}
 """Columns of the table of order robustness, in each setting."""
@@ -43,7 +43,7 @@ class Row:
     Attributes:
         runs: by seed.
         label: the shortest name that no other row has.
-        differs: settings that make this row unlike rows above it, with both values; ``reference`` for the first row.
+        differs: settings that differ from rows above, with both values; ``reference`` for the first row.
     """
 
     runs: list[Run]
@@ -51,7 +51,7 @@ class Row:
     differs: str
 
     def values(self, key: str) -> pd.Series:
-        """One number by seed, ``key`` being ``section.name`` of ``summary.json``; unknown ones are left out."""
+        """One number by seed, without unknown ones; ``key`` is ``section.name`` of ``summary.json``."""
         return _collect(self.runs, key)
 
     def stat(self, key: str) -> Stat:
@@ -69,8 +69,8 @@ class Orders:
 
     Attributes:
         label: experiment and name.
-        ranks: of their rows in the tables.
-        runs: by seed, an entry an order.
+        ranks: numbers of their rows in the tables.
+        runs: by seed, one entry per order.
     """
 
     label: str
@@ -83,7 +83,7 @@ class Orders:
         return sorted(set.intersection(*(set(of_order) for of_order in self.runs)))
 
     def final(self, setting: str, seed: int) -> list[dict[Classes, float]]:
-        """Final accuracies of each task, an entry an order."""
+        """Final accuracies of each task, one entry per order."""
         runs = [of_order[seed] for of_order in self.runs]
         return [final_accuracies(run.record.get_matrix(setting), run.summary["tasks"]) for run in runs]
 
@@ -95,7 +95,7 @@ class Orders:
 
 def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[Path]]:
     """The finished runs under ``paths``, each once, and the folders of the unfinished ones."""
-    finished: dict[Path, Path] = {}  # resolved -> as reached first: paths may overlap
+    finished: dict[Path, Path] = {}  # resolved path -> path as given: paths may overlap
     unfinished: dict[Path, Path] = {}
     for text in paths:
         path = Path(text)
@@ -115,7 +115,7 @@ def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[Path]]:
 
 
 def make_rows(runs: Sequence[Run]) -> list[Row]:
-    """Rows of runs that differ only in ``seed``, best Class-IL accuracy first, unknown accuracy last."""
+    """Rows of runs that differ only in ``seed``: best Class-IL accuracy first, unknown accuracy last."""
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault(identify(run), []).append(run)
@@ -130,10 +130,10 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def make_orders(rows: Sequence[Row]) -> list[Orders]:
-    """Runs that differ only in seed and in the order of the same tasks, where two orders have a seed in common.
+    """Runs that differ only in seed and in the order of the same tasks, if two orders have a seed in common.
 
-    A task is known by its set of classes; rows whose tasks share classes are left out, since they could not be told
-    apart. Where one order was run twice with one seed, the run of the upper row counts.
+    A task is identified by its set of classes. Rows with two equal tasks are left out, because these could not be told
+    apart. If one order was run twice with one seed, the run of the upper row counts.
     """
     groups: dict[tuple[str, str, str], dict[tuple[Classes, ...], list[int]]] = {}
     for rank, row in enumerate(rows, start=1):
@@ -159,19 +159,19 @@ def identify(run: Run) -> tuple[str, str, str]:
 
 
 def get_settings(run: Run) -> dict[str, Any]:
-    """What makes the run comparable with others: flat keys and values."""
+    """The settings by which the run is compared with others: flat keys and values."""
     return run.summary["comparable"] | {key: run.summary[key] for key in ("scale", "evaluate_on")}
 
 
 def find_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Keys with unlike values, in order."""
+    """Keys with different values, sorted."""
     missing = object()
     keys = sorted(first.keys() | second.keys())
     return [key for key in keys if first.get(key, missing) != second.get(key, missing)]
 
 
 def _scan(path: Path) -> tuple[list[Path], list[Path]]:
-    """Folders of finished runs and of begun ones at or below ``path``, in order."""
+    """Folders of finished and of begun runs at or below ``path``, sorted."""
     finished = sorted(file.parent for file in path.rglob("summary.json"))
     begun = sorted(file.parent for file in path.rglob("env.json") if (file.parent / "config.yaml").is_file())
     return finished, [folder for folder in begun if folder not in finished]
@@ -179,12 +179,12 @@ def _scan(path: Path) -> tuple[list[Path], list[Path]]:
 
 def _explain_nothing(text: str, unfinished: Sequence[Path]) -> ConfigError:
     got = f"{len(unfinished)} unfinished, the first being {unfinished[0]}" if unfinished else "no run at all"
-    fix = "Finish it: the same command goes on where it stopped." if unfinished else "Name the folder of a run."
+    fix = "Finish it: the same command resumes it." if unfinished else "Name the folder of a run."
     return ConfigError("RUN_OR_FOLDER", expected=f"a finished run (summary.json) in {text!r}", got=got, fix=fix)
 
 
 def _refuse_differences(first: Run, second: Run) -> None:
-    """The runs of a row are one each seed and alike in all else, whatever their fingerprints say."""
+    """Refuse two runs of a row with the same seed, or with other differences than the seed."""
     folders = f"{first.folder} and {second.folder}"
     require(
         first.summary["seed"] != second.summary["seed"],
@@ -210,7 +210,7 @@ def _refuse_differences(first: Run, second: Run) -> None:
 
 
 def _list_missing_classes(summary: dict[str, Any], other: dict[str, Any]) -> str:
-    """The classes that the other run does not have."""
+    """The classes that only the first run has, as a part of a message."""
     names = [name for name in summary["class_names"] if name not in other["class_names"]]
     return f"; of one only: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
 
@@ -227,7 +227,7 @@ def _get_main_mean(runs: Sequence[Run]) -> float:
 
 
 def _make_labels(identities: Sequence[tuple[str, str, str]]) -> list[str]:
-    """For each row the shortest of its names that no other row has."""
+    """For each row, the shortest of its names that no other row has."""
     forms = [
         [name, f"{experiment}/{name}", f"{name}-{fingerprint}", f"{experiment}/{name}-{fingerprint}"]
         for experiment, name, fingerprint in identities
@@ -237,7 +237,7 @@ def _make_labels(identities: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def _describe_differences(groups: Sequence[list[Run]], this: int) -> str:
-    """What makes a row unlike the first one, and unlike the first one of the same experiment and name."""
+    """How a row differs from the first row, and from the first row with the same experiment and name."""
     if this == 0:
         return "reference"
     run = groups[this][0]
@@ -260,14 +260,14 @@ def _is_free(key: str) -> bool:
 
 
 def _format_both_values(keys: Sequence[str], run: Run, other: Run, rank: int) -> list[str]:
-    """One text that names the other's row and, of each key, the run's value and (in brackets) the other's."""
+    """One text with the other's row and, for each key, the run's value and (in brackets) the other's."""
     mine, theirs = get_settings(run), get_settings(other)
     said = ", ".join(f"{key} = {_shorten(mine, theirs, key)} ({_shorten(theirs, mine, key)})" for key in keys)
     return [f"row {rank}: {said}"] if keys else []
 
 
 def _shorten(values: dict[str, Any], others: dict[str, Any], key: str) -> str:
-    """A value in at most 40 characters, from shortly before the rank where it parts from the other one."""
+    """A value in at most 40 characters, from shortly before the position where it differs from the other one."""
     if key not in values:
         return "absent"
     text, other = json.dumps(values[key]), json.dumps(others.get(key))

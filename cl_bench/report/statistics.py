@@ -9,7 +9,7 @@ import pandas as pd
 import scipy.stats
 
 MIN_SEEDS = 3
-"""A pair of rows with fewer seeds in common is not tested."""
+"""Rows with fewer seeds in common are not tested."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Stat:
     """A number over the seeds of a row; None where it is not defined.
 
     Attributes:
-        n: seeds that have the number.
+        n: number of seeds that have it.
         mean, std: mean and sample standard deviation (ddof = 1).
         ci95: half width of the 95 % confidence interval of the mean (Student's t).
     """

@@ -18,7 +18,7 @@ from cl_bench.report.statistics import Stat
 
 @dataclass(frozen=True)
 class Column:
-    """A number of the tables: where it stands in ``summary.json``, how its column is called and written."""
+    """A number of the tables: its key in ``summary.json``, its column's title and format."""
 
     key: str
     title: str
@@ -54,7 +54,7 @@ class Table:
     Attributes:
         title, note: what it shows, and how to read it.
         header: names of its columns.
-        lines: its cells.
+        lines: its cells, row by row.
         numbers: columns to align to the right.
     """
 
@@ -68,7 +68,7 @@ class Table:
 def show_tables(shown: Sequence[Table], notes: Sequence[str]) -> None:
     """Print tables, and notes below them."""
     console = Console(highlight=False)
-    if not console.is_terminal:  # a pipe has no width of its own, and the usual 80 would break every cell
+    if not console.is_terminal:  # a pipe has no width, and the default of 80 would break every cell
         console = Console(highlight=False, width=180)
     for table in shown:
         console.print(_to_rich(table))
@@ -191,7 +191,7 @@ def _format_p(p: float) -> str:
 
 
 def _to_rich(table: Table) -> RichTable:
-    # cells are Text, since a "[" in a plain string would be markup
+    # cells are Text, because a "[" in a plain string would be markup
     shown = RichTable(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, show_lines=False)
     for i, name in enumerate(table.header):
         shown.add_column(Text(name), justify="right" if i in table.numbers else "left", overflow="fold")

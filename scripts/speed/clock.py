@@ -1,4 +1,4 @@
-"""A logger that notes when a run's events came and how much memory the process held, in the run folder."""
+"""A logger that writes when a run's events came and how much memory the process held."""
 
 import json
 import time
@@ -13,9 +13,9 @@ STATM = Path("/proc/self/statm")
 
 
 class Clock(Logger):
-    """Writes ``clock.json``: an object an event with ``event``, ``task``, ``seconds`` and ``resident_bytes``.
+    """Writes ``clock.json``: one object per event with ``event``, ``task``, ``seconds`` and ``read_resident_bytes``.
 
-    The loop has waited for the device when it hands an event over, so times between events hold on a GPU, too.
+    The loop waits for the device before it logs an event, so times between events are right on a GPU, too.
     """
 
     def start(self, run: RunInfo) -> None:
@@ -25,7 +25,7 @@ class Clock(Logger):
 
     def log_event(self, number: int, event: dict[str, Any]) -> None:
         """Note one event."""
-        now, bytes_now = time.perf_counter(), resident_bytes()
+        now, bytes_now = time.perf_counter(), read_resident_bytes()
         self.notes.append(
             {
                 "event": event["event"],
@@ -41,15 +41,15 @@ class Clock(Logger):
         self._path.write_text(json.dumps(self.notes))
 
 
-def resident_bytes() -> int | None:
-    """Bytes of memory that the process holds now; None where the system does not tell."""
+def read_resident_bytes() -> int | None:
+    """Bytes of memory that the process holds now; None if the system does not say."""
     return int(STATM.read_text().split()[1]) * 4096 if STATM.exists() else None
 
 
-def seconds_a_step(run: Path) -> list[float]:
+def read_step_seconds(run: Path) -> list[float]:
     """Seconds of a step in each epoch but the first of the first task of the run in folder ``run``.
 
-    What is done once (compiling, capturing, warming up) lies in the first epoch.
+    Compiling, capturing and warming up happen once, in the first epoch.
     """
     notes = [note for note in json.loads((run / FILE).read_text()) if note["event"] == "epoch" and note["task"] == 0]
     return [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(notes)]

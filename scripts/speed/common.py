@@ -44,10 +44,10 @@ class Row:
     Attributes:
         part, what: which part measured what.
         unit: of the values; "x" is a ratio.
-        values: one a repetition.
-        least, most: what the value is meant to reach or to stay under; None where nothing is demanded of it.
-        sides: the measurements that a ratio is made of, by name: seconds, one a repetition.
-        note: what else one must know to read it.
+        values: one per repetition.
+        least, most: the goal: the value should reach or stay under it; None if there is no goal.
+        sides: the measurements that a ratio is made of, by name: seconds, one per repetition.
+        note: what else a reader must know.
     """
 
     part: str
@@ -66,7 +66,7 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the figure is where it is meant to be; None where nothing is demanded."""
+        """Whether the figure reaches its goal; None if there is none."""
         if self.least is None and self.most is None:
             return None
         return (self.least is None or self.median >= self.least) and (self.most is None or self.median <= self.most)
@@ -79,7 +79,7 @@ class Options:
     Attributes:
         repetitions: counted repetitions of each figure.
         tell: shows what is being measured.
-        small: a tiny version of everything, to see that it runs; its figures mean nothing.
+        small: tiny sizes, only to see that it runs; the figures mean nothing.
     """
 
     repetitions: int
@@ -87,7 +87,7 @@ class Options:
     small: bool = False
 
 
-def in_turn(works: dict[str, Work], repetitions: int) -> dict[str, list[float]]:
+def measure_in_turn(works: dict[str, Work], repetitions: int) -> dict[str, list[float]]:
     """Call each in turn (A B C A B C ...), one round to warm up and then ``repetitions`` that count."""
     values: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repetitions + 1):
@@ -110,13 +110,13 @@ def repeat(work: Callable[[], Any], times: int) -> Work:
     return measure
 
 
-def ratio(values: dict[str, list[float]], above: str, below: str) -> list[float]:
+def compute_ratio(values: dict[str, list[float]], above: str, below: str) -> list[float]:
     """``above`` / ``below``, repetition by repetition."""
     return [a / b for a, b in zip(values[above], values[below])]
 
 
-def random_pixels(*, per_class: int) -> ImageSet:
-    """Random images in the shape of CIFAR-100, a tenth of them for testing: the arithmetic does not care."""
+def make_random_pixels(*, per_class: int) -> ImageSet:
+    """Random images like CIFAR-100's, and a tenth as many for testing; the speed does not depend on pixel values."""
     rng = np.random.default_rng(0)
 
     def split(each: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,13 +129,13 @@ def random_pixels(*, per_class: int) -> ImageSet:
     )
 
 
-def on_random_pixels(per_class: int) -> list[str]:
-    """Overrides: CIFAR-100's scenario without CIFAR-100; random pixels, augmented all the same."""
+def choose_random_pixels(per_class: int) -> list[str]:
+    """Overrides that give CIFAR-100's scenario random pixels instead of CIFAR-100; they are augmented as usual."""
     return [
         "scenario=cifar100",
-        "optimizer.lr=0.001",  # random labels teach nothing, so nothing must diverge
+        "optimizer.lr=0.001",  # labels are random, and training must not diverge
         "allow_packages=[speed]",
-        "scenario.source._target_=speed.common.random_pixels",
+        "scenario.source._target_=speed.common.make_random_pixels",
         "~scenario.source.root",
         "~scenario.source.download",
         f"+scenario.source.per_class={per_class}",
@@ -144,50 +144,50 @@ def on_random_pixels(per_class: int) -> list[str]:
     ]
 
 
-def parts_of(*overrides: str) -> Parts:
+def build_parts(*overrides: str) -> Parts:
     """What the command would build with these overrides."""
     return build(compose_config(overrides))
 
 
-def run_info(folder: Path, tasks: int) -> RunInfo:
-    """What a logger is told of a run that is none."""
+def make_run_info(folder: Path, tasks: int) -> RunInfo:
+    """What a logger is told when there is no real run."""
     return RunInfo(folder, "benchmark", "benchmark", 0, "", {}, tasks)
 
 
 @contextmanager
-def looping(parts: Parts, *others: Logger) -> Iterator[Trainer]:
-    """The loop over ``parts`` as a run has it: JSON lines on the disk, the console's bookkeeping, a checkpoint folder.
+def open_loop(parts: Parts, *others: Logger) -> Iterator[Trainer]:
+    """The loop over ``parts`` as in a run: JSON lines on the disk, the console's bookkeeping, a checkpoint folder.
 
-    ``others`` are loggers that are told, too.
+    ``others`` are further loggers.
     """
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         logger = Loggers([JsonLines(), Console(min_seconds=1e9), *others])
-        logger.start(run_info(Path(folder), len(parts.scenario.tasks)))
+        logger.start(make_run_info(Path(folder), len(parts.scenario.tasks)))
         yield parts.build_trainer(logger, Checkpoint(Path(folder)), stop=lambda: False)
         logger.finish("finished", None)
 
 
-def shortened(task: Task, images: int) -> Task:
-    """The task with its first ``images`` training images only; random_pixels mixes the classes."""
+def shorten(task: Task, images: int) -> Task:
+    """The task with its first ``images`` training images only; make_random_pixels mixes the classes."""
     return replace(task, train=task.train.take(slice(0, images)))
 
 
-def first_phase(parts: Parts, task: Task) -> Phase:
-    """What the method asks for first in ``task``, an epoch of it, to be run as often as one likes."""
+def get_first_phase(parts: Parts, task: Task) -> Phase:
+    """The method's first phase in ``task``, with one epoch; it can be run any number of times."""
     parts.method.eval()
     phase = next(parts.method.learn(task))
     return replace(phase, params=list(phase.params), epochs=1)
 
 
-def closed(parts: Parts, task: Task) -> None:
-    """Open and close ``task`` without training: its memory and statistics, not its weights."""
+def close_task(parts: Parts, task: Task) -> None:
+    """Open and close ``task`` without training: this fills memory and statistics, and leaves the weights."""
     parts.method.eval()
     for _ in parts.method.learn(task):
         pass
 
 
-def steps_of(trainer: Trainer, task: Task, phase: Phase) -> Work:
-    """A measurement: seconds of a step while the loop runs ``phase``, everything included that an epoch does."""
+def time_steps(trainer: Trainer, task: Task, phase: Phase) -> Work:
+    """A measurement: seconds per step while the loop runs ``phase``, with everything that an epoch does."""
 
     def measure() -> float:
         before, began = trainer.steps_done, time.perf_counter()
@@ -197,7 +197,7 @@ def steps_of(trainer: Trainer, task: Task, phase: Phase) -> Work:
     return measure
 
 
-def command(*arguments: str, folder: Path, threads: int | None = None) -> Path:
+def run_command(*arguments: str, folder: Path, threads: int | None = None) -> Path:
     """Run ``python -m cl_bench`` to its end with its results in ``folder``; returns the run folder.
 
     Raises:
@@ -205,20 +205,20 @@ def command(*arguments: str, folder: Path, threads: int | None = None) -> Path:
     """
     line = [sys.executable, "-m", "cl_bench", *arguments, f"results_dir={folder}", "logger=none"]
     line += ["+logger.clock._target_=speed.clock.Clock"]
-    done = subprocess.run(line, env=environment(threads), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(line, env=make_environment(threads), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
     return next(folder.rglob("summary.json")).parent
 
 
-def environment(threads: int | None = None) -> dict[str, str]:
-    """The environment of a command: this checkout and the parts of the benchmark can be imported."""
+def make_environment(threads: int | None = None) -> dict[str, str]:
+    """The environment of a command that can import this checkout and the parts of the benchmark."""
     path = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
     chosen = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | chosen
 
 
-def facts() -> dict[str, Any]:
+def collect_facts() -> dict[str, Any]:
     """Versions and hardware."""
     packages = ("torch", "torchvision", "numpy", "hydra-core", "avalanche-lib", "timm")
     cuda = torch.cuda.is_available()
@@ -227,7 +227,7 @@ def facts() -> dict[str, Any]:
         "commit": find_commit(),
         "python": platform.python_version(),
         "packages": {name: find_version(name) for name in packages},
-        "processor": _processor(),
+        "processor": _find_processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -237,7 +237,7 @@ def facts() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def _find_processor() -> str:
     info = Path("/proc/cpuinfo")
     names = (
         [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]

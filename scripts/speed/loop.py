@@ -1,10 +1,10 @@
-"""(a), (b): the loop as a part of the limit, a bare torch step on one fixed batch.
+"""(a), (b): the loop's rate relative to the limit, a bare torch step on one fixed batch.
 
 The limit does the arithmetic of the method's step and nothing else: same network, optimizer and precision, 32 images
 and 32 replayed ones that never change, no augmentation, no buffer, no logging. For ER that is the cross-entropy of 64
 images. For LVT it is the step of the second task, written out: one pass over 64 images, both heads, the stream's two
 cross-entropies, the memory's, its distillation, and the penalty on keys and biases. A bare classifier's step would be
-faster, but would leave out arithmetic that the method is made of.
+faster, but it would leave out arithmetic of the method.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,16 +19,16 @@ from speed.common import (
     BATCH,
     Options,
     Row,
-    closed,
-    first_phase,
-    in_turn,
-    looping,
-    on_random_pixels,
-    parts_of,
-    ratio,
+    build_parts,
+    choose_random_pixels,
+    close_task,
+    compute_ratio,
+    get_first_phase,
+    measure_in_turn,
+    open_loop,
     repeat,
-    shortened,
-    steps_of,
+    shorten,
+    time_steps,
 )
 
 NETS: dict[str, list[str]] = {
@@ -46,27 +46,27 @@ STEPS = {"linear": 156, "resnet18_slim": 8, "resnet18": 4, "lvt": 3}
 """Steps of an epoch in one repetition; 156 is an epoch of one of ten tasks of CIFAR-100."""
 
 
-def loop(options: Options) -> Iterator[Row]:
-    """A row a network."""
+def measure_loop(options: Options) -> Iterator[Row]:
+    """One row per network."""
     for name, (overrides, least) in CASES.items():
         options.tell(name)
         steps = 2 if options.small else STEPS[name]
         images = max(200, steps * BATCH)
         small = ["+scale=mini"] if options.small else []
-        parts = parts_of(*on_random_pixels(2 * images // 100 + 1), *overrides, *small, "scenario.num_tasks=2")
-        with looping(parts) as trainer:
-            first, second = (shortened(task, images) for task in parts.scenario.tasks)
-            closed(parts, shortened(first, 200))  # LVT replays what was stored when a task was closed
-            second = shortened(second, steps * BATCH)
-            ours = steps_of(trainer, second, first_phase(parts, second))
-            ours()  # the reservoir fills while the stream passes; from here on every step replays
-            works = {"bare step": repeat(bare_step(parts), steps), "our loop": ours}
-            values = in_turn(works, options.repetitions)
+        parts = build_parts(*choose_random_pixels(2 * images // 100 + 1), *overrides, *small, "scenario.num_tasks=2")
+        with open_loop(parts) as trainer:
+            first, second = (shorten(task, images) for task in parts.scenario.tasks)
+            close_task(parts, shorten(first, 200))  # LVT replays what it stored when a task was closed
+            second = shorten(second, steps * BATCH)
+            ours = time_steps(trainer, second, get_first_phase(parts, second))
+            ours()  # fills the reservoir; from here on every step replays
+            works = {"bare step": repeat(make_bare_step(parts), steps), "our loop": ours}
+            values = measure_in_turn(works, options.repetitions)
         what = f"our loop's rate / bare step's, {name}"
-        yield Row("loop", what, "x", ratio(values, "bare step", "our loop"), least=least, sides=values)
+        yield Row("loop", what, "x", compute_ratio(values, "bare step", "our loop"), least=least, sides=values)
 
 
-def bare_step(parts: Parts) -> Callable[[], None]:
+def make_bare_step(parts: Parts) -> Callable[[], None]:
     """The limit: one step on a fixed batch of 64 images."""
     method, x, y = parts.method, torch.randn(2 * BATCH, 3, 32, 32), torch.randint(100, (2 * BATCH,))
     net = method.get_submodule("net")
@@ -75,7 +75,7 @@ def bare_step(parts: Parts) -> Callable[[], None]:
     def er_loss() -> Tensor:
         return F.cross_entropy(net(x), y)
 
-    loss = _lvt_loss(method, x, y) if isinstance(method, LifelongViT) else er_loss
+    loss = _make_lvt_loss(method, x, y) if isinstance(method, LifelongViT) else er_loss
 
     def step() -> None:
         with parts.autocast:
@@ -88,7 +88,7 @@ def bare_step(parts: Parts) -> Callable[[], None]:
     return step
 
 
-def _lvt_loss(method: LifelongViT, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+def _make_lvt_loss(method: LifelongViT, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
     """LVT's loss in its second task, in plain torch."""
     net, temperature = method.net, method.temperature
     held = net.keys_and_biases()

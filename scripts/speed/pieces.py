@@ -15,13 +15,13 @@ from cl_bench.buffers.base import Context
 from cl_bench.buffers.reservoir import Reservoir
 from cl_bench.core.types import Batch
 from cl_bench.data.transform import Transform
-from speed.common import BATCH, Options, Row, in_turn, random_pixels, ratio, repeat
+from speed.common import BATCH, Options, Row, compute_ratio, make_random_pixels, measure_in_turn, repeat
 
 CAPACITY = 200
 
 
 @contextmanager
-def one_core() -> Iterator[None]:
+def use_one_core() -> Iterator[None]:
     """Both sides on one core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -42,12 +42,12 @@ class Pictures(Dataset[tuple[Any, int]]):
         return len(self.targets)
 
     def __getitem__(self, which: int) -> tuple[Any, int]:
-        """One image, (C, H, W) or a picture where there is no transform, and its class."""
+        """One image, (C, H, W), or a picture if there is no transform; and its class."""
         image = Image.fromarray(self.pixels[which])
         return self.transform(image) if self.transform else image, self.targets[which]
 
 
-def per_sample(mean: list[float], std: list[float]) -> transforms.Compose:
+def make_per_sample_transform(mean: list[float], std: list[float]) -> transforms.Compose:
     """The usual pipeline of CIFAR."""
     return transforms.Compose(
         [
@@ -59,11 +59,11 @@ def per_sample(mean: list[float], std: list[float]) -> transforms.Compose:
     )
 
 
-def data_path(options: Options) -> Iterator[Row]:
+def measure_data_path(options: Options) -> Iterator[Row]:
     """A shuffled, augmented epoch in batches of 32: torchvision in a DataLoader, and ours."""
-    source = random_pixels(per_class=2 if options.small else 16)
+    source = make_random_pixels(per_class=2 if options.small else 16)
     images, labels = torch.from_numpy(source.train_images), torch.from_numpy(source.train_labels)
-    pictures = Pictures(images, labels, per_sample(source.mean, source.std))
+    pictures = Pictures(images, labels, make_per_sample_transform(source.mean, source.std))
     loader = DataLoader(pictures, batch_size=BATCH, shuffle=True, num_workers=0, drop_last=True)
     transform = Transform(mean=source.mean, std=source.std, crop_padding=4, flip=True)
     generator = torch.Generator().manual_seed(0)
@@ -77,15 +77,17 @@ def data_path(options: Options) -> Iterator[Row]:
             transform.augment(images.index_select(0, which), generator), labels[which]
 
     names = "torchvision, DataLoader", "our batches"
-    with one_core():
-        epochs = in_turn({names[0]: repeat(theirs, 1), names[1]: repeat(ours, 10)}, options.repetitions)
+    with use_one_core():
+        epochs = measure_in_turn({names[0]: repeat(theirs, 1), names[1]: repeat(ours, 10)}, options.repetitions)
     values = {name: [seconds / len(loader) for seconds in epochs[name]] for name in names}
-    yield Row("data", "augmented batch of 32, theirs / ours", "x", ratio(values, *names), least=8.0, sides=values)
+    yield Row(
+        "data", "augmented batch of 32, theirs / ours", "x", compute_ratio(values, *names), least=8.0, sides=values
+    )
 
 
-def reservoir(options: Options) -> Iterator[Row]:
+def measure_reservoir(options: Options) -> Iterator[Row]:
     """Add a batch of 32 and draw one: a reservoir that goes image by image, and ours."""
-    source = random_pixels(per_class=1)
+    source = make_random_pixels(per_class=1)
     raw, y = torch.from_numpy(source.train_images[:BATCH]), torch.from_numpy(source.train_labels[:BATCH])
     batch = Batch(x=raw.float(), y=y, raw=raw, task=0)
     times = 5 if options.small else 200
@@ -116,14 +118,14 @@ def reservoir(options: Options) -> Iterator[Row]:
             buffer.sample(BATCH)
 
         names = "image by image", "our reservoir"
-        with one_core():
+        with use_one_core():
             for _ in range(2 * CAPACITY // BATCH):  # both are full before they are measured
                 theirs()
                 ours()
             works = {names[0]: repeat(theirs, max(1, times // 10)), names[1]: repeat(ours, times)}
-            values = in_turn(works, options.repetitions)
+            values = measure_in_turn(works, options.repetitions)
         what = f"add 32 and draw 32{', augmented' if augment else ', normalised only'}, theirs / ours"
-        yield Row("buffer", what, "x", ratio(values, *names), least=10.0, sides=values)
+        yield Row("buffer", what, "x", compute_ratio(values, *names), least=10.0, sides=values)
 
 
 class PlainReservoir:
@@ -138,5 +140,5 @@ class PlainReservoir:
         self.seen += 1
         if len(self.memory) < self.capacity:
             self.memory.append((image, label))
-        elif (place := random.randrange(self.seen)) < self.capacity:
-            self.memory[place] = (image, label)
+        elif (slot := random.randrange(self.seen)) < self.capacity:
+            self.memory[slot] = (image, label)

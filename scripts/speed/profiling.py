@@ -10,42 +10,44 @@ from speed.common import (
     BATCH,
     Options,
     Row,
-    closed,
-    first_phase,
-    in_turn,
-    looping,
-    on_random_pixels,
-    parts_of,
+    build_parts,
+    choose_random_pixels,
+    close_task,
+    get_first_phase,
+    measure_in_turn,
+    open_loop,
     repeat,
-    shortened,
-    steps_of,
+    shorten,
+    time_steps,
 )
-from speed.loop import bare_step
+from speed.loop import make_bare_step
 
 LARGEST = 12
 """Operators that are listed."""
 
 
-def profiling(options: Options) -> Iterator[Row]:
+def profile_step(options: Options) -> Iterator[Row]:
     """Share of each operator in a training step of LVT's second task, and the step's rate beside a matrix product's."""
     steps = 1 if options.small else 3
     small = ["+scale=mini"] if options.small else []
-    parts = parts_of(*on_random_pixels(16), "backbone=lvt", "buffer.capacity=500", *small, "scenario.num_tasks=2")
+    parts = build_parts(
+        *choose_random_pixels(16), "backbone=lvt", "buffer.capacity=500", *small, "scenario.num_tasks=2"
+    )
     side = 256 if options.small else 2048
     a, b = torch.randn(side, side), torch.randn(side, side)
-    with looping(parts) as trainer:
+    with open_loop(parts) as trainer:
         options.tell("an LVT step")
         first, second = parts.scenario.tasks
-        closed(parts, shortened(first, 200))
-        second = shortened(second, steps * BATCH)
-        phase = first_phase(parts, second)
-        step = steps_of(trainer, second, phase)
+        close_task(parts, shorten(first, 200))
+        second = shorten(second, steps * BATCH)
+        phase = get_first_phase(parts, second)
+        step = time_steps(trainer, second, phase)
         step()
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             step()
         with FlopCounterMode(display=False) as counted:
-            bare_step(parts)()
-        values = in_turn({"step": step, "product": repeat(lambda: a @ b, 5)}, options.repetitions)
+            make_bare_step(parts)()
+        values = measure_in_turn({"step": step, "product": repeat(lambda: a @ b, 5)}, options.repetitions)
     events = recorded.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:LARGEST]:

@@ -1,4 +1,4 @@
-"""What the benchmark leaves: a table on the terminal, JSON, a table in Markdown, a picture."""
+"""The results of the benchmark: a table on the terminal, JSON, a table in Markdown, a picture."""
 
 import json
 from dataclasses import asdict
@@ -15,23 +15,24 @@ SHOWN = 6
 """Columns that fit on a terminal; the rest was printed while it was measured, and is in the Markdown table."""
 
 
-def cells(row: Row) -> list[str]:
+def format_cells(row: Row) -> list[str]:
     """A row as text."""
-    sides = ", ".join(f"{name} {_short(values, row)}" for name, values in row.sides.items())
+    sides = ", ".join(f"{name} {_format_briefly(values, row)}" for name, values in row.sides.items())
     mark = {None: "", True: "yes", False: "NO"}[row.reached]
     return [
-        row.part, row.what, f"{_number(row.median)} {row.unit}",
-        f"{_number(min(row.values))} - {_number(max(row.values))}", _wanted(row), mark, sides, row.note,
+        row.part, row.what, f"{_format_number(row.median)} {row.unit}",
+        f"{_format_number(min(row.values))} - {_format_number(max(row.values))}",
+        _format_goal(row), mark, sides, row.note,
     ]  # fmt: skip
 
 
 def show(rows: list[Row], failures: dict[str, str], facts: dict[str, Any]) -> None:
     """The table on the terminal."""
-    table = Table(title=_title(facts))
+    table = Table(title=_make_title(facts))
     for column in COLUMNS[:SHOWN]:
         table.add_column(column, overflow="fold", justify="right" if column in ("median", "min - max") else "left")
     for row in rows:
-        table.add_row(*cells(row)[:SHOWN])
+        table.add_row(*format_cells(row)[:SHOWN])
     console = Console()
     console.print(table)
     for part, reason in failures.items():
@@ -51,10 +52,10 @@ def write_all(folder: Path, rows: list[Row], failures: dict[str, str], facts: di
     write_json(folder / "benchmark.json", rows, failures, facts)
     lines = [
         "# Speed", "",
-        "Made by `python scripts/benchmark.py --out results/benchmark` (`make bench`). " + _title(facts) + ".",
+        "Made by `python scripts/benchmark.py --out results/benchmark` (`make bench`). " + _make_title(facts) + ".",
         "Medians over repetitions in turn, the smallest and the largest; ratios are taken repetition by repetition.",
         "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows), "",
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in format_cells(row)) + " |" for row in rows), "",
         *(f"- {part}: {reason}" for part, reason in failures.items()),
     ]  # fmt: skip
     (folder / "table.md").write_text("\n".join(lines).rstrip() + "\n")
@@ -62,7 +63,7 @@ def write_all(folder: Path, rows: list[Row], failures: dict[str, str], facts: di
 
 
 def draw(path: Path, rows: list[Row], facts: dict[str, Any]) -> None:
-    """Bars of the ratios, each beside what is wanted of it."""
+    """Bars of the ratios, each with its goal."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,46 +83,46 @@ def draw(path: Path, rows: list[Row], facts: dict[str, Any]) -> None:
         len(drawn), 1, figsize=(9, 0.32 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
     )
     for axis, (title, chosen) in zip(axes[:, 0], drawn.values()):
-        _bars(axis, title, chosen)
-    figure.suptitle(f"{_title(facts)}\nthick: what is wanted; thin: smallest to largest", fontsize=8, color="0.4")
+        _draw_bars(axis, title, chosen)
+    figure.suptitle(f"{_make_title(facts)}\nthick: what is wanted; thin: smallest to largest", fontsize=8, color="0.4")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _bars(axis: Any, title: str, rows: list[Row]) -> None:
-    places = range(len(rows), 0, -1)
+def _draw_bars(axis: Any, title: str, rows: list[Row]) -> None:
+    positions = range(len(rows), 0, -1)
     colours = {None: "0.65", True: "tab:blue", False: "tab:red"}
-    for place, row in zip(places, rows):
-        axis.barh(place, row.median, height=0.62, color=colours[row.reached])
-        axis.plot([min(row.values), max(row.values)], [place, place], color="black", linewidth=1)
+    for position, row in zip(positions, rows):
+        axis.barh(position, row.median, height=0.62, color=colours[row.reached])
+        axis.plot([min(row.values), max(row.values)], [position, position], color="black", linewidth=1)
         wanted = [value for value in (row.least, row.most) if value is not None]
         for value in wanted:
-            axis.plot([value, value], [place - 0.42, place + 0.42], color="black", linewidth=2)
-        axis.annotate(f"  {_number(row.median)}", (max(*row.values, *wanted), place), va="center", fontsize=8)
-    axis.set_yticks(list(places), [row.what for row in rows], fontsize=8)
+            axis.plot([value, value], [position - 0.42, position + 0.42], color="black", linewidth=2)
+        axis.annotate(f"  {_format_number(row.median)}", (max(*row.values, *wanted), position), va="center", fontsize=8)
+    axis.set_yticks(list(positions), [row.what for row in rows], fontsize=8)
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_xlim(0, 1.12 * max(max(*row.values, row.least or 0, row.most or 0) for row in rows))
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _title(facts: dict[str, Any]) -> str:
+def _make_title(facts: dict[str, Any]) -> str:
     return (
         f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, "
         f"GPU: {facts['gpu'] or 'none'}, torch {facts['packages']['torch']}"
     )
 
 
-def _wanted(row: Row) -> str:
+def _format_goal(row: Row) -> str:
     if row.least is not None:
         return f"at least {row.least:g}"
     return f"at most {row.most:g}" if row.most is not None else ""
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _short(values: list[float], row: Row) -> str:
+def _format_briefly(values: list[float], row: Row) -> str:
     middle = sorted(values)[len(values) // 2]
-    return f"{middle:.0f} MiB" if row.part == "memory" else f"{_number(1e3 * middle)} ms"
+    return f"{middle:.0f} MiB" if row.part == "memory" else f"{_format_number(1e3 * middle)} ms"

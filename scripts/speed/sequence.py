@@ -1,11 +1,11 @@
-"""(f): whether a step, its memory and an evaluation stay what they were while the sequence grows to 50 tasks.
+"""(f): whether the cost of a step, memory and evaluation stay constant while the sequence grows to 50 tasks.
 
-Steps and evaluations: the method learns 50 tasks of two classes on a few images each; where it begins task 1, 10, 25
-and 50 its state is laid over a twin, as a checkpoint would be. The twins then take the same number of steps in turn, so
-that what the machine does besides falls on all of them alike. The networks of er, derpp and lvt are small, so that what
-a method does beside its network is a large part of the step and its growth would show.
+Steps and evaluations: the method learns 50 tasks of two classes on a few images each. When it begins task 1, 2, 10, 25
+and 50, its state is loaded into a twin, like a checkpoint. The twins then take the same number of steps in turn, so
+other load on the machine affects all of them alike. The networks of er, derpp and lvt are small, so that the work of a
+method outside its network is a large part of the step, and its growth would show.
 
-Memory: a process of its own runs the whole sequence, as the command does, and is asked what it holds after each task.
+Memory: a process of its own runs the whole sequence, as the command does, and reports its memory after each task.
 """
 
 import copy
@@ -23,32 +23,32 @@ from torch import Generator, Tensor
 import cl_bench.engine.evaluate as evaluation
 from cl_bench.config.build import Parts
 from cl_bench.engine.evaluate import evaluate
-from speed.clock import Clock, resident_bytes
+from speed.clock import Clock, read_resident_bytes
 from speed.common import (
     BATCH,
     Options,
     Row,
     Work,
-    closed,
-    first_phase,
-    in_turn,
-    looping,
-    on_random_pixels,
-    parts_of,
-    ratio,
+    build_parts,
+    choose_random_pixels,
+    close_task,
+    compute_ratio,
+    get_first_phase,
+    measure_in_turn,
+    open_loop,
     repeat,
-    steps_of,
+    time_steps,
 )
 
 TASKS = 50
 POINTS = (1, 2, 10, 25, 50)
-"""Tasks, counted from 1, that are looked at."""
+"""The tasks that are measured, counted from 1."""
 
 PER_CLASS = 16
-"""Training images a class, 32 a task: one step an epoch."""
+"""Training images per class; 32 per task, so one step per epoch."""
 
 EVALUATED = 10
-"""Images of a batch of evaluation while memory is measured: as many from the fifth task on as after the last."""
+"""Images per batch of evaluation while memory is measured: the same from the fifth task to the last."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Case:
     Attributes:
         overrides: what the command line would say.
         steps: that a repetition takes.
-        trained: whether the tasks between are trained on (a step each), or opened and closed only.
+        trained: whether the tasks between are trained (one step each), or only opened and closed.
         first: the task that the others are compared with.
-        most: what step 50 / step ``first`` may be; None where growth a task is what is limited.
-        brief: what else makes 50 tasks short where memory is measured.
+        most: the limit of step 50 / step ``first``; None if the growth per task is limited instead.
+        brief: further overrides that make 50 tasks short when memory is measured.
     """
 
     overrides: list[str]
@@ -91,7 +91,7 @@ NOTES = {
 }
 
 
-def steps(options: Options) -> Iterator[Row]:
+def measure_steps(options: Options) -> Iterator[Row]:
     """Step and evaluation time at the chosen tasks of each method."""
     for name, case in CASES.items():
         options.tell(f"{name}, opening {TASKS} tasks")
@@ -100,12 +100,17 @@ def steps(options: Options) -> Iterator[Row]:
             *case.overrides,
             *(["+scale=mini"] if options.small and "+scale=mini" not in case.overrides else []),
         ]
-        base = [*on_random_pixels(PER_CLASS), *overrides, f"scenario.num_tasks={TASKS}", f"trainer.batch_size={BATCH}"]
+        base = [
+            *choose_random_pixels(PER_CLASS),
+            *overrides,
+            f"scenario.num_tasks={TASKS}",
+            f"trainer.batch_size={BATCH}",
+        ]
         with ExitStack() as stack:
-            twins = _twins(base, case, points, stack)
+            twins = _make_twins(base, case, points, stack)
             options.tell(f"{name}, timing")
-            values = in_turn({label: work for label, (work, _) in twins.items()}, options.repetitions)
-            evaluations = in_turn({label: work for label, (_, work) in twins.items()}, options.repetitions)
+            values = measure_in_turn({label: work for label, (work, _) in twins.items()}, options.repetitions)
+            evaluations = measure_in_turn({label: work for label, (_, work) in twins.items()}, options.repetitions)
         last, first = f"task {points[-1]}", f"task {case.first}"
         if case.most is None:
             for begin in (1, 2):
@@ -117,42 +122,45 @@ def steps(options: Options) -> Iterator[Row]:
                 yield Row("sequence", what, "%", growth, most=5.0, sides=values, note=NOTES[name])
         else:
             what = f"{name}: step at {last} / {first}"
-            grown = ratio(values, last, first)
+            grown = compute_ratio(values, last, first)
             yield Row("sequence", what, "x", grown, most=case.most, sides=values, note=NOTES.get(name, ""))
         what = f"{name}: evaluation at {last} / {first}"
-        yield Row("sequence", what, "x", ratio(evaluations, last, first), sides=evaluations)
+        yield Row("sequence", what, "x", compute_ratio(evaluations, last, first), sides=evaluations)
 
 
-def _twins(base: list[str], case: Case, points: tuple[int, ...], stack: ExitStack) -> dict[str, tuple[Work, Work]]:
-    """For each point the measurements of a step and of the evaluation of an image."""
-    walking = parts_of(*base)
-    trainer = stack.enter_context(looping(walking))
+def _make_twins(base: list[str], case: Case, points: tuple[int, ...], stack: ExitStack) -> dict[str, tuple[Work, Work]]:
+    """For each point two measurements: a step, and the evaluation of an image."""
+    walking = build_parts(*base)
+    trainer = stack.enter_context(open_loop(walking))
     twins: dict[str, tuple[Work, Work]] = {}
     for task in walking.scenario.tasks[: points[-1]]:
         number = task.id + 1
         if number in points:
-            twin = parts_of(*base)
+            twin = build_parts(*base)
             twin.method.load_state_dict(walking.method.state_dict())
-            looped = stack.enter_context(looping(twin))
+            looped = stack.enter_context(open_loop(twin))
             at = twin.scenario.tasks[task.id]
-            long = replace(first_phase(twin, at), order=partial(_order, case.steps, len(at.train)))
-            twins[f"task {number}"] = (steps_of(looped, at, long), _evaluation(twin, number, 10 if case.trained else 1))
+            long = replace(get_first_phase(twin, at), order=partial(_draw_positions, case.steps, len(at.train)))
+            twins[f"task {number}"] = (
+                time_steps(looped, at, long),
+                _time_evaluation(twin, number, 10 if case.trained else 1),
+            )
         if not case.trained:
-            closed(walking, task)
+            close_task(walking, task)
             continue
         walking.method.eval()
-        for place, phase in enumerate(walking.method.learn(task)):
-            trainer.run_phase(task, place, phase, None)
+        for number, phase in enumerate(walking.method.learn(task)):
+            trainer.run_phase(task, number, phase, None)
             walking.method.eval()
     return twins
 
 
-def _order(steps: int, images: int, generator: Generator) -> Tensor:
-    """Positions of an epoch of so many steps, however few images there are."""
+def _draw_positions(steps: int, images: int, generator: Generator) -> Tensor:
+    """The positions of one epoch of ``steps`` steps, also if there are fewer images."""
     return torch.randint(images, (steps * BATCH,), generator=generator)
 
 
-def _evaluation(parts: Parts, learned: int, times: int) -> Work:
+def _time_evaluation(parts: Parts, learned: int, times: int) -> Work:
     """Seconds of an evaluation of about 50 images from all tasks learned and the next one."""
     probe = copy.copy(parts.scenario)
     each = math.ceil(50 / (min(learned, TASKS - 1) + 1))
@@ -166,17 +174,17 @@ def _evaluation(parts: Parts, learned: int, times: int) -> Work:
     return lambda: seconds() / images
 
 
-def memory(options: Options) -> Iterator[Row]:
+def measure_memory(options: Options) -> Iterator[Row]:
     """Resident memory after 50 tasks over that after 5, on small networks."""
-    if resident_bytes() is None:
+    if read_resident_bytes() is None:
         raise RuntimeError("this system does not tell a process's resident memory")
     tasks, early = (4, 2) if options.small else (TASKS, 5)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cl_bench.config.build", "torch._dynamo"])  # once, not in every process
-    with context.Pool(2, maxtasksperchild=1) as pool:  # memory does not mind company
+    with context.Pool(2, maxtasksperchild=1) as pool:  # a second process does not change memory
         for name in CASES:
             options.tell(f"{name}, {options.repetitions} runs of {tasks} tasks")
-            runs = pool.map(partial(_held, tasks=tasks), [name] * options.repetitions, chunksize=1)
+            runs = pool.map(partial(_measure_held_bytes, tasks=tasks), [name] * options.repetitions, chunksize=1)
             held = [(run[early] / 2**20, run[tasks] / 2**20) for run in runs]
             sides = {f"task {early}": [a for a, _ in held], f"task {tasks}": [b for _, b in held]}
             what = f"{name}: resident memory after task {tasks} / {early}"
@@ -184,8 +192,8 @@ def memory(options: Options) -> Iterator[Row]:
             yield Row("memory", what, "x", [b / a for a, b in held], most=1.03, sides=sides, note=note)
 
 
-def _held(name: str, tasks: int) -> dict[int, int]:
-    """Bytes that this process holds after each task, counted from 1, of a sequence of so many."""
+def _measure_held_bytes(name: str, tasks: int) -> dict[int, int]:
+    """Bytes that this process holds after each of ``tasks`` tasks, counted from 1."""
     torch.set_num_threads(1)
     # In this process only: with so few test images an evaluation's batch, and with it the memory of its activations,
     # would grow from 12 images to 100; on CIFAR-100 it is 500 from the first tasks on.
@@ -194,6 +202,6 @@ def _held(name: str, tasks: int) -> dict[int, int]:
     scale = [] if "+scale=mini" in case.overrides else ["+scale=mini"]
     overrides = [*case.overrides, *scale, f"scenario.num_tasks={tasks}", "trainer.epochs=1", *case.brief]
     clock = Clock()
-    with looping(parts_of(*on_random_pixels(PER_CLASS), *overrides), clock) as trainer:
+    with open_loop(build_parts(*choose_random_pixels(PER_CLASS), *overrides), clock) as trainer:
         trainer.run()
         return {note["task"] + 1: note["resident_bytes"] for note in clock.notes if note["event"] == "task"}

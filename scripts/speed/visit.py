@@ -56,7 +56,7 @@ def carry(script: str, strips: str, into: str) -> Facts:
 
 
 def decode(half: str, strips: str, data: str) -> Facts:
-    """Add a half to ``strips``; where the script has come with it, have it write ``data`` and check the files."""
+    """Add a half to ``strips``. If it contains the script, run the script: it writes ``data`` and checks the files."""
     shutil.copytree(half, strips, dirs_exist_ok=True)
     for script in Path(half).glob("*.py"):
         subprocess.run([sys.executable, Path(strips) / script.name, "--out", data], check=True)
@@ -68,7 +68,7 @@ def _mib(folder: Path) -> float:
 
 
 def versions(device: str) -> Facts:
-    """Versions, hardware and flags; an error where the command could not start here."""
+    """Versions, hardware and flags; an error if the command cannot start here."""
     import torch
     import torch._dynamo  # what an optimizer imports: compiled once, here, where the machine's packages are not
     from PIL import features
@@ -134,21 +134,21 @@ def probe(device: str) -> Facts:
 def rates(method: str, speed: str, steps: str, device: str, *overrides: str) -> Facts:
     """Milliseconds of a step in the loop, with a full memory, in the second of two tasks; and of the bare step.
 
-    The bare step computes the same loss terms on one batch that lies on the device already, with the same optimizer: no
-    draws, no augmentation, no buffer, no log. As a graph its forward and backward pass are captured, as the loop's are.
+    The bare step computes the same loss terms on one batch that is already on the device, with the same optimizer: no
+    draws, no augmentation, no buffer, no log. As a graph its forward and backward pass are captured, like the loop's.
     """
     import torch
 
     from cl_bench.loggers.base import Logger, Progress
     from cl_bench.methods.base import FunctionalMethod
-    from speed.common import BATCH, closed, first_phase, looping, on_random_pixels, parts_of, shortened
+    from speed.common import BATCH, build_parts, choose_random_pixels, close_task, get_first_phase, open_loop, shorten
 
     if speed == "graph" and device == "cpu":
-        return {"ms": None, "note": "a graph wants a CUDA device"}
+        return {"ms": None, "note": "a graph needs a CUDA device"}
     timed, warm_up = int(steps), min(WARM_UP, int(steps))
     images = (timed + warm_up) * BATCH
-    base = [f"+experiment={EXPERIMENTS[method]}", *on_random_pixels(2 * images // 100 + 2), "scenario.num_tasks=2"]
-    parts = parts_of(*base, f"device={device}", f"trainer.speed={speed}", *overrides)
+    base = [f"+experiment={EXPERIMENTS[method]}", *choose_random_pixels(2 * images // 100 + 2), "scenario.num_tasks=2"]
+    parts = build_parts(*base, f"device={device}", f"trainer.speed={speed}", *overrides)
     wait = torch.cuda.synchronize if parts.device.type == "cuda" else lambda: None
 
     class Marks(Logger):
@@ -173,11 +173,11 @@ def rates(method: str, speed: str, steps: str, device: str, *overrides: str) -> 
                 self.at.append(time.perf_counter())
 
     marks = Marks()
-    with looping(parts, marks) as trainer:
+    with open_loop(parts, marks) as trainer:
         first, second = parts.scenario.tasks
-        closed(parts, shortened(first, min(images, 2 * parts.buffer.capacity)))  # LVT stores when a task is closed
-        second = shortened(second, images)
-        phase = first_phase(parts, second)
+        close_task(parts, shorten(first, min(images, 2 * parts.buffer.capacity)))  # LVT stores when a task is closed
+        second = shorten(second, images)
+        phase = get_first_phase(parts, second)
         trainer.run_phase(second, 0, phase, None)
         took = 1e3 * (marks.at[-1] - marks.at[0]) / timed
         data = second.train.take(slice(0, BATCH))
@@ -192,8 +192,8 @@ def rates(method: str, speed: str, steps: str, device: str, *overrides: str) -> 
         "exemplars": len(parts.buffer),
         "peak_mib": peak and round(peak),
     } | facts
-    print(json.dumps(result), flush=True)  # kept should the rest not be reached
-    bare = bare_step(parts, phase, inputs, second.id, captured=speed == "graph")
+    print(json.dumps(result), flush=True)  # so that it is kept if the rest fails
+    bare = make_bare_step(parts, phase, inputs, second.id, captured=speed == "graph")
     for _ in range(min(10, warm_up)):
         bare()
     wait()
@@ -205,8 +205,8 @@ def rates(method: str, speed: str, steps: str, device: str, *overrides: str) -> 
     return result | {"bare_ms": round(limit, 3), "of_bare": round(limit / took, 3)}
 
 
-def bare_step(parts: Any, phase: Any, inputs: Any, task: int, captured: bool) -> Callable[[], None]:
-    """The limit: one step on fixed inputs, its forward and backward pass captured where asked."""
+def make_bare_step(parts: Any, phase: Any, inputs: Any, task: int, captured: bool) -> Callable[[], None]:
+    """The limit: one step on fixed inputs, its forward and backward pass captured if asked for."""
     import torch
 
     from cl_bench.engine.step import sum_losses
@@ -241,7 +241,7 @@ def bare_step(parts: Any, phase: Any, inputs: Any, task: int, captured: bool) ->
 
 
 def pack(records: str, out: str) -> Facts:
-    """Write what is brought home into ``out``, as parts that ``cat`` makes tar files of.
+    """Write what is brought home into ``out``, in parts; ``cat`` joins them to tar files.
 
     ``records.part.N``: everything but checkpoints. ``checkpoint.part.N``: of the runs that are not finished, the newest
     checkpoint between two tasks.
@@ -272,14 +272,14 @@ def write_parts(root: Path, files: list[Path], archive: Path) -> list[int]:
 
 
 def cut(size: int) -> Iterator[int]:
-    """Sizes of as few equal parts as there need be, none above :data:`PART_BYTES`."""
+    """The sizes of equal parts, as few as possible, each at most :data:`PART_BYTES`."""
     parts = max(1, -(-size // PART_BYTES))
     for number in range(parts):
         yield size * (number + 1) // parts - size * number // parts
 
 
 def main() -> None:
-    """Do one of them and print its result as one line."""
+    """Run the part that is named, and print its result as one line."""
     name, *arguments = sys.argv[1:]
     parts = {part.__name__: part for part in (carry, decode, versions, probe, rates, pack)}
     print(json.dumps(parts[name](*arguments)))

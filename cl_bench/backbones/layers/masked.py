@@ -1,7 +1,7 @@
-"""A network of fixed random weights with one binary mask a task over every convolution and linear layer.
+"""A network of fixed random weights with one binary mask per task over every convolution and linear layer.
 
-:func:`masked` turns any network of ``nn.Conv2d`` and ``nn.Linear`` into one. Old masks are bits in uint8 buffers; the
-mask that is being learned comes from one real score a weight.
+:class:`MaskedNet` makes one from any network of ``nn.Conv2d`` and ``nn.Linear``. Old masks are bits in uint8 buffers;
+the mask of the current task is computed from one real score per weight.
 
 Shapes: T tasks of the scenario, k of them learned, n weights of a layer, C channels, B images.
 """
@@ -23,7 +23,7 @@ Rule = Literal["edge_popup", "threshold"]
 
 
 class Selection:
-    """What every masked layer of one network multiplies its weights by; one object, shared by them all.
+    """The mask of the current forward pass; one object for all masked layers of a network.
 
     Attributes:
         which: None for the mask of the scores, a task's number for its stored mask, or weights (k,) for the
@@ -35,7 +35,7 @@ class Selection:
 
     @contextlib.contextmanager
     def use(self, which: int | Tensor | None) -> Iterator[None]:
-        """Select ``which`` for the forward passes inside."""
+        """Use ``which`` for the forward passes in this context."""
         before, self.which = self.which, which
         try:
             yield
@@ -44,7 +44,7 @@ class Selection:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The mask going forward, its gradient handed to the scores going back: dM/ds := 1."""
+    """The mask in the forward pass; in the backward pass its gradient is the scores' gradient: dM/ds := 1."""
 
     @staticmethod
     def forward(ctx, scores: Tensor, mask: Tensor) -> Tensor:
@@ -59,11 +59,11 @@ class MaskedLayer(nn.Module):
     """``layer`` without bias, its weights fixed at sign(w) sqrt(2 / fan_in) and multiplied by a mask.
 
     Args:
-        layer: the convolution or linear layer; the signs of its weights are kept, nothing else of it is.
-        num_tasks: T, masks to make room for.
+        layer: the convolution or linear layer; only the signs of its weights are kept.
+        num_tasks: T, number of masks.
         rule: how the scores become a mask.
-        kept: weights that ``edge_popup`` keeps; ``threshold`` keeps what it keeps.
-        mean_scores: also keep the mean of the scores of all tasks learned.
+        kept: number of weights that ``edge_popup`` keeps; ``threshold`` does not use it.
+        mean_scores: also store the mean of the scores of all tasks learned.
         selection: the network's.
     """
 
@@ -94,7 +94,7 @@ class MaskedLayer(nn.Module):
 
     @torch.no_grad()
     def open(self, learned: int) -> None:
-        """Give the next task its scores: the mean of the earlier ones where it is kept, else drawn anew."""
+        """Set the scores for the next task: the mean of the earlier ones if it is stored, otherwise random."""
         if self.mean_scores is not None and learned > 0:
             self.scores.copy_(self.mean_scores)
         else:
@@ -102,43 +102,43 @@ class MaskedLayer(nn.Module):
 
     @torch.no_grad()
     def store(self, task: int) -> None:
-        """Keep the mask of the scores as that of ``task``, the number of tasks stored before."""
-        self.packed[task] = pack(self.hard_mask().flatten())
+        """Store the mask of the scores as that of ``task``, which is the number of tasks stored before."""
+        self.packed[task] = pack(self.compute_mask().flatten())
         if self.mean_scores is not None:
             self.mean_scores += (self.scores - self.mean_scores) / (task + 1)
 
     @torch.no_grad()
-    def hard_mask(self) -> Tensor:
-        """The mask of the scores, bool in the shape of the weights."""
+    def compute_mask(self) -> Tensor:
+        """The mask of the scores, bool, in the shape of the weights."""
         if self.rule == "threshold":
             return self.scores >= 0
         mask = torch.zeros(self.scores.numel(), dtype=torch.bool, device=self.scores.device)
         mask[self.scores.abs().flatten().topk(self.kept, sorted=False).indices] = True
         return mask.view(self.scores.shape)
 
-    def weight(self) -> Tensor:
-        """The weights times the mask selected."""
+    def mask_weight(self) -> Tensor:
+        """The weights times the selected mask."""
         which, fixed = self.selection.which, self.layer.weight
         if which is None:
             scores = self.scores if self.rule == "threshold" else self.scores.abs()
-            return fixed * _StraightThrough.apply(scores, self.hard_mask())
+            return fixed * _StraightThrough.apply(scores, self.compute_mask())
         if isinstance(which, int):
             return fixed * unpack(self.packed[which], fixed.numel()).view(fixed.shape)
         masked = fixed.flatten() * unpack(self.packed[: len(which)], fixed.numel())  # (k, n)
         return (which @ masked).view(fixed.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As ``layer``, with the masked weights."""
-        return torch.func.functional_call(self.layer, {"weight": self.weight()}, (x,))
+        """The output of ``layer`` with the masked weights."""
+        return torch.func.functional_call(self.layer, {"weight": self.mask_weight()}, (x,))
 
 
 class TaskBatchNorm(nn.Module):
-    """BatchNorm without gain and shift, and with running statistics of each task's own.
+    """BatchNorm without gain and shift, with separate running statistics for each task.
 
     In a superposition the statistics are weighted like the masks.
 
     Args:
-        norm: the layer whose place it takes.
+        norm: the layer that it replaces.
         num_tasks: T.
         selection: the network's.
     """
@@ -152,7 +152,7 @@ class TaskBatchNorm(nn.Module):
         super().__init__()
         self.momentum, self.eps, self.selection = norm.momentum or 0.0, norm.eps, selection
         device, channels = next(norm.buffers()).device, norm.num_features
-        self.register_buffer("mean", torch.zeros(channels, device=device))  # of the task being learned
+        self.register_buffer("mean", torch.zeros(channels, device=device))  # of the current task
         self.register_buffer("var", torch.ones(channels, device=device))
         self.register_buffer("means", torch.zeros(num_tasks, channels, device=device))
         self.register_buffer("vars", torch.zeros(num_tasks, channels, device=device))
@@ -163,7 +163,7 @@ class TaskBatchNorm(nn.Module):
         self.var.fill_(1.0)
 
     def store(self, task: int) -> None:
-        """Keep the statistics as those of ``task``."""
+        """Store the statistics as those of ``task``."""
         self.means[task], self.vars[task] = self.mean, self.var
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,23 +173,23 @@ class TaskBatchNorm(nn.Module):
             return F.batch_norm(x, self.mean, self.var, training=self.training, momentum=self.momentum, eps=self.eps)
         if isinstance(which, int):
             return F.batch_norm(x, self.means[which], self.vars[which], eps=self.eps)
-        # Written out, since torch's own has no gradient to its statistics.
+        # Written out, because torch's batch_norm has no gradient with respect to the statistics.
         shape = (-1, *[1] * (x.dim() - 2))
         means, variances = (stored[: len(which)].to(which.dtype) for stored in (self.means, self.vars))
         return (x - (which @ means).view(shape)) * (which @ variances + self.eps).rsqrt().view(shape)
 
 
 class MaskedNet(nn.Module):
-    """A network whose weights never change, and what of it each task uses.
+    """A network whose weights never change, with a mask for each task.
 
     Args:
-        net: the network; it is changed in place.
+        net: the network; its layers are replaced.
         image_shape: (C, H, W).
         num_tasks: T.
         outputs: size of the output layer.
         rule: how scores become a mask.
         budget: s of the layers' density min(0.5, s (c_out + c_in) / (c_out c_in k k)) under ``edge_popup``.
-        mean_scores: start each task's scores from the mean of the earlier tasks'.
+        mean_scores: each task's scores start from the mean of the earlier tasks' scores.
     """
 
     learned: Tensor
@@ -209,7 +209,7 @@ class MaskedNet(nn.Module):
         self.selection = Selection()
         for parameter in net.parameters():
             parameter.requires_grad_(False)
-        names = called_layers(net, image_shape)
+        names = find_called_layers(net, image_shape)
         head = net.get_submodule(names[-1])
         if not isinstance(head, nn.Linear):
             raise ConfigError(
@@ -226,7 +226,7 @@ class MaskedNet(nn.Module):
                 layer,
                 num_tasks=num_tasks,
                 rule=rule,
-                kept=kept_weights(layer.weight.shape, budget),
+                kept=count_kept_weights(layer.weight.shape, budget),
                 mean_scores=mean_scores,
                 selection=self.selection,
             )
@@ -237,77 +237,77 @@ class MaskedNet(nn.Module):
         self.net = net
         self.register_buffer("learned", torch.zeros((), dtype=torch.int64, device=head.weight.device))
 
-    def layers(self) -> dict[str, MaskedLayer]:
+    def list_layers(self) -> dict[str, MaskedLayer]:
         """The masked layers by name."""
         return {name: m for name, m in self.net.named_modules() if isinstance(m, MaskedLayer)}
 
-    def norms(self) -> list[TaskBatchNorm]:
-        """The normalisations with statistics of their own a task."""
+    def list_norms(self) -> list[TaskBatchNorm]:
+        """The normalisation layers, which have statistics per task."""
         return [m for m in self.net.modules() if isinstance(m, TaskBatchNorm)]
 
-    def scores(self) -> list[nn.Parameter]:
-        """What is trained: a real number a weight."""
-        return [layer.scores for layer in self.layers().values()]
+    def list_scores(self) -> list[nn.Parameter]:
+        """The trained parameters: one real number per weight."""
+        return [layer.scores for layer in self.list_layers().values()]
 
     def open_task(self) -> None:
         """New scores and statistics."""
-        for layer in self.layers().values():
+        for layer in self.list_layers().values():
             layer.open(int(self.learned))
-        for norm in self.norms():
+        for norm in self.list_norms():
             norm.open()
 
     def close_task(self) -> None:
-        """Store mask and statistics; they are never written again."""
+        """Store mask and statistics; they never change again."""
         task = int(self.learned)
-        for layer in self.layers().values():
+        for layer in self.list_layers().values():
             layer.store(task)
-        for norm in self.norms():
+        for norm in self.list_norms():
             norm.store(task)
         self.learned += 1
 
     def forward(self, x: Tensor, which: int | Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, outputs) by the mask of the scores, of a task, or by several (:class:`Selection`)."""
+        """(B, C, H, W) -> (B, outputs) with the mask of the scores, of a task, or of several (:class:`Selection`)."""
         with self.selection.use(which):
             return self.net(x)
 
-    def kept(self) -> dict[str, list[int]]:
-        """Weights kept in each layer by each stored mask."""
-        layers, learned = self.layers(), int(self.learned)
+    def count_kept(self) -> dict[str, list[int]]:
+        """Number of weights that each stored mask keeps, per layer."""
+        layers, learned = self.list_layers(), int(self.learned)
         return {
             name: unpack(layer.packed[:learned], layer.scores.numel()).sum(1).tolist() for name, layer in layers.items()
         }
 
-    def weights(self) -> dict[str, int]:
-        """Weights of each layer."""
-        return {name: layer.scores.numel() for name, layer in self.layers().items()}
+    def count_weights(self) -> dict[str, int]:
+        """Number of weights per layer."""
+        return {name: layer.scores.numel() for name, layer in self.list_layers().items()}
 
-    def mask_bytes(self) -> int:
-        """Bytes of one task's mask as stored, a bit a weight."""
-        return sum(layer.packed.shape[1] for layer in self.layers().values())
+    def count_mask_bytes(self) -> int:
+        """Bytes of one task's stored mask, one bit per weight."""
+        return sum(layer.packed.shape[1] for layer in self.list_layers().values())
 
-    def norm_bytes(self) -> int:
+    def count_norm_bytes(self) -> int:
         """Bytes of one task's BatchNorm statistics."""
-        return sum(norm.mean.nbytes + norm.var.nbytes for norm in self.norms())
+        return sum(norm.mean.nbytes + norm.var.nbytes for norm in self.list_norms())
 
-    def mean_score_bytes(self) -> int:
-        """Bytes of the mean scores, 0 where none are kept."""
-        return sum(layer.mean_scores.nbytes for layer in self.layers().values() if layer.mean_scores is not None)
+    def count_mean_score_bytes(self) -> int:
+        """Bytes of the mean scores, 0 if they are not stored."""
+        return sum(layer.mean_scores.nbytes for layer in self.list_layers().values() if layer.mean_scores is not None)
 
 
-def density(shape: torch.Size, budget: float) -> float:
-    """Part of a layer's weights (c_out, c_in, ...) that the Erdos-Renyi rule keeps, at most a half."""
+def compute_density(shape: torch.Size, budget: float) -> float:
+    """Fraction of a layer's weights (c_out, c_in, ...) that the Erdos-Renyi rule keeps, at most a half."""
     return min(0.5, budget * (shape[0] + shape[1]) / shape.numel())
 
 
-def kept_weights(shape: torch.Size, budget: float) -> int:
-    """The number of weights of :func:`density`, rounded as in the authors' code (what is dropped is rounded down)."""
-    return shape.numel() - int((1 - density(shape, budget)) * shape.numel())
+def count_kept_weights(shape: torch.Size, budget: float) -> int:
+    """The number of weights of :func:`compute_density`, rounded as in the authors' code: n - floor((1 - density) n)."""
+    return shape.numel() - int((1 - compute_density(shape, budget)) * shape.numel())
 
 
-def called_layers(net: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:
-    """Names of the convolutions and linear layers in the order in which a forward pass first calls them.
+def find_called_layers(net: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:
+    """Names of the convolutions and linear layers, in the order of their first call in a forward pass.
 
-    A layer that the answer does not pass through (a second head, say) is none of them.
+    A layer that the output does not depend on (e.g. a second head) is not called.
     """
     called: dict[str, None] = {}
     layers = [(name, m) for name, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -322,21 +322,21 @@ def called_layers(net: nn.Module, image_shape: tuple[int, int, int]) -> list[str
 
 
 def replace(net: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in the place of the submodule ``name``."""
+    """Replace the submodule ``name`` by ``new``."""
     parent, _, child = name.rpartition(".")
     setattr(net.get_submodule(parent), child, new)
 
 
 def pack(bits: Tensor) -> Tensor:
-    """(n,) bool -> (ceil(n / 8),) uint8, the first bit lowest."""
+    """(n,) bool -> (ceil(n / 8),) uint8, the first bit is the lowest."""
     padded = F.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
-    return (padded << _places(bits.device)).sum(1, dtype=torch.uint8)
+    return (padded << _bit_positions(bits.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:
     """(..., ceil(n / 8)) uint8 -> (..., n) uint8 of 0 and 1."""
-    return ((packed[..., None] >> _places(packed.device)) & 1).flatten(-2)[..., :n]
+    return ((packed[..., None] >> _bit_positions(packed.device)) & 1).flatten(-2)[..., :n]
 
 
-def _places(device: torch.device) -> Tensor:
+def _bit_positions(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 AVX2_CHANNELS = 8
-"""Numbers in single precision that an AVX2 register holds."""
+"""How many single-precision numbers an AVX2 register holds."""
 
 
 class BasicBlock(nn.Module):
@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x), inplace=True)
 
 
-def resnet_layers(channels_in: int, width: int, num_layers: int) -> nn.Sequential:
+def build_resnet_layers(channels_in: int, width: int, num_layers: int) -> nn.Sequential:
     """The CIFAR stem (one 3 x 3 convolution, no pooling) and the first ``num_layers`` of ResNet18's four layers.
 
     Layer i has two blocks of ``width * 2^i`` channels; all but the first halve the map: (B, channels_in, H, W) ->
@@ -45,6 +45,6 @@ def resnet_layers(channels_in: int, width: int, num_layers: int) -> nn.Sequentia
         layers.append(nn.Sequential(BasicBlock(channels, out, 1 if i == 0 else 2), BasicBlock(out, out, 1)))
         channels = out
     net = nn.Sequential(*layers)
-    # Convolutions run about 1.5 times as fast on two CPU cores with their channels innermost. Not below eight channels:
-    # there oneDNN's gradient of a 1 x 1 convolution with stride 2, told to use AVX2, was seen to write past its memory.
+    # Convolutions with channels innermost are about 1.5 times as fast on two CPU cores. Not below eight channels: there
+    # oneDNN's gradient of a 1 x 1 convolution with stride 2, restricted to AVX2, was seen to write beyond its memory.
     return net.to(memory_format=torch.channels_last) if width >= AVX2_CHANNELS else net

@@ -1,12 +1,12 @@
-"""A plain Vision Transformer (Dosovitskiy et al. 2021) for small images, built of timm's blocks."""
+"""A plain Vision Transformer (Dosovitskiy et al. 2021) for small images, built from timm's blocks."""
 
 from timm.models.vision_transformer import VisionTransformer
 
 from cl_bench.backbones.base import check_layers
-from cl_bench.core.errors import require
+from cl_bench.core.errors import require, require_positive
 
 
-def small_vit(
+def build_small_vit(
     *,
     patch_size: int,
     dim: int,
@@ -20,15 +20,14 @@ def small_vit(
 
     Args:
         patch_size: side of a patch in pixels; must divide the images' side.
-        dim, depth, heads: width of a token, blocks, attention heads a block.
+        dim, depth, heads: width of a token, number of blocks, attention heads per block.
         mlp_ratio: width of the MLP relative to ``dim``.
         num_classes: outputs of the linear head; 0 for none.
         image_shape: (C, H, W) of the images.
     """
-    for key, value in {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}.items():
-        require(value > 0, key, expected="1 or more", got=value, fix="See configs/backbone/vit.yaml.")
+    usual = "See configs/backbone/vit.yaml."
+    require_positive(fix=usual, patch_size=patch_size, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
     check_layers("depth", depth)
-    require(mlp_ratio > 0, "mlp_ratio", expected="above 0", got=mlp_ratio, fix="4 is usual.")
     channels, height, width = image_shape
     require(
         height % patch_size == 0 and width % patch_size == 0,
@@ -42,7 +41,7 @@ def small_vit(
         "heads",
         expected=f"a divisor of dim = {dim}",
         got=heads,
-        fix="64 or 32 channels a head are usual.",
+        fix="64 or 32 channels per head are usual.",
     )
     return VisionTransformer(
         img_size=(height, width),
