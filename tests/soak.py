@@ -28,11 +28,19 @@ from typing import Any
 
 import torch
 import torch._dynamo  # loaded by the first optimizer otherwise: seconds in every fork
-from conftest import TINY, command_environment
-from test_command import assert_equal_results
-from test_loggers import logged, points, wandb_files, wandb_records
-from test_methods import METHODS, MLP_RESERVOIR, SUITS
-from test_pictures import pictures
+from helpers import (
+    METHODS,
+    MLP_RESERVOIR,
+    SUITS,
+    TINY,
+    assert_equal_results,
+    command_environment,
+    list_logged,
+    read_points,
+    wandb_files,
+    wandb_records,
+    write_pictures,
+)
 
 import cl_bench.engine.evaluate as evaluation
 from cl_bench import __main__ as main_module
@@ -343,12 +351,12 @@ def the_run(folder: Path) -> Path:
 def check_logger(logger: str, straight: Path, killed: Path) -> None:
     """TensorBoard has the same points as without kills; W&B's counter of one run grows, each event is there."""
     if logger == "tensorboard":
-        assert points(killed / "tensorboard") == points(straight / "tensorboard")
+        assert read_points(killed / "tensorboard") == read_points(straight / "tensorboard")
     if logger == "wandb":
         events = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
         numbers: set[int] = set()
         for file in wandb_files(killed):
-            rows = logged(wandb_records(file))
+            rows = list_logged(wandb_records(file))
             counter = [row["_step"] for row in rows]
             assert counter == sorted(set(counter)), counter
             assert all(row["step"] == events[min(row["_step"], len(events) - 1)]["step"] for row in rows), rows
@@ -545,7 +553,7 @@ def main() -> int:
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="cl_bench_soak_"))
     soak = Soak(folder, options.seed)
-    own = pictures(folder / "pictures", classes=[f"class {c}" for c in range(10)], train=10, test=4)
+    own = write_pictures(folder / "pictures", classes=[f"class {c}" for c in range(10)], train=10, test=4)
     list_kinds()  # loads PIL's decoders before the forks
     order = soak.rng.sample(METHODS, len(METHODS))
     extra: dict[str, Any] = {}

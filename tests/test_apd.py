@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, batch_of, configure, identity_transform, network_of, toy_images
-from test_losses import array, cross_entropy
-from test_methods import trainer_of
+from helpers import (
+    SEED,
+    array,
+    batch_of,
+    configure,
+    cross_entropy,
+    identity_transform,
+    network_of,
+    toy_images,
+    trainer_of,
+)
 
 from cl_bench.backbones.apd import NO_GROUP, APDNet, ResponseNorm
 from cl_bench.config.build import Parts, build

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, configure
+from helpers import ROOT, configure
 from omegaconf import OmegaConf
 
 from cl_bench.config.build import RUNTIME

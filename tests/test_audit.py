@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, configure
+from helpers import ROOT, TINY, command, configure
 
 from cl_bench.config.build import Parts, build
 from cl_bench.core.types import Data, Phase

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, buffer_context
+from helpers import batch_of, buffer_context
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

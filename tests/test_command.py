@@ -12,9 +12,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import DATA, ROOT, TINY, command, command_environment, configure, needs_cifar100
+from helpers import (
+    ROOT,
+    TINY,
+    assert_equal_results,
+    command,
+    command_environment,
+    configure,
+    find_run,
+    needs_cifar100,
+    run_in_process,
+)
 
-from cl_bench import __main__ as main_module
 from cl_bench.runs import run as run_module
 
 FILES = [
@@ -23,28 +32,10 @@ FILES = [
 ]  # fmt: skip
 
 
-def the_run(folder: Path) -> Path:
-    (found,) = folder.glob("**/summary.json")
-    return found.parent
-
-
-def in_process(*arguments: str, monkeypatch, cwd: Path) -> int:
-    """The command without a new process; returns its exit status."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", ["cl_bench", *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setenv("CL_BENCH_DATA", str(DATA))
-    try:
-        main_module.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 def test_a_run_from_end_to_end_and_once_more(tmp_path):
     first = command("+experiment=quickstart", *TINY, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    run = the_run(tmp_path / "results")
+    run = find_run(tmp_path / "results")
     assert run.parts[-4:-2] == ("results", "quickstart")
     assert run.name == "seed0"
     assert all((run / name).is_file() for name in FILES)
@@ -94,26 +85,6 @@ def test_a_run_from_end_to_end_and_once_more(tmp_path):
     assert json.loads((run / "summary.json").read_text())["class_il"] == summary["class_il"]
 
 
-def results_of(run: Path) -> dict[str, object]:
-    """Everything a run leaves that may not depend on how often it was interrupted."""
-    weights = torch.load(run / "checkpoint" / "last.pt", weights_only=True)["final"]["method"]
-    flat = {name: value.numpy() for name, value in weights.items() if isinstance(value, torch.Tensor)}
-    predictions = dict(np.load(run / "predictions.npz"))
-    texts = {name: (run / name).read_text() for name in ("accuracy_matrix.csv", "metrics.jsonl")}
-    summary = json.loads((run / "summary.json").read_text())
-    return {"weights": flat, "predictions": predictions, "metrics": [summary["class_il"], summary["task_il"]]} | texts
-
-
-def assert_equal_results(one: Path, other: Path) -> None:
-    a, b = results_of(one), results_of(other)
-    for key in ("weights", "predictions"):
-        assert a[key].keys() == b[key].keys()
-        for name in a[key]:
-            np.testing.assert_array_equal(a[key][name], b[key][name], err_msg=name)
-    for key in ("metrics", "accuracy_matrix.csv", "metrics.jsonl"):
-        assert a[key] == b[key], key
-
-
 @needs_cifar100
 @pytest.mark.slow
 def test_real_cifar100_killed_in_mid_task_goes_on_bit_equal(tmp_path):
@@ -147,7 +118,7 @@ def test_real_cifar100_killed_in_mid_task_goes_on_bit_equal(tmp_path):
 
     resumed = command(*arguments, "results_dir=killed", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert_equal_results(the_run(tmp_path / "straight"), the_run(tmp_path / "killed"))
+    assert_equal_results(find_run(tmp_path / "straight"), find_run(tmp_path / "killed"))
 
 
 def _whole(path: Path) -> list[str]:
@@ -174,24 +145,24 @@ def test_signals_save_and_leave_and_the_same_command_goes_on(tmp_path):
         assert not list(tmp_path.glob("stopped/**/summary.json"))
     assert command(*arguments, "results_dir=stopped", cwd=tmp_path).returncode == 0
     assert command(*arguments, "results_dir=straight", cwd=tmp_path).returncode == 0
-    assert_equal_results(the_run(tmp_path / "straight"), the_run(tmp_path / "stopped"))
+    assert_equal_results(find_run(tmp_path / "straight"), find_run(tmp_path / "stopped"))
 
 
 def test_a_second_process_on_one_run_folder_is_refused(tmp_path, monkeypatch, capsys):
     from cl_bench.runs.run_dir import lock_run_dir
 
     arguments = [*TINY, f"results_dir={tmp_path}/r"]
-    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
-    run = the_run(tmp_path / "r")
+    assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    run = find_run(tmp_path / "r")
     with lock_run_dir(run):
-        assert in_process(*arguments, "overwrite=true", monkeypatch=monkeypatch, cwd=tmp_path) == 2
+        assert run_in_process(*arguments, "overwrite=true", monkeypatch=monkeypatch, cwd=tmp_path) == 2
     assert "expected a run folder that no other process is writing to" in capsys.readouterr().err
     assert (run / "summary.json").exists()
 
 
 def test_a_sweep_gives_every_run_its_folder(tmp_path, monkeypatch):
     arguments = ["-m", *TINY, "seed=0,1", "optimizer.lr=0.1,0.01", "results_dir=r"]
-    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     runs = [path.parent for path in (tmp_path / "r").glob("default/*/*/summary.json")]
     assert sorted(run.name for run in runs) == ["seed0", "seed0", "seed1", "seed1"]
     assert len({run.parent for run in runs}) == 2
@@ -201,8 +172,8 @@ def test_the_three_seeds_change_only_what_they_govern(tmp_path, monkeypatch):
     def summary(*overrides):
         folder = "-".join(overrides).replace("=", "") or "base"
         arguments = [*TINY, "scenario.class_order=random", f"results_dir={folder}", *overrides]
-        assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
-        run = the_run(tmp_path / folder)
+        assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+        run = find_run(tmp_path / folder)
         return json.loads((run / "summary.json").read_text()), np.load(run / "predictions.npz")
 
     base, base_images = summary()
@@ -222,15 +193,15 @@ def test_the_three_seeds_change_only_what_they_govern(tmp_path, monkeypatch):
 
 def test_validation_in_place_of_test_for_a_search(tmp_path, monkeypatch):
     arguments = [*TINY, "scenario.val_fraction=0.3", "trainer.evaluate_on=val", "results_dir=r"]
-    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
-    run = the_run(tmp_path / "r")
+    assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    run = find_run(tmp_path / "r")
     assert json.loads((run / "summary.json").read_text())["evaluate_on"] == "val"
     assert len(np.load(run / "predictions.npz")["label"]) == 30  # three of ten training images of ten classes
 
 
 def test_dry_run_says_what_a_run_would_be(tmp_path, monkeypatch, capsys):
     arguments = ["+experiment=quickstart", "dry_run=true", "results_dir=r"]
-    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     out = capsys.readouterr().out
     summary = json.loads(out.splitlines()[-1])
     assert summary["status"] == "dry_run"
@@ -462,7 +433,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_gives_one_message(case, monkeypatch, tmp_path, capsys):
     arguments, message = WRONG[case]
-    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
     captured = capsys.readouterr()
     assert re.search(message.replace("?", r"\?"), captured.err), captured.err
     assert captured.err.startswith("cl_bench: ")
@@ -472,7 +443,7 @@ def test_wrong_input_gives_one_message(case, monkeypatch, tmp_path, capsys):
 
 
 def test_a_sweep_over_a_key_that_nothing_reads_is_refused(monkeypatch, tmp_path, capsys):
-    assert in_process("-m", "+seeds=0,1", monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    assert run_in_process("-m", "+seeds=0,1", monkeypatch=monkeypatch, cwd=tmp_path) == 2
     error = capsys.readouterr().err
     for number in (0, 1):
         line = f"job {number} (+seeds={number}): seeds: expected a key of the configuration; got the unknown key seeds."
@@ -507,12 +478,12 @@ def test_what_is_wrong_in_a_file_of_ones_own_is_said_with_file_and_line(case, mo
     outer.write_text("# @package _global_\ndefaults:\n  - mine\n  - _self_\n")
     for name in ("mine", "outer"):  # as it is, and below another one
         arguments = ["--config-dir", "mine", f"+experiment={name}"]
-        assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
+        assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
         error = capsys.readouterr().err
         assert re.search(message.replace("?", r"\?"), error), error
         assert f"{Path('mine/experiment/mine.yaml')}, line {line}" in error
         assert error.count("\n") == 1
-    assert in_process(*arguments, "trainer.epochs=none", monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    assert run_in_process(*arguments, "trainer.epochs=none", monkeypatch=monkeypatch, cwd=tmp_path) == 2
     if case == "a wrong type":  # typed, so it is not the file's
         assert "mine.yaml" not in capsys.readouterr().err
 
@@ -522,7 +493,9 @@ def test_a_file_of_ones_own_without_its_first_line_is_told_of_it(monkeypatch, tm
     file.parent.mkdir(parents=True)
     for text in ("trainer:\n  epochs: 3\n", "seed: 3\n", "defaults:\n  - override /method: ewc\n"):
         file.write_text(text)
-        assert in_process("--config-dir", "mine", "+experiment=mine", monkeypatch=monkeypatch, cwd=tmp_path) == 2, text
+        assert run_in_process("--config-dir", "mine", "+experiment=mine", monkeypatch=monkeypatch, cwd=tmp_path) == 2, (
+            text
+        )
         error = capsys.readouterr().err
         assert "experiment/mine.yaml: expected # @package _global_ at its top" in error, text
         assert error.count("\n") == 1
@@ -530,7 +503,7 @@ def test_a_file_of_ones_own_without_its_first_line_is_told_of_it(monkeypatch, tm
 
 def test_what_another_key_gives_a_file_is_not_laid_at_its_door(monkeypatch, tmp_path, capsys):
     arguments = ["scenario=folder", "data_dir=nowhere", "scenario.source.size=8", "device=cpu"]
-    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
     error = capsys.readouterr().err
     assert error.startswith("cl_bench: scenario.source.root: expected a folder nowhere/train")
     assert "It is in" not in error
@@ -542,7 +515,7 @@ def test_a_quoted_value_is_taken_as_it_was_meant(monkeypatch, tmp_path):
         shown = explain_value(f"label={value}")
         arguments = [*TINY, shown, "dry_run=true"]
         assert configure(shown).label == value, shown
-    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
 
 
 def explain_value(override: str) -> str:
@@ -558,7 +531,7 @@ def test_a_run_has_a_label(monkeypatch, tmp_path, capsys):
     labels, folders = [], set()
     for more in ([], ["label=a text of mine"], ["buffer.capacity=20", "seed=3", "label=null"]):
         base = ["method=er", "buffer=reservoir", "dry_run=true"]
-        assert in_process(*TINY, *base, *more, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+        assert run_in_process(*TINY, *base, *more, monkeypatch=monkeypatch, cwd=tmp_path) == 0
         summary = json.loads(capsys.readouterr().out.splitlines()[-1])
         labels.append(summary["label"])
         folders.add(summary["fingerprint"])
@@ -569,7 +542,7 @@ def test_a_run_has_a_label(monkeypatch, tmp_path, capsys):
         f"{typed} method=er buffer=reservoir buffer.capacity=20",
     ]
     assert len(folders) == 2
-    assert in_process("dry_run=true", monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert run_in_process("dry_run=true", monkeypatch=monkeypatch, cwd=tmp_path) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["label"] is None
 
 
@@ -579,9 +552,9 @@ def test_threads_are_set_for_a_run_and_noted(monkeypatch, tmp_path):
     before = torch.get_num_threads()
     for number in ("2", "auto"):
         arguments = [*TINY, "logger=none", f"threads={number}", f"results_dir=r{number}"]
-        assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+        assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
         assert torch.get_num_threads() == before
-    runs = [the_run(tmp_path / name) for name in ("r2", "rauto")]
+    runs = [find_run(tmp_path / name) for name in ("r2", "rauto")]
     assert [json.loads((run / "env.json").read_text())["threads"] for run in runs] == [2, before]
     assert runs[0].relative_to(tmp_path / "r2") == runs[1].relative_to(tmp_path / "rauto")
 
@@ -599,7 +572,7 @@ def test_damaged_data_is_named(monkeypatch, tmp_path, capsys):
     folder.mkdir()
     for name in ("train", "test", "meta"):
         (folder / name).write_bytes(b"damaged")
-    assert in_process("scenario=cifar100", f"data_dir={tmp_path}", monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    assert run_in_process("scenario=cifar100", f"data_dir={tmp_path}", monkeypatch=monkeypatch, cwd=tmp_path) == 2
     error = capsys.readouterr().err
     assert error.startswith("cl_bench: data_dir: expected the official CIFAR-100 file")
     assert error.count("\n") == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import TASKS, make_run
+from helpers import FIVE_TASKS, make_run
 
 from cl_bench.core.errors import ConfigError
 from cl_bench.report import plots
@@ -235,7 +235,7 @@ LAST = [60.0, 58.0, 64.0, 70.0, 91.0]
 
 def in_order(root: Path, positions: list[int], last: list[float] = LAST, **options) -> None:
     """A run of the tasks of ``make_run`` in another order, with the given final Class-IL accuracies by position."""
-    tasks = [TASKS[position] for position in positions]
+    tasks = [FIVE_TASKS[position] for position in positions]
     order = [c for task in tasks for c in task]
     keys = {"trainer.epochs": 3, "method.alpha": 0.5, "scenario.class_order": order}
     settings = {
@@ -282,7 +282,7 @@ def test_disparities_are_taken_seed_by_seed_over_the_seeds_that_every_order_has(
 
 def test_no_disparity_of_other_tasks_other_settings_or_one_order(tmp_path):
     in_order(tmp_path, [0, 1, 2, 3, 4])
-    regrouped = [[8, 7], [0, 1], *TASKS[2:]]  # the same classes in other tasks
+    regrouped = [[8, 7], [0, 1], *FIVE_TASKS[2:]]  # the same classes in other tasks
     in_order(tmp_path, [0, 1, 2, 3, 4], tasks=regrouped, fingerprint="f1", class_order=[8, 7, 0, 1, 3, 6, 2, 4, 5, 9])
     keys = {"trainer.epochs": 9, "method.alpha": 0.5, "scenario.class_order": list(range(10))}
     in_order(tmp_path, [1, 0, 2, 3, 4], fingerprint="f2", comparable=keys)

@@ -15,11 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import FUNCTIONAL, METHODS, ROOT, find_run, largest_difference, parts_of, run_in_process, trainer_of
 from stand_ins import CPU, CUDA, LowestCalls, Played, Pretence
-from test_command import in_process, the_run
-from test_methods import METHODS, parts_of, trainer_of
-from test_step import FUNCTIONAL, largest_difference
 
 from cl_bench.buffers.herding import compute_herding_order
 from cl_bench.config.build import choose_device
@@ -125,8 +122,8 @@ def test_the_command_reaches_its_steps_on_a_cuda_device(tmp_path, monkeypatch, p
     monkeypatch.setattr(run_module, "write_report", lambda place: None)
     arguments = ["+experiment=quickstart", "device=cuda", "logger=none"]
     few = ["scenario.num_tasks=2", "scenario.train_per_class=20", "scenario.test_per_class=4", "trainer.epochs=2"]
-    assert in_process(*arguments, *few, monkeypatch=monkeypatch, cwd=tmp_path) == 0
-    run = the_run(tmp_path)
+    assert run_in_process(*arguments, *few, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    run = find_run(tmp_path)
     summary, environment = (json.loads((run / name).read_text()) for name in ("summary.json", "env.json"))
     assert summary["speed"] == {"asked": "auto", "used": "graph", "why": None, "replicas": 1}
     assert environment["device"] == "stand-in"

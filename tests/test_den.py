@@ -5,9 +5,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, TINY, batch_of, configure
-from test_losses import array, cross_entropy
-from test_methods import SUITS, trainer_of
+from helpers import SEED, SUITS, TINY, array, batch_of, configure, cross_entropy, trainer_of
 from torch import Tensor
 
 from cl_bench.backbones.den import DEN
@@ -357,7 +355,10 @@ def test_drift_is_the_norm_over_incoming_weights():
         assert len(rho) == len(b)
         for i in range(len(b)):
             d = np.concatenate(
-                [(array(layer.weight)[i, : w.shape[1]] - array(w)[i]).ravel(), [array(layer.bias - 0)[i] - array(b)[i]]]
+                [
+                    (array(layer.weight)[i, : w.shape[1]] - array(w)[i]).ravel(),
+                    [array(layer.bias - 0)[i] - array(b)[i]],
+                ]
             )
             assert rho[i].item() == pytest.approx(np.sqrt((d**2).sum()), rel=1e-5)
 

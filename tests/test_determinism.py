@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, configure
-from test_command import assert_equal_results, in_process, the_run
+from helpers import TINY, assert_equal_results, configure, find_run, run_in_process
 
 from cl_bench.config.build import Parts, build
 from cl_bench.runs import run as run_module
@@ -17,8 +16,8 @@ def test_the_same_command_twice_gives_the_same_bytes(tmp_path, monkeypatch):
     for name in ("one", "other"):
         torch.manual_seed(hash(name))  # whatever state the process is in
         arguments = [*TINY, *AUGMENTED, "backbone=resnet18_slim", "backbone.width=4", "logger=none"]
-        assert in_process(*arguments, f"results_dir={name}", monkeypatch=monkeypatch, cwd=tmp_path) == 0
-        runs.append(the_run(tmp_path / name))
+        assert run_in_process(*arguments, f"results_dir={name}", monkeypatch=monkeypatch, cwd=tmp_path) == 0
+        runs.append(find_run(tmp_path / name))
     assert_equal_results(*runs)
     for name in ("accuracy_matrix.csv", "metrics.jsonl", "predictions.npz"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import configure, toy_images
+from helpers import configure, toy_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.config.build import Parts, build

@@ -5,8 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, batch_of, buffer_context, configure, identity_transform, network_of
-from test_losses import array, softmax
+from helpers import SEED, array, batch_of, buffer_context, configure, identity_transform, network_of, softmax
 
 from cl_bench.backbones.dytox import DyTox
 from cl_bench.buffers.herding import Herding

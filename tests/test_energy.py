@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from conftest import TINY, configure
+from helpers import TINY, configure
 
 from cl_bench.config.build import build
 from cl_bench.engine.checkpoint import Checkpoint

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_split import split
+from helpers import make_split
 
 from cl_bench.engine import evaluate as module
 from cl_bench.engine.evaluate import evaluate
@@ -41,7 +41,7 @@ class NeedsId(Scores):
 
 
 def scenario():
-    return split(num_tasks=2, class_order=[3, 2, 1, 0])
+    return make_split(num_tasks=2, class_order=[3, 2, 1, 0])
 
 
 def test_unseen_classes_and_other_tasks_are_never_answered():
@@ -117,7 +117,7 @@ def test_a_method_that_needs_the_id_has_no_class_il():
 def test_areas_are_of_the_probabilities_among_the_classes_of_the_task():
     torch.manual_seed(0)
     weight = 0.1 * torch.randn(64, 4)  # small: where probabilities round to 1 they are ties, and rounding breaks them
-    unequal = split(classes_per_task=[1, 3])
+    unequal = make_split(classes_per_task=[1, 3])
     method = Scores(lambda x, t: x.flatten(1) @ weight)
     answers = evaluate(method, unequal, learned=2, split="test", autocast=OFF)
     task = unequal.tasks[1].test
@@ -144,7 +144,7 @@ def test_before_training_every_task_is_asked_in_task_il_only():
 
 
 def test_validation_images_in_place_of_test_images():
-    held = split(num_tasks=2, val_fraction=0.5)
+    held = make_split(num_tasks=2, val_fraction=0.5)
     method = Scores(lambda x, t: torch.zeros(len(x), 4))
     answers = evaluate(method, held, learned=2, split="val", autocast=OFF)
     assert sorted(answers.index.tolist()) == sorted(torch.cat([t.val.index for t in held.tasks]).tolist())

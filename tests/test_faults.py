@@ -4,17 +4,14 @@ import errno
 import itertools
 import os
 import re
-import resource
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
-from test_command import assert_equal_results, in_process, the_run
+from helpers import TINY, assert_equal_results, find_run, no_file_above, run_in_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cl_bench.core.errors import ConfigError
@@ -35,8 +32,8 @@ def straight(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "write_report", lambda place: None)
-        assert in_process(*RUN, "results_dir=r", monkeypatch=patch, cwd=folder) == 0
-    return the_run(folder)
+        assert run_in_process(*RUN, "results_dir=r", monkeypatch=patch, cwd=folder) == 0
+    return find_run(folder)
 
 
 @pytest.fixture
@@ -45,7 +42,7 @@ def run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
 
     def call(*arguments: str) -> tuple[int, str]:
-        status = in_process(*RUN, *arguments, monkeypatch=monkeypatch, cwd=tmp_path)
+        status = run_in_process(*RUN, *arguments, monkeypatch=monkeypatch, cwd=tmp_path)
         return status, capsys.readouterr().err
 
     return call
@@ -188,7 +185,7 @@ def test_a_run_goes_on_from_the_checkpoint_between_two_tasks_alone(run, straight
     last.with_name("previous.pt").unlink()
     status, error = run("results_dir=r")
     assert (status, "damaged" in error) == (0, False)
-    assert_equal_results(straight, the_run(tmp_path / "r"))
+    assert_equal_results(straight, find_run(tmp_path / "r"))
 
 
 def test_a_run_with_a_damaged_checkpoint_goes_on_and_ends_the_same(run, straight, tmp_path, monkeypatch):
@@ -198,7 +195,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_and_ends_the_same(run, straight
     status, error = run("results_dir=damaged")
     assert status == 0
     assert error.count("is damaged") == 1
-    assert_equal_results(straight, the_run(tmp_path / "damaged"))
+    assert_equal_results(straight, find_run(tmp_path / "damaged"))
 
 
 def test_without_a_whole_checkpoint_a_run_is_never_begun_afresh_unasked(run, tmp_path, monkeypatch):
@@ -246,17 +243,6 @@ def stopped_in_epoch(run, monkeypatch, event: int, *arguments: str) -> None:
 # -- disks and folders ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """A limit of the system on the size of any file that this process writes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_no_room_for_a_checkpoint_stops_with_one_message(run, straight, tmp_path):
     with no_file_above(5_000):
         status, error = run("results_dir=r")
@@ -266,7 +252,7 @@ def test_no_room_for_a_checkpoint_stops_with_one_message(run, straight, tmp_path
     assert "the same command goes on from the last checkpoint" in error
     assert error.count("\n") == 1
     assert run("results_dir=r")[0] == 0
-    assert_equal_results(straight, the_run(tmp_path / "r"))
+    assert_equal_results(straight, find_run(tmp_path / "r"))
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -300,8 +286,8 @@ def test_no_room_for_a_file_stops_with_one_message(run, straight, tmp_path, monk
     assert "No space left on device" in error
     assert ("the run is finished" in error) == (file == "report.html")
     assert run("results_dir=r")[0] == 0
-    assert_equal_results(straight, the_run(tmp_path / "r"))
-    assert (the_run(tmp_path / "r") / "report.html").exists()
+    assert_equal_results(straight, find_run(tmp_path / "r"))
+    assert (find_run(tmp_path / "r") / "report.html").exists()
 
 
 def test_a_report_that_cannot_be_made_does_not_fail_its_run(run, straight, tmp_path, monkeypatch):
@@ -314,7 +300,7 @@ def test_a_report_that_cannot_be_made_does_not_fail_its_run(run, straight, tmp_p
             status, error = run("results_dir=r")
             assert status == 0
             assert [line for line in error.splitlines() if line.startswith("No report (UnicodeEncodeError: ")]
-    assert_equal_results(straight, the_run(tmp_path / "r"))
+    assert_equal_results(straight, find_run(tmp_path / "r"))
 
 
 def test_a_folder_removed_in_mid_run_stops_with_one_message(run, tmp_path, monkeypatch):
@@ -347,7 +333,7 @@ def test_a_file_where_a_folder_should_be(run, tmp_path):
 def test_a_logger_without_its_folder_is_dropped_and_the_run_finishes(run, tmp_path, logger):
     """Where a file is in the way of the logger's folder, it cannot start."""
     assert run("results_dir=r")[0] == 0
-    folder = the_run(tmp_path / "r")
+    folder = find_run(tmp_path / "r")
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / logger).write_text("in the way")

@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, configure
+from helpers import METHODS, MLP_RESERVOIR, SUITS, TINY, configure
 from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from test_methods import METHODS, MLP_RESERVOIR, SUITS
 
 from cl_bench.config.build import build, build_loggers, identify_run
 from cl_bench.config.explain import explain

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import METHODS, parts_of
+from helpers import METHODS, parts_of
 
 from cl_bench.core.record import replace_non_finite
 from cl_bench.engine.checkpoint import Checkpoint

@@ -5,9 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, configure, toy_images
-from test_methods import parts_of, trainer_of
-from test_pictures import pictures
+from helpers import TINY, command, configure, parts_of, toy_images, trainer_of, write_pictures
 
 from cl_bench.config.build import build
 from cl_bench.core.images import HostImages
@@ -91,7 +89,7 @@ def test_a_run_from_the_host_is_the_run_from_the_device(method, tmp_path):
 
 
 def test_images_that_do_not_fit_stay_in_their_file(tmp_path, monkeypatch):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     settings = ["scenario=folder", f"data_dir={root}", "scenario.num_tasks=3", "scenario.source.size=8", "device=cpu"]
     config = configure(*settings, "method=er", "buffer=reservoir", "buffer.capacity=20", "trainer.epochs=1")
     fits = build(config)
@@ -106,7 +104,7 @@ def test_images_that_do_not_fit_stay_in_their_file(tmp_path, monkeypatch):
 
 
 def test_the_command_learns_a_folder_of_pictures(tmp_path):
-    pictures(tmp_path / "mine")
+    write_pictures(tmp_path / "mine")
     done = command(
         *["scenario=folder", "data_dir=mine", "scenario.num_tasks=3", "scenario.source.size=8", "logger=none"],
         *[argument for argument in TINY if argument.startswith("device")],

@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import re
-import struct
 import subprocess
 import sys
 import textwrap
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import list_logged, read_points, select_kind, wandb_files, wandb_records
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
@@ -270,15 +270,6 @@ def test_every_logger_can_be_finished_before_it_starts_and_twice(capsys):
 # TensorBoard
 
 
-def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
-    accumulator.Reload()
-    tags = accumulator.Tags()["scalars"]
-    return {tag: [(point.step, round(point.value, 5)) for point in accumulator.Scalars(tag)] for tag in tags}
-
-
 EXPECTED_POINTS = {
     "lr": [(10, 0.01), (20, 0.005), (30, 0.00333), (40, 0.0025)],
     "loss": [(10, 2.0), (20, 1.0), (30, 2.0), (40, 0.75)],
@@ -297,7 +288,7 @@ def test_tensorboard_has_every_point_once_after_kills(tmp_path, again_from):
     tell(first, stop=4)
     with killed_before_mark(5):
         tell(first, first=4, stop=5)
-    assert (30, 1.5) in points(tmp_path / "tensorboard")["losses/ce"]  # written, but nobody knows
+    assert (30, 1.5) in read_points(tmp_path / "tensorboard")["losses/ce"]  # written, but nobody knows
     first.finish("failed", None)
     with (tmp_path / "tensorboard" / "events.out.tfevents.cl_bench").open("ab") as file:
         file.write(b"\x18\0\0\0")  # half a record
@@ -307,7 +298,7 @@ def test_tensorboard_has_every_point_once_after_kills(tmp_path, again_from):
         later.start(info(tmp_path))
         tell(later, begin, stop)
         later.finish("finished", None)
-    assert points(tmp_path / "tensorboard") == EXPECTED_POINTS
+    assert read_points(tmp_path / "tensorboard") == EXPECTED_POINTS
 
 
 def test_tensorboard_starts_afresh_where_its_first_event_was_killed(tmp_path):
@@ -317,7 +308,7 @@ def test_tensorboard_starts_afresh_where_its_first_event_was_killed(tmp_path):
         with killed_before_mark(2):
             logger.log_event(1, EVENTS[1])
         logger.finish("failed", None)
-    assert points(tmp_path / "tensorboard")["losses/ce"] == [(10, 2.0)]
+    assert read_points(tmp_path / "tensorboard")["losses/ce"] == [(10, 2.0)]
 
 
 def test_tensorboard_gets_from_metrics_what_it_missed(tmp_path):
@@ -331,7 +322,7 @@ def test_tensorboard_gets_from_metrics_what_it_missed(tmp_path):
         logger.log_event(number, EVENTS[number])
     metrics.finish("finished", None)
     logger.finish("finished", None)
-    assert points(tmp_path / "tensorboard") == EXPECTED_POINTS
+    assert read_points(tmp_path / "tensorboard") == EXPECTED_POINTS
 
 
 # W&B
@@ -363,44 +354,6 @@ def offline_wandb() -> Wandb:
     return Wandb(project="p", entity=None, mode="offline", tags=["t"])
 
 
-def wandb_records(file: Path) -> list:
-    """The records of a .wandb file: seven bytes, then blocks of 32 KiB of (checksum, length, kind) + content."""
-    from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
-
-    data, at, content, records = file.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        if (room := 32768 - at % 32768) < 7:
-            at += room
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        content += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            records.append(WandbRecord.FromString(content))
-            content = b""
-    return records
-
-
-def of_kind(records: list, kind: str) -> list:
-    return [getattr(record, kind) for record in records if record.WhichOneof("record_type") == kind]
-
-
-def logged(records: list) -> list[dict]:
-    """What was logged, one dictionary for each call."""
-    rows = []
-    for history in of_kind(records, "history"):
-        rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in history.item})
-    return rows
-
-
-def wandb_files(folder: Path) -> list[Path]:
-    """The .wandb files, oldest first, complete: W&B's service process, which writes them, has ended."""
-    import wandb
-
-    wandb.teardown()
-    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-
-
 def test_wandb_offline_over_a_kill(wandb_home, offline):
     folder = wandb_home / "run"
     first = offline_wandb()
@@ -419,16 +372,16 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
     second.finish("finished", {"status": "finished", "class_il": {"forgetting": 40.0}, "cost": {"train_seconds": 2.5}})
 
     before, after = map(wandb_records, wandb_files(folder))
-    [run] = of_kind(before, "run")
+    [run] = select_kind(before, "run")
     assert (run.run_id, run.run_group, run.job_type) == (compute_run_id(info(folder)), "some_Experiment", "er")
     assert list(run.tags) == ["t"]
-    assert {run.run_id for run in of_kind(after, "run")} == {run.run_id}
-    assert [metric.step_metric for metric in of_kind(before, "metric") if metric.glob_name == "*"] == ["step"]
-    assert [e.exit_code for e in of_kind(before, "exit") + of_kind(after, "exit")] == [130, 0]
+    assert {run.run_id for run in select_kind(after, "run")} == {run.run_id}
+    assert [metric.step_metric for metric in select_kind(before, "metric") if metric.glob_name == "*"] == ["step"]
+    assert [e.exit_code for e in select_kind(before, "exit") + select_kind(after, "exit")] == [130, 0]
 
     # W&B's counter is the number of the event: those it got twice (2 to 4) have the same number and are one point.
-    assert [row["_step"] for row in logged(before)] == [1, 2, 3, 4]
-    *rows, last = logged(after)
+    assert [row["_step"] for row in list_logged(before)] == [1, 2, 3, 4]
+    *rows, last = list_logged(after)
     assert [row["_step"] for row in rows] == [2, 3, 4, 5, 6]
     assert [row["step"] for row in rows] == [20, 20, 30, 40, 40]
     assert rows[3]["losses/replay"] == 0.25
@@ -440,11 +393,11 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
     assert json.loads(table.read_text())["data"][-1] == ["class_il", 1, 1, 70, 100, 70.0]
     [image] = folder.glob("wandb/offline-run-*/files/media/images/accuracy_matrix/class_il*.png")
     assert image.read_bytes().startswith(b"\x89PNG")
-    summary = {i.key: json.loads(i.value_json) for s in of_kind(after, "summary") for i in s.update if i.key}
+    summary = {i.key: json.loads(i.value_json) for s in select_kind(after, "summary") for i in s.update if i.key}
     assert (summary["class_il/forgetting"], summary["cost/train_seconds"]) == (40.0, 2.5)
 
     # Neither the key nor what a configuration took from the environment is in any file.
-    config = {i.key: json.loads(i.value_json) for c in of_kind(before, "config") for i in c.update}
+    config = {i.key: json.loads(i.value_json) for c in select_kind(before, "config") for i in c.update}
     assert config["url"] == "https://me:***@host"
     for path in folder.rglob("*"):
         if path.is_file():
@@ -465,7 +418,7 @@ def test_wandb_jobs_of_one_process_have_their_own_runs(wandb_home, offline):
     for seed in range(2):
         [file] = wandb_files(wandb_home / f"seed{seed}")
         assert file.name == f"run-{compute_run_id(info(wandb_home, seed))}.wandb"
-        assert len(logged(wandb_records(file))) == 2 + seed
+        assert len(list_logged(wandb_records(file))) == 2 + seed
 
 
 class FakeServer:

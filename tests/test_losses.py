@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, buffer_context, identity_transform, network_of
+from helpers import array, batch_of, buffer_context, cross_entropy, identity_transform, network_of, softmax
 from torch import nn
 
 from cl_bench.backbones.lvt import LVT
@@ -31,19 +31,6 @@ LVT_KEYS = {
     "alpha": 0.7, "beta": 0.3, "gamma": 2.0, "new_weight": 0.1, "new_weight_rule": "constant", "distillation": "kl",
     "temperature": 2.0, "replay_size": 3, "inter_task": True, "injection_head": True, "accumulation_head": True,
 }  # fmt: skip
-
-
-def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
-
-
-def cross_entropy(z: np.ndarray, y: np.ndarray) -> float:
-    return float(-np.log(softmax(z)[np.arange(len(y)), y]).mean())
-
-
-def array(t: torch.Tensor) -> np.ndarray:
-    return t.detach().double().numpy()
 
 
 def mlp() -> MLP:

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import TINY, batch_of, configure, network_of, toy_images
+from helpers import TINY, batch_of, configure, network_of, toy_images
 
 from cl_bench.backbones.layers.vit import build_small_vit
 from cl_bench.backbones.memory_vit import MemoryViT, build_attention_rules

@@ -5,74 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, TINY, configure
+from helpers import METHODS, SEED, parts_of, trainer_of
 
-from cl_bench.config.build import Parts, build
-from cl_bench.config.schema import CONFIGS
+from cl_bench.config.build import Parts
 from cl_bench.core.record import SETTINGS
-from cl_bench.engine.checkpoint import Checkpoint
-from cl_bench.engine.trainer import Interrupted, Trainer
-from cl_bench.loggers.group import Loggers
+from cl_bench.engine.trainer import Interrupted
 
-METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
-MLP_RESERVOIR = ["backbone=mlp", "backbone.hidden=[32]", "buffer=reservoir", "buffer.capacity=20"]
-SUITS = {
-    "den": [
-        "backbone=den_mlp",
-        "backbone.hidden=[32,16]",
-        "method.units=2",
-        "method.split_limit=2",
-        "method.tau=0",
-        "method.sigma=0.001",
-        "optimizer=adamw",
-        "optimizer.lr=0.01",
-    ],
-    "apd": [
-        "backbone=apd_digits",
-        "optimizer=adamw",
-        "optimizer.lr=0.005",
-        "scenario.val_fraction=0.2",
-        "method.consolidate_every=2",
-        "method.clusters=1",
-    ],
-    "finetune": ["backbone=mlp", "backbone.hidden=[32]"],
-    "joint": ["backbone=mlp", "backbone.hidden=[32]"],
-    "lwf": ["backbone=mlp", "backbone.hidden=[32]"],
-    "ewc": ["backbone=mlp", "backbone.hidden=[32]"],
-    "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
-    "lvt": ["backbone=lvt_digits", "buffer.capacity=20"],
-    # class means answer: a trunk that knows only the first task's digits favours their head over the second one's
-    "memory_vit": [
-        "backbone=memory_vit_digits",
-        "method.rule=nearest_mean",
-        "optimizer=adamw",
-        "optimizer.lr=0.01",
-        "method.warm_up_epochs=5",
-        "method.warm_up_lr=0.002",
-    ],
-    "supsup_nns": [
-        "backbone=mlp",
-        "backbone.hidden=[64]",
-        "method.outputs=50",
-        "method.max_masks=6",
-        "method.floor=2",
-        "method.check_every=3",
-        "optimizer=adam",
-    ],
-    "supsup": ["backbone=mlp", "backbone.hidden=[64]", "method.mask=threshold", "method.outputs=50", "optimizer=adam"],
-    "dytox": [
-        "backbone=dytox_digits",
-        "backbone.patch_size=4",
-        "backbone.dim=32",
-        "backbone.depth=1",
-        "buffer.capacity=20",
-        "method.finetune_epochs=2",
-        "method.finetune_lr=1e-4",
-        "optimizer=adamw",
-        "optimizer.lr=0.003",
-    ],
-}
-"""The network and buffer that a method needs; any other one is tried on an MLP with a reservoir."""
 EASIER = {
     "ewc": ["trainer.clip_norm=1"],  # without it one seed in ten diverges, on every instruction set
     "lvt": ["optimizer.lr=0.03"],  # at 0.1 one seed in ten learns half of the second task, on one instruction set
@@ -82,16 +20,8 @@ EASIER = {
 """What makes learning sure over ten seeds and three instruction sets."""
 
 
-def parts_of(method: str, *overrides: str) -> Parts:
-    return build(configure(*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}", *overrides))
-
-
 def needs_id(parts: Parts) -> bool:
     return parts.method.task_id == "needed"
-
-
-def trainer_of(parts: Parts, folder, stop=lambda: False) -> Trainer:
-    return parts.build_trainer(Loggers([]), Checkpoint(folder), stop)
 
 
 @pytest.mark.arithmetic

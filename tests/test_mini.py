@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from cl_bench.report.compare import compare, write
 from cl_bench.report.rows import MAIN

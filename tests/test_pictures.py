@@ -16,10 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, configure, toy_images
+from helpers import (
+    ROOT,
+    assert_equal_results,
+    configure,
+    find_run,
+    no_file_above,
+    run_in_process,
+    toy_images,
+    write_pictures,
+)
 from PIL import Image
-from test_command import assert_equal_results, in_process, the_run
-from test_faults import no_file_above
 
 from cl_bench.config.build import build, identify_run
 from cl_bench.config.schema import compute_fingerprint, select_comparable, to_plain_dict
@@ -30,19 +37,6 @@ from cl_bench.data.pictures import Decoder
 from cl_bench.runs import run as run_module
 
 WHITE = [255, 255, 255]
-
-
-def pictures(place, classes=("ant", "bee", "cat"), train=6, test=3, seed=0):
-    """A folder of small pictures, each class of a colour of its own; returns the folder."""
-    rng = np.random.default_rng(seed)
-    for split, count in (("train", train), ("test", test)):
-        for number, name in enumerate(classes):
-            (place / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 60, (12, 17, 3)).astype(np.uint8)
-                pixels[..., number % 3] += 150
-                Image.fromarray(pixels).save(place / split / name / f"{i}.png")
-    return place
 
 
 def opened(root, cache=None, size=8, background=WHITE, value_range=None):
@@ -210,7 +204,7 @@ def test_planes_of_eight_bits_are_taken(tmp_path):
 
 
 def test_pictures_of_a_kind_whose_scale_pil_ignores_are_left_out(tmp_path, capsys):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     cards = ["SIMPLE  =                    T", "BITPIX  =                   16", "NAXIS   =                    2"]
     cards += ["NAXIS1  =                    4", "NAXIS2  =                    4", "END"]
     header = "".join(card.ljust(80) for card in cards).ljust(2880).encode()
@@ -254,7 +248,7 @@ def test_pictures_are_turned_as_their_metadata_say(kind, orientation, tmp_path):
 
 
 def test_what_is_taken_and_what_is_left_out_is_said_in_a_line(tmp_path, capsys):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     png = (root / "train" / "ant" / "0.png").read_bytes()
     image = Image.open(io.BytesIO(png))
     (root / "train" / ".ipynb_checkpoints").mkdir()
@@ -284,7 +278,7 @@ def test_what_is_taken_and_what_is_left_out_is_said_in_a_line(tmp_path, capsys):
 
 
 def test_all_damaged_pictures_are_named_at_once(tmp_path):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     whole = (root / "train" / "ant" / "0.png").read_bytes()
     spoiled = {
         "train/ant/0.png": b"no picture",
@@ -308,7 +302,7 @@ def test_all_damaged_pictures_are_named_at_once(tmp_path):
 
 
 def test_many_damaged_pictures_are_counted(tmp_path):
-    root = pictures(tmp_path / "mine", train=12)
+    root = write_pictures(tmp_path / "mine", train=12)
     for path in (root / "train").rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(ConfigError, match=r"got 36 that cannot") as caught:
@@ -317,7 +311,7 @@ def test_many_damaged_pictures_are_counted(tmp_path):
 
 
 def test_a_huge_picture_is_named(tmp_path):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     # a few bytes that say 60,000 x 60,000 pixels, which PIL takes for an attack
     bomb = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)) + chunk(b"IDAT", b"")
     (root / "train" / "ant" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bomb + chunk(b"IEND", b""))
@@ -336,11 +330,11 @@ def test_what_is_wrong_with_a_folder_of_pictures_is_said(tmp_path):
             (lambda root: (root / "train").rename(root / "else"), "expected a folder .*train"),
         ]
     ):
-        root = pictures(tmp_path / str(number))
+        root = write_pictures(tmp_path / str(number))
         spoil(root)
         with pytest.raises(ConfigError, match=message):
             opened(root)
-    unnamed = pictures(tmp_path / "unnamed")
+    unnamed = write_pictures(tmp_path / "unnamed")
     for path in (unnamed / "test" / "ant").iterdir():
         path.with_suffix("").write_text("no picture")
         path.unlink()
@@ -361,13 +355,13 @@ def test_what_is_wrong_with_a_folder_of_pictures_is_said(tmp_path):
     ],
 )
 def test_wrong_keys_are_refused(keys, message, tmp_path):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     with pytest.raises(ConfigError, match=re.escape(message)):
         opened(**({"root": root, "cache": tmp_path / "decoded"} | keys))
 
 
 def test_pictures_of_a_pixel_and_images_of_one(tmp_path):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     of_one_colour("RGB", (9, 9, 9)).resize((1, 1)).save(root / "train" / "ant" / "0.png")
     of_one_colour("RGB", (9, 9, 9)).resize((3000, 1)).save(root / "train" / "ant" / "1.png")
     assert opened(root, size=1).train_images.shape == (18, 3, 1, 1)
@@ -386,7 +380,7 @@ def learns(root, *more: str) -> list[str]:
 
 
 def test_pictures_are_decoded_once_and_mapped(tmp_path, monkeypatch):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     first = opened(root)
     assert isinstance(first.train_images, np.memmap)
     assert first.train_images.shape == (18, 3, 8, 8)
@@ -413,7 +407,7 @@ def test_pictures_are_decoded_once_and_mapped(tmp_path, monkeypatch):
 
 def test_a_picture_of_the_same_size_and_time_is_noticed(tmp_path):
     root = tmp_path / "mine"
-    pictures(root)
+    write_pictures(root)
     path = root / "train" / "ant" / "0.bmp"
     of_one_colour("RGB", (1, 1, 1)).save(path)
     before, first = path.stat(), opened(root)
@@ -445,7 +439,7 @@ DAMAGE = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_file_of_decoded_images_is_made_again_once(case, tmp_path, monkeypatch, capsys):
     ending, spoil = DAMAGE[case]
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     images, digest = np.array(opened(root).train_images), opened(root).digest
     (path,) = (tmp_path / "decoded").glob(f"mine-train-*{ending}")
     spoil(path)
@@ -469,7 +463,7 @@ def test_a_damaged_file_of_decoded_images_is_made_again_once(case, tmp_path, mon
 
 
 def test_a_copied_cache_is_compared_and_not_made_again(tmp_path, monkeypatch):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     digest = opened(root).digest
     decoded = counting(monkeypatch)
     for path in (tmp_path / "decoded").glob("*.images"):
@@ -481,7 +475,7 @@ def test_a_copied_cache_is_compared_and_not_made_again(tmp_path, monkeypatch):
 
 
 def test_no_room_for_decoded_images_is_told_before_a_picture_is_read(tmp_path, monkeypatch):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     decoded = counting(monkeypatch)
     with no_file_above(3000), pytest.raises(ConfigError, match=r"cache: expected .*got .*decoded \(File too large\)"):
         opened(root)
@@ -499,7 +493,7 @@ def forked(task, *arguments) -> multiprocessing.Process:
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
 def test_two_processes_decode_a_folder_once(delay, tmp_path, monkeypatch):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     expected = opened(root, cache=tmp_path / "alone")
     decode = Decoder.decode
 
@@ -530,7 +524,7 @@ def test_two_processes_decode_a_folder_once(delay, tmp_path, monkeypatch):
 
 
 def test_a_process_that_is_killed_while_it_decodes_leaves_nothing_that_is_taken_for_images(tmp_path, monkeypatch):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     expected = opened(root, cache=tmp_path / "alone")
     decode = Decoder.decode
 
@@ -556,7 +550,7 @@ def run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
 
     def call(*arguments: str) -> tuple[int, str]:
-        status = in_process(*arguments, "results_dir=r", monkeypatch=monkeypatch, cwd=tmp_path)
+        status = run_in_process(*arguments, "results_dir=r", monkeypatch=monkeypatch, cwd=tmp_path)
         return status, capsys.readouterr().err
 
     return call
@@ -567,7 +561,7 @@ def summaries(tmp_path) -> list[dict]:
 
 
 def test_other_pictures_are_another_run(run, tmp_path, monkeypatch):
-    first, second = pictures(tmp_path / "first"), pictures(tmp_path / "second", seed=1)
+    first, second = write_pictures(tmp_path / "first"), write_pictures(tmp_path / "second", seed=1)
     for root, number in ((first, 1), (second, 2)):
         status, said = run(*learns(root))
         assert status == 0
@@ -594,7 +588,7 @@ def test_other_pictures_are_another_run(run, tmp_path, monkeypatch):
 
 
 def test_what_changes_the_data_of_a_run_and_what_does_not(tmp_path):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     config = configure(*learns(root))
 
     def data() -> str:
@@ -620,7 +614,7 @@ def test_what_changes_the_data_of_a_run_and_what_does_not(tmp_path):
 def test_a_stopped_run_does_not_go_on_over_other_pictures(run, tmp_path, monkeypatch):
     from test_faults import stopped_in_epoch
 
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     stopped_in_epoch(lambda *more: run(*learns(root, *more)), monkeypatch, 3)
     of_one_colour("RGB", (5, 5, 5)).save(root / "train" / "ant" / "0.png")
     assert run(*learns(root))[0] == 0
@@ -628,11 +622,11 @@ def test_a_stopped_run_does_not_go_on_over_other_pictures(run, tmp_path, monkeyp
     assert len(list(tmp_path.glob("r/*/*/*/checkpoint/last.pt"))) == 2  # the stopped one lies where it was
     shutil.move(tmp_path / "r", tmp_path / "before")
     assert run(*learns(root))[0] == 0
-    assert_equal_results(tmp_path / "before" / finished.parent.relative_to(tmp_path / "r"), the_run(tmp_path / "r"))
+    assert_equal_results(tmp_path / "before" / finished.parent.relative_to(tmp_path / "r"), find_run(tmp_path / "r"))
 
 
 def test_replicas_share_their_pictures_and_what_they_are_called(run, tmp_path, monkeypatch):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     decoded = counting(monkeypatch)
     assert run(*learns(root, "trainer.replicas=2"))[0] == 0
     assert len(decoded) == 27
@@ -643,7 +637,7 @@ def test_replicas_share_their_pictures_and_what_they_are_called(run, tmp_path, m
 
 
 def test_a_typing_error_is_answered_before_a_picture_is_read(run, tmp_path):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     status, said = run(*learns(root, "+method.strenght=1"))
     assert status == 2
     assert "the unknown key strenght" in said
@@ -706,7 +700,7 @@ def test_the_digest_is_that_of_images_labels_and_names():
 
 def test_what_is_made_of_pictures_is_told_by_them(tmp_path):
     """However deep the folder stands in the configuration, and whatever stands above it."""
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     source = {
         "_target_": "cl_bench.data.folder.folder", "root": str(root), "size": 8, "cache": str(tmp_path / "decoded"),
         "background": WHITE, "value_range": None,
@@ -783,14 +777,14 @@ def test_a_file_of_weights_counts_with_its_content(tmp_path):
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
 def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(delay, run, tmp_path, monkeypatch):
-    root = pictures(tmp_path / "mine", train=20, test=5)
+    root = write_pictures(tmp_path / "mine", train=20, test=5)
     decode = Decoder.decode
     monkeypatch.setattr(Decoder, "decode", lambda self, path: (time.sleep(0.02), decode(self, path))[1])
 
     def command_of(name: str, cache: str, seconds: float = 0.0) -> int:
         time.sleep(seconds)
         more = [f"scenario.source.cache={tmp_path / cache}", f"results_dir={name}"]
-        return in_process(*learns(root, *more), monkeypatch=monkeypatch, cwd=tmp_path)
+        return run_in_process(*learns(root, *more), monkeypatch=monkeypatch, cwd=tmp_path)
 
     assert command_of("alone", "own") == 0  # here, so that the others need not import what it has
     processes = [
@@ -801,15 +795,15 @@ def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(delay, run,
         process.join(120)
         assert process.exitcode == 0
     for name in ("one", "two"):
-        assert_equal_results(the_run(tmp_path / "alone"), the_run(tmp_path / name))
+        assert_equal_results(find_run(tmp_path / "alone"), find_run(tmp_path / name))
 
 
 def test_a_class_name_that_is_not_utf8_reaches_the_report(tmp_path, monkeypatch, capsys):
-    root = pictures(tmp_path / "mine")
+    root = write_pictures(tmp_path / "mine")
     for split in ("train", "test"):
         os.rename(root / split / "bee", os.fsencode(root / split) + b"/caf\xe9")
-    assert in_process(*learns(root), monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert run_in_process(*learns(root), monkeypatch=monkeypatch, cwd=tmp_path) == 0
     assert "No report" not in capsys.readouterr().err
-    run = the_run(tmp_path / "results")
+    run = find_run(tmp_path / "results")
     assert json.loads((run / "summary.json").read_text())["class_names"] == ["ant", "caf\\xe9", "cat"]
     assert "caf\\xe9" in (run / "report.html").read_text()

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import configure, toy_images
+from helpers import configure, make_split, toy_images
 from PIL import Image
 from scipy import stats
-from test_split import split
 
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
@@ -155,8 +154,8 @@ def test_other_policies_are_refused(policy):
 
 def test_the_scenario_augments_only_where_it_is_asked_to():
     toy = toy_images(channels=3, side=32)
-    raw = split(toy).tasks[0].train.images
-    off, on = split(toy), split(toy, rand_augment=POLICY)
+    raw = make_split(toy).tasks[0].train.images
+    off, on = make_split(toy), make_split(toy, rand_augment=POLICY)
     assert off.transform.rand_augment is None
     assert on.transform.rand_augment.fill == [128, 128, 128]
     torch.testing.assert_close(off.transform.augment(raw, torch.Generator()), off.transform.normalise(raw))

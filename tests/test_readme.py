@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, TINY, command, configure
+from helpers import ROOT, TINY, command, configure
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import cl_bench

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, configure
+from helpers import ROOT, configure
 
 from cl_bench.config.schema import compute_fingerprint, import_allowed, select_comparable, to_plain_dict
 

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, configure
-from test_methods import parts_of, trainer_of
+from helpers import TINY, command, configure, parts_of, trainer_of
 
 from cl_bench.config.build import build
 from cl_bench.engine.replicas import find_obstacle, run_together

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import CLASS_IL, CLASS_ORDER, FIVE_TASKS, TASK_IL, make_run
 from matplotlib.axes import Axes
 
 from cl_bench.core.errors import ConfigError
@@ -19,77 +20,9 @@ from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.forgetting import forgetting
 from cl_bench.report import page, plots
 
-GOLDEN = [[95], [80, 90], [70, 75, 92], [72, 66, 78, 88], [60, 58, 64, 70, 91]]
-TASK_IL = [[96], [94, 97], [93, 95, 98], [92, 94, 96, 97], [91, 93, 95, 96, 98]]
-ORDER = [8, 0, 7, 1, 3, 6, 2, 4, 5, 9]
-TASKS = [ORDER[i : i + 2] for i in range(0, 10, 2)]
-
-
-def make_run(
-    root: Path,
-    *,
-    experiment: str = "digits",
-    name: str = "er",
-    fingerprint: str = "f0",
-    seed: int = 0,
-    class_il: list | None = GOLDEN,
-    accuracy: float | None = 68.6,
-    loss_terms: tuple = ("cross_entropy", "replay"),
-    **summary: object,
-) -> Path:
-    """A finished run of 5 tasks of 2 classes; ``summary`` overrides entries of ``summary.json``."""
-    folder = root / experiment.replace("/", "_") / f"{name.replace('/', '_')}-{fingerprint}" / f"seed{seed}"
-    folder.mkdir(parents=True)
-    unknown = Matrix.empty(5)
-    known = unknown if class_il is None else Matrix.from_accuracy(class_il)
-    Record(known, Matrix.from_accuracy(TASK_IL, [50, 51, 52, 53, 54])).write_csv(folder / "accuracy_matrix.csv")
-    cost = Cost(100.0, 5.0, 5000, 50.0, None, 1_000_000, 900_000, 1.25, 3 * 2**20, 2**19, None)
-    data = {
-        "schema": 1,
-        "status": "finished",
-        "experiment": experiment,
-        "name": name,
-        "method": "er",
-        "backbone": "mlp",
-        "scenario": "digits",
-        "buffer": "reservoir",
-        "seed": seed,
-        "class_order_seed": 7,
-        "data_seed": 0,
-        "class_order": ORDER,
-        "tasks": TASKS,
-        "class_names": [f"digit_{i}" for i in range(10)],
-        "scale": None,
-        "evaluate_on": "test",
-        "fingerprint": fingerprint,
-        "comparable": {"trainer.epochs": 3, "method.alpha": 0.5},
-        "class_il": {"average_accuracy": accuracy, "average_incremental_accuracy": 80.72, "forgetting": 28.25}
-        if class_il
-        else {"average_accuracy": None, "average_incremental_accuracy": None, "forgetting": None},
-        "task_il": {"average_accuracy": 94.6, "forgetting": 2.5, "forward_transfer": None},
-        "cost": dataclasses.asdict(cost),
-        "published": None,
-    }
-    (folder / "summary.json").write_text(json.dumps(data | summary))
-    label = np.repeat(np.arange(10), 10)
-    right = label if class_il else np.full_like(label, -1)
-    columns = {"index": np.arange(100), "label": label, "task": label // 2, "confidence": np.ones(100)}
-    np.savez(folder / "predictions.npz", class_il=right, task_il=label, **columns)
-    events: list[dict] = [{"event": "start", "step": 0}]
-    for task in range(5):
-        for epoch in range(3):
-            losses = dict.fromkeys(loss_terms, 1.0 / (1 + epoch))
-            step = 30 * task + 10 * (epoch + 1)
-            events.append({"event": "epoch", "step": step, "task": task, "phase": 0, "epoch": epoch, "losses": losses})
-        events.append({"event": "task", "step": 30 * (task + 1), "task": task})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (folder / "config.yaml").write_text(f"experiment: {experiment}\n")
-    (folder / "env.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": "2.14"}, "commit": None}))
-    return folder
-
 
 def golden_record() -> Record:
-    return Record(Matrix.from_accuracy(GOLDEN), Matrix.from_accuracy(TASK_IL))
+    return Record(Matrix.from_accuracy(CLASS_IL), Matrix.from_accuracy(TASK_IL))
 
 
 def numbers_in(axes: Axes) -> list[str]:
@@ -100,13 +33,13 @@ def numbers_in(axes: Axes) -> list[str]:
 
 
 def test_metrics_over_tasks_are_those_of_the_first_tasks():
-    golden = Matrix.from_accuracy(GOLDEN)
+    golden = Matrix.from_accuracy(CLASS_IL)
     np.testing.assert_allclose(plots.compute_over_tasks(forgetting, golden), [math.nan, 15, 20, 61 / 3, 28.25])
     np.testing.assert_allclose(plots.compute_over_tasks(average_accuracy, golden), [95, 85, 79, 76, 68.6])
 
 
 def test_first_tasks_keep_the_untrained_row():
-    part = plots.take_first_tasks(Matrix.from_accuracy(GOLDEN, [1, 2, 3, 4, 5]), 2)
+    part = plots.take_first_tasks(Matrix.from_accuracy(CLASS_IL, [1, 2, 3, 4, 5]), 2)
     np.testing.assert_equal(part.accuracy, [[95, math.nan], [80, 90]])
     np.testing.assert_equal(part.baseline, [1, 2])
 
@@ -139,12 +72,12 @@ def test_no_answer_has_a_column_of_its_own_and_an_unseen_class_no_number():
 def test_accuracy_matrix_has_a_number_in_each_measured_cell():
     class_il, task_il, _ = plots.draw_accuracy_matrix(golden_record()).axes
     assert class_il.get_title() == "Class-IL"
-    assert numbers_in(class_il) == [f"{value:.1f}" for row in GOLDEN for value in row]
+    assert numbers_in(class_il) == [f"{value:.1f}" for row in CLASS_IL for value in row]
     assert numbers_in(task_il) == [f"{value:.1f}" for row in TASK_IL for value in row]
 
 
 def test_untrained_row_stands_first_in_both_panels():
-    record = Record(Matrix.from_accuracy(GOLDEN), Matrix.from_accuracy(TASK_IL, [50] * 5))
+    record = Record(Matrix.from_accuracy(CLASS_IL), Matrix.from_accuracy(TASK_IL, [50] * 5))
     class_il, task_il, _ = plots.draw_accuracy_matrix(record).axes
     assert numbers_in(task_il)[:6] == ["50.0"] * 5 + ["96.0"]
     for axes in (class_il, task_il):
@@ -176,9 +109,9 @@ def test_one_task_has_no_curve_and_nothing_measured_no_picture():
 def test_confusion_names_classes_up_to_20_and_tasks_beyond():
     few = np.arange(10)
     axes = plots.draw_confusion(
-        TASKS, [f"digit_{i}" for i in range(10)], {"label": few, "class_il": few, "task_il": few}
+        FIVE_TASKS, [f"digit_{i}" for i in range(10)], {"label": few, "class_il": few, "task_il": few}
     ).axes
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == [f"digit_{i}" for i in ORDER]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [f"digit_{i}" for i in CLASS_ORDER]
     many = np.arange(100)
     tasks = np.split(many, 10)
     names = [f"class_{i}" for i in many]
@@ -190,9 +123,9 @@ def test_confusion_names_classes_up_to_20_and_tasks_beyond():
 def test_confusion_leaves_out_a_setting_without_answers():
     label = np.arange(10)
     predictions = {"label": label, "class_il": np.full(10, -1), "task_il": label}
-    first, _colour_bar = plots.draw_confusion(TASKS, [str(i) for i in label], predictions).axes
+    first, _colour_bar = plots.draw_confusion(FIVE_TASKS, [str(i) for i in label], predictions).axes
     assert first.get_title() == "Task-IL"
-    assert plots.draw_confusion(TASKS, [], predictions | {"task_il": np.full(10, -1)}) is None
+    assert plots.draw_confusion(FIVE_TASKS, [], predictions | {"task_il": np.full(10, -1)}) is None
 
 
 def test_tasks_that_share_classes_show_each_class_once():

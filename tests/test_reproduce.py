@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, configure
+from helpers import FIVE_TASKS, ROOT, configure, make_run
 from omegaconf import OmegaConf
-from test_report import TASKS, make_run
 
 from cl_bench.config.build import RUNTIME
 from cl_bench.config.schema import import_target, read_arguments, select_comparable, to_plain_dict
@@ -208,7 +207,7 @@ def test_what_was_cut_down_is_held_to_nothing(toy, tmp_path):
 
 
 def test_a_row_is_the_mean_over_its_orders_and_seeds(toy, tmp_path):
-    for place, order in enumerate((TASKS, TASKS[::-1])):
+    for place, order in enumerate((FIVE_TASKS, FIVE_TASKS[::-1])):
         if place:
             assert cells(toy, tmp_path)[-1] == ["ordered", "1.00", "-", "-", "not measured"]  # one order says nothing
         for seed in (0, 1):

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, configure
-from test_command import in_process, the_run
+from helpers import ROOT, TINY, configure, find_run, run_in_process
 
 from cl_bench.config.build import build, build_loggers
 from cl_bench.core.errors import ConfigError
@@ -119,8 +118,8 @@ def test_a_malicious_checkpoint_is_refused(tmp_path, capsys):
 
 def test_malicious_predictions_are_refused(tmp_path, monkeypatch, capsys):
     sign = tmp_path / "executed"
-    assert in_process(*TINY, "results_dir=r", "logger=none", monkeypatch=monkeypatch, cwd=tmp_path) == 0
-    run = the_run(tmp_path / "r")
+    assert run_in_process(*TINY, "results_dir=r", "logger=none", monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    run = find_run(tmp_path / "r")
     columns = dict(np.load(run / "predictions.npz"))
     columns["label"] = np.array([Malicious(sign)] * len(columns["label"]), dtype=object)
     np.savez(run / "predictions.npz", **columns)
@@ -144,11 +143,11 @@ def test_no_secret_of_the_environment_reaches_a_file_or_a_message(tmp_path, monk
     for name in ("MY_API_KEY", "PGPASSWORD", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, SECRET)
     arguments = [*TINY, "results_dir=r", "logger=tensorboard"]
-    assert in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     refused = ["name=${oc.env:MY_API_KEY}", "data_dir=${oc.env:PGPASSWORD}", "+published.of=${oc.env:HF_TOKEN}"]
     refused += ["scenario.train_per_class=${oc.env:MY_API_KEY}", "+logger.x=${oc.env:AWS_SECRET_ACCESS_KEY}"]
     for argument in refused:
-        assert in_process(*arguments, argument, monkeypatch=monkeypatch, cwd=tmp_path) == 2, argument
+        assert run_in_process(*arguments, argument, monkeypatch=monkeypatch, cwd=tmp_path) == 2, argument
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 10
     for path in written:
@@ -176,7 +175,7 @@ def test_no_name_leads_out_of_the_results_folder(argument, tmp_path, monkeypatch
     inner.mkdir()
     key, _, value = argument.partition("=")
     argument = f"{key}='{value}'" if "\\0" not in value else "name='a\0b'"
-    assert in_process(*TINY, argument, "results_dir=r", monkeypatch=monkeypatch, cwd=inner) == 2
+    assert run_in_process(*TINY, argument, "results_dir=r", monkeypatch=monkeypatch, cwd=inner) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith(f"cl_bench: {key}: expected")

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, command_environment
+from helpers import TINY, assert_equal_results, command_environment, find_run, run_in_process
 from PIL import Image
-from test_command import assert_equal_results, in_process, the_run
 
 import cl_bench.engine.evaluate as evaluation
 from cl_bench.data import cifar100
@@ -32,7 +31,7 @@ def run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
 
     def call(*arguments: str) -> tuple[int, str]:
-        return in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path), capsys.readouterr().err
+        return run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path), capsys.readouterr().err
 
     return call
 
@@ -57,7 +56,7 @@ def test_a_run_stopped_while_it_measures_or_sums_up_ends_the_same(run, tmp_path,
     assert run(*arguments, "results_dir=straight")[0] == 0
     moments = [
         ("before training", evaluation, "choose_classes", 1, 0),
-        ("between the phase and what the method makes of it", EWC, "fisher_information", 1, 8),
+        ("between the phase and what the method makes of it", EWC, "measure_fisher_information", 1, 8),
         ("after the first task", evaluation, "choose_classes", 1, 8),
         ("in the second of two lines of the matrix", evaluation, "choose_classes", 3, 16),
         ("in the report", run_module, "write_report", 1, 16),
@@ -74,7 +73,7 @@ def test_a_run_stopped_while_it_measures_or_sums_up_ends_the_same(run, tmp_path,
         steps = [torch.load(path, weights_only=True)["counters"][0] for path in saved]
         assert steps == ([trained] if saved or trained else []), (moment, saved, error)
     assert run(*arguments, "results_dir=stopped")[0] == 0
-    assert_equal_results(the_run(tmp_path / "straight"), the_run(tmp_path / "stopped"))
+    assert_equal_results(find_run(tmp_path / "straight"), find_run(tmp_path / "stopped"))
 
 
 def terminate_soon() -> threading.Timer:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command_environment
+from helpers import ROOT, command_environment
 
 
 @pytest.mark.slow

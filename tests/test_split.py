@@ -11,7 +11,7 @@ from hashlib import md5
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, configure, needs_cifar100, toy_images
+from helpers import DATA, SPLIT_KEYS, configure, make_split, needs_cifar100, toy_images
 
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
@@ -21,20 +21,10 @@ from cl_bench.data.digits import digits
 from cl_bench.scenarios.shared_labels import SharedLabels
 from cl_bench.scenarios.split import Split, choose_task_sizes, order_classes
 
-KEYS = {
-    "pretrain_classes": 0, "num_tasks": 2, "classes_per_task": None, "class_order": "natural", "class_order_seed": 0,
-    "data_seed": 0, "val_fraction": 0.0, "train_per_class": None, "test_per_class": None, "crop_padding": 0,
-    "flip": False, "rand_augment": None,
-}  # fmt: skip
-
-
-def split(source=None, **keys) -> Split:
-    return Split(source=source or toy_images(), **(KEYS | keys))
-
 
 def test_tasks_partition_the_classes_and_images():
     source = toy_images(num_classes=6)
-    scenario = split(source, num_tasks=3, class_order=[5, 0, 3, 1, 4, 2])
+    scenario = make_split(source, num_tasks=3, class_order=[5, 0, 3, 1, 4, 2])
     assert [scenario.list_class_ids(t) for t in scenario.tasks] == [[5, 0], [3, 1], [4, 2]]
     assert [t.classes for t in scenario.tasks] == [range(0, 2), range(2, 4), range(4, 6)]
     seen = torch.cat([t.train.index for t in scenario.tasks])
@@ -61,11 +51,11 @@ def test_class_orders():
 )
 def test_a_wrong_class_order_is_refused(order):
     with pytest.raises(ConfigError, match="class_order: expected one of natural, random, superclass, or a list"):
-        split(class_order=order)
+        make_split(class_order=order)
 
 
 def test_validation_comes_out_of_training_class_by_class():
-    whole, held = split(), split(val_fraction=0.5)
+    whole, held = make_split(), make_split(val_fraction=0.5)
     for a, b in zip(whole.tasks, held.tasks):
         assert sorted(b.train.index.tolist() + b.val.index.tolist()) == a.train.index.tolist()
         assert torch.bincount(b.val.labels, minlength=4).max() == 3
@@ -78,13 +68,13 @@ def test_small_classes_have_a_validation_image_where_a_fraction_is_asked():
     few = np.concatenate([np.flatnonzero(source.train_labels != 2), np.flatnonzero(source.train_labels == 2)[:2]])
     small = dataclasses.replace(source, train_images=source.train_images[few], train_labels=source.train_labels[few])
     for fraction, expected in ((0.01, [1, 1, 1, 1]), (0.1, [1, 1, 1, 1]), (0.4, [2, 2, 1, 2]), (0.0, [0, 0, 0, 0])):
-        tasks = split(small, val_fraction=fraction).tasks
+        tasks = make_split(small, val_fraction=fraction).tasks
         assert torch.bincount(torch.cat([task.val.labels for task in tasks]), minlength=4).tolist() == expected
         assert sum(len(task.val) + len(task.train) for task in tasks) == 20
     one = few[:-1]
     small = dataclasses.replace(source, train_images=source.train_images[one], train_labels=source.train_labels[one])
     with pytest.raises(ConfigError, match=r"val_fraction: .*got none left of class 2 at 0.1\. .*another image"):
-        split(small, val_fraction=0.1)
+        make_split(small, val_fraction=0.1)
 
 
 @pytest.mark.parametrize("missing", [1, 3])
@@ -94,13 +84,13 @@ def test_a_class_without_images_is_named(kind, missing):
     labels = getattr(source, f"{kind}_labels")
     kept = {f"{kind}_{what}": getattr(source, f"{kind}_{what}")[labels != missing] for what in ("images", "labels")}
     with pytest.raises(ConfigError, match=f"source: .*got {kind} images of 3, none of class {missing}"):
-        split(dataclasses.replace(source, **kept))
+        make_split(dataclasses.replace(source, **kept))
 
 
 def test_classes_for_pretraining_are_part_of_no_task():
     source = toy_images(num_classes=6)
     order = [5, 0, 3, 1, 4, 2]
-    held = split(source, pretrain_classes=2, class_order=order, val_fraction=0.5)
+    held = make_split(source, pretrain_classes=2, class_order=order, val_fraction=0.5)
     assert held.pretrain_order == [5, 0]
     assert held.class_order == [3, 1, 4, 2]
     assert held.num_classes == 4
@@ -108,18 +98,18 @@ def test_classes_for_pretraining_are_part_of_no_task():
     for data, ids in ((held.pretrain, [5, 0]), *((t.train, held.class_order) for t in held.tasks)):
         assert torch.tensor(ids)[data.labels].tolist() == source.train_labels[data.index.numpy()].tolist()
     assert len(held.pretrain) == 2 * 3  # validation images are held out of these classes, too
-    assert len(split(source).pretrain) == 0
+    assert len(make_split(source).pretrain) == 0
 
 
 def test_subsets_are_drawn_by_the_data_seed_only():
     def chosen(**keys):
-        return [t.train.index.tolist() for t in split(train_per_class=2, test_per_class=1, **keys).tasks]
+        return [t.train.index.tolist() for t in make_split(train_per_class=2, test_per_class=1, **keys).tasks]
 
     assert chosen() == chosen()
     assert chosen() != chosen(data_seed=1)
     by_class = {c: set() for c in range(4)}
     for keys in ({}, {"class_order": "random", "class_order_seed": 3}):
-        for task in split(train_per_class=2, **keys).tasks:
+        for task in make_split(train_per_class=2, **keys).tasks:
             for index in task.train.index.tolist():
                 by_class[index % 4].add(index)  # toy labels repeat 0 1 2 3
     assert all(len(indices) == 2 for indices in by_class.values())  # the order of classes changes no choice of images
@@ -158,7 +148,7 @@ def test_sizes_of_tasks():
 )
 def test_wrong_keys_are_refused(keys, message):
     with pytest.raises(ConfigError, match=message):
-        split(**keys)
+        make_split(**keys)
 
 
 def test_digits():
@@ -285,7 +275,9 @@ def test_the_split_is_avalanches():
     from avalanche.benchmarks.classic import SplitCIFAR100
 
     order = np.random.RandomState(7).permutation(100).tolist()
-    ours = Split(source=cifar100(root=str(DATA), download=False), **(KEYS | {"num_tasks": 10, "class_order": order}))
+    ours = Split(
+        source=cifar100(root=str(DATA), download=False), **(SPLIT_KEYS | {"num_tasks": 10, "class_order": order})
+    )
     theirs = SplitCIFAR100(
         n_experiences=10, fixed_class_order=order, dataset_root=DATA / "cifar-100-python" / "..", return_task_id=False
     )
@@ -306,7 +298,7 @@ def tv_to_uint8(normalised: torch.Tensor) -> torch.Tensor:
 
 
 def test_shared_labels_are_places_within_the_tasks():
-    disjoint = split(num_tasks=2, class_order=[3, 1, 0, 2], val_fraction=0.5)
+    disjoint = make_split(num_tasks=2, class_order=[3, 1, 0, 2], val_fraction=0.5)
     shared = SharedLabels(disjoint=disjoint)
     assert shared.num_classes == 2
     assert [t.classes for t in shared.tasks] == [range(2), range(2)]
@@ -317,7 +309,7 @@ def test_shared_labels_are_places_within_the_tasks():
             assert torch.equal(a.index, b.index)
             assert torch.equal(a.labels + 2 * theirs.id, b.labels)
     with pytest.raises(ConfigError, match=r"disjoint: expected tasks with equally many classes.*got tasks of 1 and 3"):
-        SharedLabels(disjoint=split(classes_per_task=[1, 3]))
+        SharedLabels(disjoint=make_split(classes_per_task=[1, 3]))
 
 
 @pytest.mark.parametrize(

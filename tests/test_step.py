@@ -2,19 +2,16 @@
 
 import pytest
 import torch
+from helpers import FUNCTIONAL, largest_difference, parts_of, trainer_of
 from stand_ins import CUDA, LowestCalls, Played
-from test_methods import METHODS, parts_of, trainer_of
 
 from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.engine.replicas import run_together
 from cl_bench.engine.step import Graphs, StepExecutor, find_obstacle_to_graphs, get_state
 from cl_bench.engine.trainer import Interrupted, run_alone
-from cl_bench.methods.base import FunctionalMethod
 from cl_bench.methods.er import ER
 
 pytestmark = pytest.mark.arithmetic
-
-FUNCTIONAL = [name for name in METHODS if isinstance(parts_of(name).method, FunctionalMethod)]
 
 
 def trained(method, folder, speed=None, *overrides):
@@ -24,13 +21,6 @@ def trained(method, folder, speed=None, *overrides):
         trainer.executor = speed(trainer)
     trainer.run()
     return trainer
-
-
-def largest_difference(first, second):
-    ours, theirs = first.method.state_dict(), second.method.state_dict()
-    tensors = [name for name, value in ours.items() if isinstance(value, torch.Tensor)]
-    assert len(tensors) > 2
-    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in tensors)
 
 
 def test_the_methods_that_can_be_cut_are_known():

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, command_environment
-from test_command import in_process, the_run
+from helpers import ROOT, TINY, command_environment, find_run, run_in_process
 
 from cl_bench.runs import run as run_module
 
@@ -31,7 +30,7 @@ def unread(*call: str, cwd: Path, both: bool = False, **environment: str) -> tup
 
 def test_a_run_that_nobody_reads_finishes(tmp_path):
     assert unread("-m", "cl_bench", *RUN, cwd=tmp_path, both=True) == (0, "")
-    run = the_run(tmp_path / "r")
+    run = find_run(tmp_path / "r")
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     assert (run / "report.html").exists()
     status, error = unread("-m", "cl_bench", *RUN, cwd=tmp_path)  # the table again
@@ -55,7 +54,7 @@ def test_no_room_for_the_table_is_one_message(tmp_path):
     assert done.returncode == 1
     assert "the run is finished, but its table could not be written: No space left on device." in done.stderr
     assert "Traceback" not in done.stderr
-    assert the_run(tmp_path / "r")
+    assert find_run(tmp_path / "r")
 
 
 def test_a_locale_that_cannot_write_a_sign_writes_another(tmp_path):
@@ -92,10 +91,10 @@ def test_wandb_without_a_home_folder(tmp_path, monkeypatch, capsys):
         Path.home()
     before = dict(os.environ)
     try:
-        assert in_process(*RUN, "logger=wandb", "~logger.console", monkeypatch=monkeypatch, cwd=tmp_path) == 0
+        assert run_in_process(*RUN, "logger=wandb", "~logger.console", monkeypatch=monkeypatch, cwd=tmp_path) == 0
     finally:
         for name in set(os.environ) - set(before):
             del os.environ[name]
     assert "failed" not in capsys.readouterr().err
-    assert list(the_run(tmp_path / "r").glob("wandb/offline-run-*/run-*.wandb"))
+    assert list(find_run(tmp_path / "r").glob("wandb/offline-run-*/run-*.wandb"))
     assert {path.name for path in tmp_path.iterdir()} <= {"r", "outputs"}

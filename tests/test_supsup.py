@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, TINY, batch_of, configure, identity_transform
+from helpers import SEED, TINY, batch_of, configure, identity_transform
 from torch import nn
 
 from cl_bench.backbones.layers.masked import MaskedNet, TaskBatchNorm, count_kept_weights, pack, unpack

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import TINY, configure, network_of
-from test_command import in_process
-from test_methods import trainer_of
+from helpers import TINY, configure, network_of, run_in_process, trainer_of
 
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
@@ -241,7 +239,7 @@ def test_maps_of_several_pixels_are_normalised_image_by_image():
 def test_a_task_of_one_image_is_told_in_one_message(kind, monkeypatch, tmp_path, capsys):
     arguments = [*SLIM, *kind, "scenario.num_tasks=10", "scenario.train_per_class=1", "scenario.test_per_class=2"]
     more = ["device=cpu", "logger=none", f"results_dir={tmp_path}/r"]
-    assert in_process(*arguments, *more, monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    assert run_in_process(*arguments, *more, monkeypatch=monkeypatch, cwd=tmp_path) == 2
     [said] = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Replicas run one after")]
     assert said.startswith("cl_bench: scenario: expected training batches of two images or more")
     assert "(tasks with one training image: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9)" in said

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from conftest import ROOT, configure
+from helpers import ROOT, configure
 
 from cl_bench.config.build import build
 from cl_bench.config.explain import refuse_unread_keys

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, configure
-from test_methods import parts_of, trainer_of
+from helpers import TINY, configure, parts_of, trainer_of
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.config.build import prepare_component
