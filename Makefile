@@ -19,7 +19,7 @@ DYTOX_PARTS := token_expansion divergence_head finetuning independent_classifier
 space := $(subst ,, )
 listed = $(subst $(space),$(,),$(strip $(1)))
 
-.PHONY: help environment quickstart test test-portable test-avx2 test-sse lint types check format bench mini ablation_lvt ablation_dytox soak golden clean
+.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format bench mini ablation_lvt ablation_dytox soak golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,9 @@ quickstart: $(VENV)/.made ## a small LVT on the bundled digits: accuracy table a
 
 test: $(VENV)/.made ## all tests
 	$(TESTS)
+
+test-fast: $(VENV)/.made ## the tests that take less than half a second each: under a minute
+	$(TESTS) -m 'not slow'
 
 test-portable: $(VENV)/.made ## all tests; those that rounding can change also as on other processors, and with two threads
 	$(TESTS)

@@ -372,6 +372,7 @@ def digits(*overrides: str) -> Parts:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["fixed", "apd1", "apd2"])
 def test_five_tasks_are_learned_and_not_forgotten(variant, tmp_path):
     consolidation = ["method.consolidate_every=2", "method.clusters=1"] if variant == "apd2" else []
@@ -398,6 +399,7 @@ def drifts(tmp_path, lambda2: float) -> tuple[float, float]:
     return method.facts()["drift_max"][1], float(np.sqrt(sum(squares)))
 
 
+@pytest.mark.slow
 def test_the_reported_ball_is_what_old_weights_moved_and_lambda2_makes_it_small(tmp_path):
     reported, measured = drifts(tmp_path, 100.0)
     assert reported == pytest.approx(measured, rel=1e-4)
@@ -406,6 +408,7 @@ def test_the_reported_ball_is_what_old_weights_moved_and_lambda2_makes_it_small(
     assert reported < 0.1 * free
 
 
+@pytest.mark.slow
 def test_sparsity_grows_with_lambda1(tmp_path):
     shares, norms = [], []
     for lambda1 in (1e-3, 1e-2, 1e-1):

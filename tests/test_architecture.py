@@ -113,6 +113,7 @@ def test_an_optimizer_is_stepped_in_one_place():
     assert stepping == ["step.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_variant_has_its_yaml_and_builds_from_it(group):
     for path in sorted((ROOT / "configs" / group).glob("*.yaml")):
@@ -132,6 +133,7 @@ def test_every_metric_loads():
             assert import_allowed(dotted, name, []).__name__ == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
 def test_experiments_say_what_they_are(path):
     text = path.read_text()
@@ -160,6 +162,7 @@ def test_the_backbone_brings_its_method_and_the_command_line_wins():
     assert configure("+experiment=lvt_cifar100_10split", "backbone=resnet18").choices.method == "finetune"
 
 
+@pytest.mark.slow
 def test_mini_is_smaller_and_never_held_to_a_published_number():
     from cl_bench.config.schema import select_comparable, to_plain_dict
     from cl_bench.runs.run import begin_summary
@@ -212,6 +215,7 @@ def test_no_placeholder_is_left():
 ABLATIONS = sorted(p for p in (ROOT / "configs" / "ablation").glob("*.yaml") if p.stem != "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
 def test_an_ablation_changes_its_experiment_and_its_name_only(path):
     from cl_bench.config.schema import select_comparable, to_plain_dict

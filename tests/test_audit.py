@@ -234,6 +234,7 @@ def verdicts(make: Callable[[Parts], ER], tmp_path, *more: str) -> dict[str, boo
     return {check.name: check.passed for check in checks}
 
 
+@pytest.mark.slow
 def test_an_honest_run_passes(tmp_path):
     found = verdicts(Honest, tmp_path)
     assert len(found) == 14
@@ -241,6 +242,7 @@ def test_an_honest_run_passes(tmp_path):
     assert all(found.values()), found
 
 
+@pytest.mark.slow
 def test_a_check_that_could_not_fail_is_skipped(tmp_path):
     """On two images a class of tasks of two classes not even a method that looks every label up is above the limit."""
     few = ["scenario.classes_per_task=[2,2,2,2,2]", "scenario.num_tasks=5", "scenario.test_per_class=2"]
@@ -257,6 +259,7 @@ def test_a_run_that_remembers_nothing_is_not_praised_for_it(tmp_path):
     assert (check.name, check.passed) == ("every remembered image was in the training set", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.__name__)
 def test_a_cheat_is_caught(cheat, tmp_path):
     found = verdicts(cheat, tmp_path)
@@ -274,6 +277,7 @@ def audit_command():
     return module
 
 
+@pytest.mark.slow
 def test_the_command_audits_a_run_folder(tmp_path, capsys):
     done = command(*RUN, "results_dir=r", "images=host", cwd=tmp_path)  # an audit brings them to the device
     assert done.returncode == 0, done.stderr
@@ -301,6 +305,7 @@ def test_the_command_audits_a_run_folder(tmp_path, capsys):
     assert "run_dir: expected the images that it learned (data other images); got others" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_batches_of_one_task_are_said_and_are_no_pass(tmp_path):
     keys = ["method=supsup", "backbone=mlp", "backbone.hidden=[16]", "+method.deciding_images=1"]
     done = command(*TINY, *keys, "trainer.epochs=1", "results_dir=r", cwd=tmp_path)

@@ -57,6 +57,7 @@ def test_the_median_is_held_to_what_is_wanted(values, least, most, reached):
     assert Row("part", "what", "x", values, least=least, most=most).reached is reached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "lvt"])
 def test_the_bare_step_does_the_arithmetic_of_the_methods_step(name):
     overrides = ["+scale=mini"] if name == "lvt" else []
@@ -92,6 +93,7 @@ def test_both_data_paths_normalise_alike():
     torch.testing.assert_close(ours.normalise(torch.from_numpy(source.train_images[7:8]))[0], theirs)
 
 
+@pytest.mark.slow
 def test_a_twin_in_mid_sequence_is_the_method_itself(monkeypatch):
     monkeypatch.setattr(sequence, "CASES", {"er": sequence.Case(sequence.CASES["er"].overrides, steps=2)})
     step, evaluation = sequence.measure_steps(TINY)

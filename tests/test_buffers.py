@@ -128,6 +128,7 @@ def test_reservoir_is_the_sequential_algorithm():
         assert buffer.labels[: len(buffer)].tolist() == [value % 4 for value in memory]
 
 
+@pytest.mark.slow
 def test_reservoir_keeps_every_image_with_the_same_probability():
     kept = torch.zeros(40)
     runs = 600

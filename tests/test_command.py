@@ -32,6 +32,7 @@ FILES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_from_end_to_end_and_once_more(tmp_path):
     first = command("+experiment=quickstart", *TINY, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
@@ -125,6 +126,7 @@ def _whole(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+@pytest.mark.slow
 def test_signals_save_and_leave_and_the_same_command_goes_on(tmp_path):
     arguments = ["+experiment=quickstart", *TINY, "trainer.epochs=20"]
     call = [sys.executable, "-m", "cl_bench", *arguments, "results_dir=stopped"]
@@ -148,6 +150,7 @@ def test_signals_save_and_leave_and_the_same_command_goes_on(tmp_path):
     assert_equal_results(find_run(tmp_path / "straight"), find_run(tmp_path / "stopped"))
 
 
+@pytest.mark.slow
 def test_a_second_process_on_one_run_folder_is_refused(tmp_path, monkeypatch, capsys):
     from cl_bench.runs.run_dir import lock_run_dir
 
@@ -160,6 +163,7 @@ def test_a_second_process_on_one_run_folder_is_refused(tmp_path, monkeypatch, ca
     assert (run / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_every_run_its_folder(tmp_path, monkeypatch):
     arguments = ["-m", *TINY, "seed=0,1", "optimizer.lr=0.1,0.01", "results_dir=r"]
     assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
@@ -168,6 +172,7 @@ def test_a_sweep_gives_every_run_its_folder(tmp_path, monkeypatch):
     assert len({run.parent for run in runs}) == 2
 
 
+@pytest.mark.slow
 def test_the_three_seeds_change_only_what_they_govern(tmp_path, monkeypatch):
     def summary(*overrides):
         folder = "-".join(overrides).replace("=", "") or "base"
@@ -191,6 +196,7 @@ def test_the_three_seeds_change_only_what_they_govern(tmp_path, monkeypatch):
     assert other["fingerprint"] != base["fingerprint"]
 
 
+@pytest.mark.slow
 def test_validation_in_place_of_test_for_a_search(tmp_path, monkeypatch):
     arguments = [*TINY, "scenario.val_fraction=0.3", "trainer.evaluate_on=val", "results_dir=r"]
     assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
@@ -199,6 +205,7 @@ def test_validation_in_place_of_test_for_a_search(tmp_path, monkeypatch):
     assert len(np.load(run / "predictions.npz")["label"]) == 30  # three of ten training images of ten classes
 
 
+@pytest.mark.slow
 def test_dry_run_says_what_a_run_would_be(tmp_path, monkeypatch, capsys):
     arguments = ["+experiment=quickstart", "dry_run=true", "results_dir=r"]
     assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
@@ -213,6 +220,7 @@ def test_dry_run_says_what_a_run_would_be(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_help_lists_what_there_is():
     began = time.monotonic()
     done = command("--help", cwd=ROOT)
@@ -430,6 +438,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_gives_one_message(case, monkeypatch, tmp_path, capsys):
     arguments, message = WRONG[case]
@@ -442,6 +451,7 @@ def test_wrong_input_gives_one_message(case, monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.rglob("summary.json"))
 
 
+@pytest.mark.slow
 def test_a_sweep_over_a_key_that_nothing_reads_is_refused(monkeypatch, tmp_path, capsys):
     assert run_in_process("-m", "+seeds=0,1", monkeypatch=monkeypatch, cwd=tmp_path) == 2
     error = capsys.readouterr().err
@@ -468,6 +478,7 @@ FILES_OF_ONES_OWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FILES_OF_ONES_OWN)
 def test_what_is_wrong_in_a_file_of_ones_own_is_said_with_file_and_line(case, monkeypatch, tmp_path, capsys):
     text, message, line = FILES_OF_ONES_OWN[case]
@@ -488,6 +499,7 @@ def test_what_is_wrong_in_a_file_of_ones_own_is_said_with_file_and_line(case, mo
         assert "mine.yaml" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_file_of_ones_own_without_its_first_line_is_told_of_it(monkeypatch, tmp_path, capsys):
     file = tmp_path / "mine" / "experiment" / "mine.yaml"
     file.parent.mkdir(parents=True)
@@ -509,6 +521,7 @@ def test_what_another_key_gives_a_file_is_not_laid_at_its_door(monkeypatch, tmp_
     assert "It is in" not in error
 
 
+@pytest.mark.slow
 def test_a_quoted_value_is_taken_as_it_was_meant(monkeypatch, tmp_path):
     """What the messages tell to type, without the shell's quotes."""
     for value in ("a=b", "größe", "mein ~ Lauf (1), zweite {Fassung}", 'with "quotes" and \\'):
@@ -526,6 +539,7 @@ def explain_value(override: str) -> str:
     return explain(OverrideParseException(override, "")).rpartition(": ")[2].strip("'")
 
 
+@pytest.mark.slow
 def test_a_run_has_a_label(monkeypatch, tmp_path, capsys):
     """One's own, or what was typed that makes it another run; neither is part of what it is."""
     labels, folders = [], set()
@@ -546,6 +560,7 @@ def test_a_run_has_a_label(monkeypatch, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["label"] is None
 
 
+@pytest.mark.slow
 def test_threads_are_set_for_a_run_and_noted(monkeypatch, tmp_path):
     """For this run only; a run with another number is the same run."""
     monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
@@ -559,6 +574,7 @@ def test_threads_are_set_for_a_run_and_noted(monkeypatch, tmp_path):
     assert runs[0].relative_to(tmp_path / "r2") == runs[1].relative_to(tmp_path / "rauto")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
 @pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_that_wait_sleep_unless_told_otherwise(given, policy, tmp_path):
@@ -578,6 +594,7 @@ def test_damaged_data_is_named(monkeypatch, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_tracebacks_on_demand(tmp_path):
     done = command("device=gpu", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert done.returncode == 2

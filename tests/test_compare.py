@@ -280,6 +280,7 @@ def test_disparities_are_taken_seed_by_seed_over_the_seeds_that_every_order_has(
     assert line[2:6] == ["2", "2", "3.00 ± 1.41 (2)", "15.00 ± 7.07 (2)"]  # task 0: 10 and 20 points
 
 
+@pytest.mark.slow
 def test_no_disparity_of_other_tasks_other_settings_or_one_order(tmp_path):
     in_order(tmp_path, [0, 1, 2, 3, 4])
     regrouped = [[8, 7], [0, 1], *FIVE_TASKS[2:]]  # the same classes in other tasks
@@ -402,6 +403,7 @@ def test_written_files(tmp_path, monkeypatch, capsys):
     assert not re.search(r"https?:|<script|<link|@import|url\(", html)
 
 
+@pytest.mark.slow
 def test_regenerating_gives_the_same_bytes(tmp_path, monkeypatch):
     seeds(tmp_path, [60.0, 62.0, 67.0])
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from helpers import FUNCTIONAL, METHODS, ROOT, find_run, largest_difference, parts_of, run_in_process, trainer_of
+from helpers import (
+    FUNCTIONAL,
+    METHODS,
+    ROOT,
+    find_run,
+    largest_difference,
+    parts_of,
+    run_in_process,
+    trainer_of,
+)
 from stand_ins import CPU, CUDA, LowestCalls, Played, Pretence
 
 from cl_bench.buffers.herding import compute_herding_order
@@ -117,6 +126,7 @@ def test_every_accelerator_has_its_index_and_a_wrong_one_is_refused(monkeypatch)
     assert choose_device("auto") == choose_device("mps") == torch.device("mps", 0)
 
 
+@pytest.mark.slow
 def test_the_command_reaches_its_steps_on_a_cuda_device(tmp_path, monkeypatch, pretence):
     """As far as a CPU can go: to its end, but a replay computes nothing, so the accuracies mean nothing."""
     monkeypatch.setattr(run_module, "write_report", lambda place: None)
@@ -148,9 +158,10 @@ def test_cudnn_tries_its_algorithms_where_it_is_asked_to(monkeypatch):
 
 def test_the_device_of_the_tests_small_runs_can_be_chosen(monkeypatch):
     monkeypatch.setenv("CL_BENCH_TEST_DEVICE", "cuda:0")
-    assert "device=cuda:0" in runpy.run_path(str(ROOT / "tests" / "conftest.py"))["TINY"]
+    assert "device=cuda:0" in runpy.run_path(str(ROOT / "tests" / "helpers.py"))["TINY"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_on_the_device(method, device, tmp_path, request):
@@ -211,6 +222,7 @@ def test_herding_waits_for_no_pick(pretence):
     assert torch.equal(ours.cpu(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "module"), [("ewc", ewc), ("supsup_nns", supsup)])
 def test_gradients_of_single_images_come_in_larger_pieces_on_a_card(method, module, tmp_path, monkeypatch, pretence):
     """A 32nd of the 8 GiB that it says it has, where the host takes one image at a time here."""
@@ -232,6 +244,7 @@ def test_gradients_of_single_images_come_in_larger_pieces_on_a_card(method, modu
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", FUNCTIONAL)
@@ -266,6 +279,7 @@ def test_a_graph_takes_images_from_the_host(device, tmp_path):
     assert_same(host, resident, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_run_with_graphs_stops_and_goes_on(device, tmp_path):
     straight = trained("lvt", tmp_path / "straight", device, "graph")
@@ -276,6 +290,7 @@ def test_a_run_with_graphs_stops_and_goes_on(device, tmp_path):
     assert_same(resumed, straight, device)
 
 
+@pytest.mark.slow
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("device", DEVICES)
 def test_replicas_are_a_graph_together(device, tmp_path):

@@ -182,6 +182,7 @@ def test_selection_is_reachability(seed):
     assert any(len(e) < s[0] for e, s in zip(expected, shapes))
 
 
+@pytest.mark.slow
 def test_selection_is_smaller_than_the_layer_for_a_task_that_old_units_serve():
     """A second task with the same images as the first needs few of the old units: an l1-fitted head drops the rest."""
     parts = parts_of(
@@ -515,6 +516,7 @@ def phases_of(parts: Parts) -> list[int]:
     return begins
 
 
+@pytest.mark.slow
 def test_resumes_bit_equal_in_every_phase(tmp_path):
     """Also what is not a tensor: sizes, stamps, history."""
     begins = phases_of(parts_of())
@@ -553,6 +555,7 @@ def build_net(name: str, image_shape: tuple[int, int, int], num_classes: int) ->
     return DEN(**keys, image_shape=image_shape, num_classes=num_classes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong", ["method.window=3", "method.units=0", "method.l1=-1", "backbone.pool_after=[1]", "backbone.hidden=[]"]
 )

@@ -10,6 +10,7 @@ from cl_bench.runs import run as run_module
 AUGMENTED = ["method=er", "buffer=reservoir", "buffer.capacity=20", "scenario.flip=true", "scenario.crop_padding=1"]
 
 
+@pytest.mark.slow
 def test_the_same_command_twice_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "write_report", lambda place: None)
     runs = []

@@ -123,6 +123,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_the_steps_of_a_run_are_counted(name, monkeypatch):
     """With a second a step and no time between, the hours are at most the steps that a run takes."""
@@ -188,6 +189,7 @@ def test_nothing_is_compiled_on_a_cpu(monkeypatch, capsys):
     assert "eagerly" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_fifty_large_tasks_ends(capsys):
     """dytox_cifar100_50step, whose steps of 256 images take most of a minute on a CPU, on pictures of noise."""
     config = configure("+experiment=dytox_cifar100_50step", "device=cpu")

@@ -350,6 +350,7 @@ def test_memory_is_merged_and_then_alone():
     assert fine.order is None
 
 
+@pytest.mark.slow
 def test_memory_is_chosen_by_all_embeddings_of_plain_images():
     """Herding sees the un-augmented images and the embeddings of every task, and holds 2,000 images at most."""
     method, _, phases = in_second_task()
@@ -435,6 +436,7 @@ def test_ablations_of_the_network(three_images, change, tokens, classifiers, wid
     assert moved(method, next(phases))
 
 
+@pytest.mark.slow
 def test_published_settings():
     config = configure("+experiment=dytox_cifar100_10step")
     assert (config.trainer.epochs, config.trainer.batch_size, config.optimizer.lr) == (500, 256, 2.5e-4)

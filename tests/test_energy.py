@@ -79,6 +79,7 @@ def run(folder, stop=lambda: False) -> float | None:
     return parts.build_trainer(Loggers([]), Checkpoint(folder), stop).run().cost.energy_joules
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_joules_of_before(metered, nvml, tmp_path):
     calls = iter(range(1000))
     with pytest.raises(Interrupted):

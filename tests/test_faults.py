@@ -173,6 +173,7 @@ def test_where_there_are_no_hard_links_the_boundary_is_a_copy(tmp_path, monkeypa
         assert equal(torch.load(checkpoint.folder / name, weights_only=True), state)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_between_two_tasks_alone(run, straight, tmp_path, monkeypatch):
     """What is brought home from a lent machine: the record and ``boundary.pt``."""
     stopped_in_epoch(run, monkeypatch, 4, "results_dir=r")  # an epoch of the second task
@@ -188,6 +189,7 @@ def test_a_run_goes_on_from_the_checkpoint_between_two_tasks_alone(run, straight
     assert_equal_results(straight, find_run(tmp_path / "r"))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_damaged_checkpoint_goes_on_and_ends_the_same(run, straight, tmp_path, monkeypatch):
     stopped_in_epoch(run, monkeypatch, 3, "results_dir=damaged")
     [last] = tmp_path.glob("damaged/**/last.pt")
@@ -198,6 +200,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_and_ends_the_same(run, straight
     assert_equal_results(straight, find_run(tmp_path / "damaged"))
 
 
+@pytest.mark.slow
 def test_without_a_whole_checkpoint_a_run_is_never_begun_afresh_unasked(run, tmp_path, monkeypatch):
     stopped_in_epoch(run, monkeypatch, 3, "results_dir=r")
     [last] = tmp_path.glob("r/**/last.pt")
@@ -243,6 +246,7 @@ def stopped_in_epoch(run, monkeypatch, event: int, *arguments: str) -> None:
 # -- disks and folders ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_room_for_a_checkpoint_stops_with_one_message(run, straight, tmp_path):
     with no_file_above(5_000):
         status, error = run("results_dir=r")
@@ -258,6 +262,7 @@ def test_no_room_for_a_checkpoint_stops_with_one_message(run, straight, tmp_path
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "predictions.npz", "summary.json", "report.html"])
 def test_no_room_for_a_file_stops_with_one_message(run, straight, tmp_path, monkeypatch, file):
     def full(*args, **kwargs):
@@ -290,6 +295,7 @@ def test_no_room_for_a_file_stops_with_one_message(run, straight, tmp_path, monk
     assert (find_run(tmp_path / "r") / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_made_does_not_fail_its_run(run, straight, tmp_path, monkeypatch):
     def broken(place):
         raise UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates not allowed")
@@ -303,6 +309,7 @@ def test_a_report_that_cannot_be_made_does_not_fail_its_run(run, straight, tmp_p
     assert_equal_results(straight, find_run(tmp_path / "r"))
 
 
+@pytest.mark.slow
 def test_a_folder_removed_in_mid_run_stops_with_one_message(run, tmp_path, monkeypatch):
     observe = Finetune.observe
     calls = itertools.count()
@@ -329,6 +336,7 @@ def test_a_file_where_a_folder_should_be(run, tmp_path):
     assert "results_dir: expected a folder that can be written to" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
 def test_a_logger_without_its_folder_is_dropped_and_the_run_finishes(run, tmp_path, logger):
     """Where a file is in the way of the logger's folder, it cannot start."""
@@ -359,6 +367,7 @@ def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(run, tmp_path
     assert all(value.isfinite().all() for value in saved["task_start"]["method"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["finetune", "ewc", "joint"])
 def test_scores_that_are_no_numbers_are_no_result(run, tmp_path, method):
     """One step with a huge rate: its loss and even the weights after it are finite, but not what they answer.
@@ -401,6 +410,7 @@ def finite(folder: Path) -> bool:
     return all(tensor.isfinite().all() for state in states for tensor in state["method"].values())
 
 
+@pytest.mark.slow
 def test_fake_tensors_of_a_compiler_are_left_out_of_the_largest_tensors():
     with FakeTensorMode():
         fake = torch.empty(7, 10**9)
@@ -411,6 +421,7 @@ def test_fake_tensors_of_a_compiler_are_left_out_of_the_largest_tensors():
     assert any(line.startswith("mine (7, 1000000) float32") for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

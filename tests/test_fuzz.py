@@ -125,6 +125,7 @@ def fault(make: Callable[[], DictConfig]) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=EXAMPLES // 4, deadline=None, derandomize=True, database=None)
 @given(
@@ -142,6 +143,7 @@ def suitable(method: str) -> DictConfig:
     return configure(*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 @given(method=st.sampled_from(METHODS), data=st.data())

@@ -81,6 +81,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float,
     return loss, images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_golden_run_comes_again(method, tmp_path):
     found = golden(method, tmp_path)
@@ -90,6 +91,7 @@ def test_a_golden_run_comes_again(method, tmp_path):
     assert round(images) <= IMAGES, f"python tests/test_golden.py {method} makes it anew where that was meant"
 
 
+@pytest.mark.slow
 def test_a_small_change_of_the_rate_is_seen_and_rounding_is_not(tmp_path):
     expected = json.loads((GOLDEN / "er.json").read_text())
     assert differences(golden("er", tmp_path / "rounded", jitter=1e-6), expected)[0] <= LOSS

@@ -102,6 +102,7 @@ def test_the_first_row_is_the_one_that_fits(measured, row):
     assert gpu_visit.choose_first_row([{"stage": "probe", "item": "", "status": "ok"}, *results]) == row
 
 
+@pytest.mark.slow
 def test_rows_are_run_by_the_command_that_reproduces(tmp_path, capsys):
     built = gpu_visit.train_rows(["derpp500", "lvt500"], 480, tmp_path, options("--device=cpu", "--speed=eager"))
     assert built.command[0] == "scripts/reproduce.py"
@@ -138,6 +139,7 @@ def ended(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_an_item_past_its_limit_is_killed_with_what_it_started_and_the_next_goes_on(visit, tmp_path):
     child = (
         "import os, time; open('PID', 'w').write(str(os.getpid())); print('{\"kept\": 1}', flush=True); time.sleep(99)"

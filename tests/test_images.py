@@ -73,6 +73,7 @@ def test_an_error_of_the_disk_reaches_the_loop():
         images.load_batch(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["er", "icarl", "joint", "lvt"])
 def test_a_run_from_the_host_is_the_run_from_the_device(method, tmp_path):
     records, states = [], []
@@ -88,6 +89,7 @@ def test_a_run_from_the_host_is_the_run_from_the_device(method, tmp_path):
             assert torch.equal(value, theirs[name]), name
 
 
+@pytest.mark.slow
 def test_images_that_do_not_fit_stay_in_their_file(tmp_path, monkeypatch):
     root = write_pictures(tmp_path / "mine")
     settings = ["scenario=folder", f"data_dir={root}", "scenario.num_tasks=3", "scenario.source.size=8", "device=cpu"]
@@ -103,6 +105,7 @@ def test_images_that_do_not_fit_stay_in_their_file(tmp_path, monkeypatch):
     assert records[0].to_json()["class_il"] == records[1].to_json()["class_il"]
 
 
+@pytest.mark.slow
 def test_the_command_learns_a_folder_of_pictures(tmp_path):
     write_pictures(tmp_path / "mine")
     done = command(

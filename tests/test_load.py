@@ -35,6 +35,7 @@ def finished(tmp_path_factory):
     return cl_bench.run([*RUN, "method=finetune", "buffer=none", f"results_dir={folder}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_made_and_its_model_answers_as_it_did_when_it_was_measured(method, notebook):
     run = cl_bench.run([*RUN, *METHODS[method]])
@@ -58,6 +59,7 @@ def test_a_run_is_made_and_its_model_answers_as_it_did_when_it_was_measured(meth
     assert run.record.cost.parameters == run.summary["cost"]["parameters"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_loaded_and_not_made_again(finished):
     results = finished.run_dir.parents[2]
     written = (finished.run_dir / "checkpoint" / "last.pt").stat().st_mtime_ns
@@ -68,6 +70,7 @@ def test_a_finished_run_is_loaded_and_not_made_again(finished):
         assert torch.equal(tensor, finished.method.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_from_any_working_directory_and_place(finished, notebook):
     shutil.copytree(finished.run_dir, "copy")
     images = finished.scenario.tasks[0].test.images
@@ -78,6 +81,7 @@ def test_nothing_is_asked_and_nothing_answered(finished):
     assert finished.predict(np.empty((0, 1, 8, 8), np.uint8)).shape == (0,)
 
 
+@pytest.mark.slow
 def test_a_method_that_needs_the_task_says_so_by_minus_one(notebook):
     run = cl_bench.run(
         [*TINY, "logger=none", "backbone=apd_digits", "scenario.val_fraction=0.2", "method.consolidate_every=2"]
@@ -138,6 +142,7 @@ def test_a_task_that_there_is_not_is_refused(finished, task):
         finished.predict(np.zeros((1, 1, 8, 8), np.uint8), task=task)
 
 
+@pytest.mark.slow
 def test_yaml_files_of_ones_own_are_found(notebook):
     (notebook / "own" / "experiment").mkdir(parents=True)
     (notebook / "own" / "experiment" / "mine.yaml").write_text(

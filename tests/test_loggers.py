@@ -354,6 +354,7 @@ def offline_wandb() -> Wandb:
     return Wandb(project="p", entity=None, mode="offline", tags=["t"])
 
 
+@pytest.mark.slow
 def test_wandb_offline_over_a_kill(wandb_home, offline):
     folder = wandb_home / "run"
     first = offline_wandb()
@@ -407,6 +408,7 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
     assert '"disable-analytics":true' in next(folder.glob("wandb/offline-run-*/logs/debug-core.log")).read_text()
 
 
+@pytest.mark.slow
 def test_wandb_jobs_of_one_process_have_their_own_runs(wandb_home, offline):
     jobs = [offline_wandb(), offline_wandb()]
     for seed, job in enumerate(jobs):  # the first one has not finished when the second starts
@@ -696,6 +698,7 @@ def run_on_terminal(script: str) -> tuple[str, str]:
     return written.decode(), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["finished", "failed", "interrupted", "killed"])
 def test_console_gives_the_terminal_back(ending):
     err, out = run_on_terminal(TERMINAL_SCRIPT.format(ending=ending))

@@ -305,6 +305,7 @@ def test_lvt_attention_is_the_equation():
     torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parameter_counts():
     def count(net):
         return sum(p.numel() for p in net.parameters())

@@ -24,6 +24,7 @@ def needs_id(parts: Parts) -> bool:
     return parts.method.task_id == "needed"
 
 
+@pytest.mark.slow
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_finite_and_named_and_reach_exactly_the_trained_parameters(method, tmp_path):
@@ -62,6 +63,7 @@ def test_losses_are_finite_and_named_and_reach_exactly_the_trained_parameters(me
     assert phases >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("method", METHODS)
 def test_predict_has_a_score_a_class(method):
@@ -73,6 +75,7 @@ def test_predict_has_a_score_a_class(method):
     assert not scores.isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("method", METHODS)
 def test_learns_two_toy_tasks(method, tmp_path):
@@ -86,6 +89,7 @@ def test_learns_two_toy_tasks(method, tmp_path):
         assert record.class_il.accuracy[-1, -1] > 35  # ten classes: chance is 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_resumes_bit_equal_wherever_it_is_stopped(method, precision, tmp_path):

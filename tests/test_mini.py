@@ -41,6 +41,7 @@ def rows():
     return {row.label: row for row in compare([str(MINI / "records")]).rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", sorted(str(path.parent.relative_to(MINI)) for path in MINI.rglob("table.md")))
 def test_the_committed_table_is_what_the_command_in_it_makes(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -491,6 +491,7 @@ def forked(task, *arguments) -> multiprocessing.Process:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
 def test_two_processes_decode_a_folder_once(delay, tmp_path, monkeypatch):
     root = write_pictures(tmp_path / "mine")
@@ -560,6 +561,7 @@ def summaries(tmp_path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("r/*/*/*/summary.json"))]
 
 
+@pytest.mark.slow
 def test_other_pictures_are_another_run(run, tmp_path, monkeypatch):
     first, second = write_pictures(tmp_path / "first"), write_pictures(tmp_path / "second", seed=1)
     for root, number in ((first, 1), (second, 2)):
@@ -587,6 +589,7 @@ def test_other_pictures_are_another_run(run, tmp_path, monkeypatch):
     assert len({summary["data"] for summary in summaries(tmp_path)}) == 3
 
 
+@pytest.mark.slow
 def test_what_changes_the_data_of_a_run_and_what_does_not(tmp_path):
     root = write_pictures(tmp_path / "mine")
     config = configure(*learns(root))
@@ -611,6 +614,7 @@ def test_what_changes_the_data_of_a_run_and_what_does_not(tmp_path):
     assert len({first, replaced, reordered, relabelled, data()}) == 5
 
 
+@pytest.mark.slow
 def test_a_stopped_run_does_not_go_on_over_other_pictures(run, tmp_path, monkeypatch):
     from test_faults import stopped_in_epoch
 
@@ -625,6 +629,7 @@ def test_a_stopped_run_does_not_go_on_over_other_pictures(run, tmp_path, monkeyp
     assert_equal_results(tmp_path / "before" / finished.parent.relative_to(tmp_path / "r"), find_run(tmp_path / "r"))
 
 
+@pytest.mark.slow
 def test_replicas_share_their_pictures_and_what_they_are_called(run, tmp_path, monkeypatch):
     root = write_pictures(tmp_path / "mine")
     decoded = counting(monkeypatch)
@@ -644,6 +649,7 @@ def test_a_typing_error_is_answered_before_a_picture_is_read(run, tmp_path):
     assert not (root / "decoded").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_images_is_refused(run, tmp_path, monkeypatch):
     from test_faults import RUN, stopped_in_epoch
 
@@ -664,6 +670,7 @@ GOLDEN = {"resnet18_er_cifar100_10split": "cae21c6965", "lvt_cifar100_10split": 
 """Fingerprints under which results/mini/records keeps these experiments."""
 
 
+@pytest.mark.slow
 def test_what_was_recorded_keeps_its_fingerprint():
     """Bundled and officially checked data do not enter it, so that every record still is what its command makes."""
     records = sorted((ROOT / "results" / "mini").rglob("config.yaml"))
@@ -745,6 +752,7 @@ class Derived(Split):
 """
 
 
+@pytest.mark.slow
 def test_a_scenario_of_ones_own_is_told_by_its_images(tmp_path, monkeypatch):
     (tmp_path / "own_scenario.py").write_text(OWN_SCENARIO)
     monkeypatch.syspath_prepend(tmp_path)
@@ -761,6 +769,7 @@ def test_a_scenario_of_ones_own_is_told_by_its_images(tmp_path, monkeypatch):
     assert "data" in identify_run(config, to_plain_dict(config))[0]
 
 
+@pytest.mark.slow
 def test_a_file_of_weights_counts_with_its_content(tmp_path):
     def settings(name: str) -> dict:
         return select_comparable(
@@ -775,6 +784,7 @@ def test_a_file_of_weights_counts_with_its_content(tmp_path):
     assert settings("missing.pt")["backbone.checkpoint"] == str(tmp_path / "missing.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
 def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(delay, run, tmp_path, monkeypatch):
     root = write_pictures(tmp_path / "mine", train=20, test=5)
@@ -798,6 +808,7 @@ def test_two_commands_on_a_fresh_folder_are_each_what_they_are_alone(delay, run,
         assert_equal_results(find_run(tmp_path / "alone"), find_run(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_a_class_name_that_is_not_utf8_reaches_the_report(tmp_path, monkeypatch, capsys):
     root = write_pictures(tmp_path / "mine")
     for split in ("train", "test"):

@@ -83,6 +83,7 @@ def test_other_commands_of_the_readme_are_there():
             assert not option.startswith("-") or f'"{option}"' in text, words
 
 
+@pytest.mark.slow
 def test_a_run_from_python_is_made_predicts_and_is_plotted(tmp_path, monkeypatch):
     import matplotlib
 

@@ -16,6 +16,7 @@ OTHERS = {
 """What was typed beside the experiment, see ``make mini``."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parts[-3])
 def test_the_command_of_a_recorded_run_still_has_its_fingerprint(path):
     summary = json.loads(path.read_text())

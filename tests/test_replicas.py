@@ -63,6 +63,7 @@ def in_double(trainer):
     trainer.scenario.transform.normalise = lambda images: plain(images).double()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # kl_div of LVT has no batching rule
 @pytest.mark.parametrize(
     ("method", "overrides"),
@@ -82,6 +83,7 @@ def test_each_replica_is_the_run_of_its_seed(method, overrides, tmp_path):
     assert largest_difference(joint.trainers[0], joint.trainers[1]) > 1e-2
 
 
+@pytest.mark.slow
 def test_replicas_are_computed_as_one(tmp_path):
     calls = []
 
@@ -96,6 +98,7 @@ def test_replicas_are_computed_as_one(tmp_path):
     assert runs.trainers[0].executor.describe()["used"] == "joint"
 
 
+@pytest.mark.slow
 def test_a_replica_that_fails_leaves_the_others_alone(tmp_path):
     def spoil(trainer):
         if 1 in runs.trainers and trainer is runs.trainers[1]:
@@ -115,6 +118,7 @@ def test_a_replica_that_fails_leaves_the_others_alone(tmp_path):
     assert [runs.trainers[seed].checkpoint.load()["task"] for seed in SEEDS] == [2, 0, 2]
 
 
+@pytest.mark.slow
 def test_replicas_stop_and_go_on(tmp_path):
     asked = []
 
@@ -132,6 +136,7 @@ def test_replicas_stop_and_go_on(tmp_path):
         assert largest_difference(resumed.trainers[seed], alone.trainers[seed]) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_cannot_be_computed_as_one_says_why():
     cuda = torch.device("cuda")
     assert find_obstacle(parts_of("er").method, cuda) is None
@@ -141,6 +146,7 @@ def test_what_cannot_be_computed_as_one_says_why():
     assert "CPU" in find_obstacle(parts_of("er").method, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_replicas_have_the_folders_and_results_of_separate_runs(tmp_path):
     arguments = [*TINY, "logger=none", "method=er", "buffer=reservoir", "buffer.capacity=20"]
     done = command(*arguments, "seed=3", "trainer.replicas=2", "results_dir=joint", cwd=tmp_path)

@@ -164,6 +164,7 @@ def test_names_with_dollars_and_underscores_are_drawn_as_they_are():
     plots.render_png(plots.draw_dots({name: [1.0] for name in names}, dict.fromkeys(names), "accuracy [%]"))
 
 
+@pytest.mark.slow
 def test_pyplot_is_never_imported():
     code = "import sys, cl_bench.report.compare; sys.exit('matplotlib.pyplot' in sys.modules)"
     root = Path(page.__file__).parents[2]
@@ -174,6 +175,7 @@ def test_pyplot_is_never_imported():
 # ---- page
 
 
+@pytest.mark.slow
 def test_page_holds_the_numbers_and_the_pictures(tmp_path):
     folder = make_run(tmp_path, published={"class_il_average_accuracy": 70.0, "tolerance": 1.5, "source": "A paper"})
     path = page.write_report(folder)
@@ -194,12 +196,14 @@ def test_page_holds_the_numbers_and_the_pictures(tmp_path):
     assert embedded == [(folder / "plots" / f"{name}.png").read_bytes() for name in names]
 
 
+@pytest.mark.slow
 def test_page_asks_for_nothing_from_outside(tmp_path):
     text = page.write_report(make_run(tmp_path)).read_text()
     assert not re.search(r"https?:|<script|<link|@import|url\(", text)
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', text))
 
 
+@pytest.mark.slow
 def test_text_from_the_configuration_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>"
     folder = make_run(
@@ -218,6 +222,7 @@ def test_text_from_the_configuration_is_escaped(tmp_path):
     assert text.count("&lt;script&gt;alert(1)") == 19
 
 
+@pytest.mark.slow
 def test_regenerating_gives_the_same_bytes_and_touches_nothing_else(tmp_path):
     folder = make_run(tmp_path)
 
@@ -233,6 +238,7 @@ def test_regenerating_gives_the_same_bytes_and_touches_nothing_else(tmp_path):
     assert all(name == "report.html" or name.startswith("plots") for name in first.keys() - before.keys())
 
 
+@pytest.mark.slow
 def test_a_method_without_class_il_shows_dashes(tmp_path):
     text = page.write_report(make_run(tmp_path, class_il=None)).read_text()
     assert '<div class="card"><b>-</b><span>Class-IL average accuracy</span></div>' in text
@@ -249,6 +255,7 @@ def test_page_says_which_pictures_are_missing(tmp_path):
     assert text.count("<figure>") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "note"),
     [({"scale": "mini"}, "scale=mini: not compared"), ({"evaluate_on": "val"}, "measured on val images: not compared")],
@@ -307,6 +314,7 @@ def test_numbers_have_no_negative_zero():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["summary.json", "accuracy_matrix.csv", "config.yaml", "env.json"])
 def test_a_missing_file_is_named(tmp_path, name):
     folder = make_run(tmp_path)

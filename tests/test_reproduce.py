@@ -76,6 +76,7 @@ def cells(groups: dict[str, Group], records: Path) -> list[list[str]]:
 # ---- the files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), ROWS, ids=[name for _, name in ROWS])
 def test_a_row_composes_and_agrees_with_its_experiment(group, name):
     row = group.rows[name]
@@ -166,6 +167,7 @@ def test_names_of_rows_and_groups(toy):
         choose_rows(toy, ["derp"])
 
 
+@pytest.mark.slow
 def test_the_search_is_of_keys_that_lvt_has():
     search = OmegaConf.load(ROOT / "configs" / "search" / "lvt.yaml")
     assert search.trainer.evaluate_on == "val"
@@ -342,6 +344,7 @@ def test_a_slice_ends_by_a_signal_and_the_next_goes_on(command, tmp_path, capfd)
     assert command.run(todo, time.monotonic()) == command.STOPPED  # no time at all: nothing is started
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_leave_is_killed_after_the_grace(command, tmp_path):
     todo = jobs(command, tmp_path, "deaf")
     began = time.monotonic()
@@ -349,6 +352,7 @@ def test_a_run_that_does_not_leave_is_killed_after_the_grace(command, tmp_path):
     assert time.monotonic() - began < 30  # a minute is what it would be given
 
 
+@pytest.mark.slow
 def test_the_plan_begins_every_row_before_it_repeats_one(tmp_path):
     module = script()
     rows = choose_rows(GROUPS, ["finetune", "apd_fixed"])
@@ -379,6 +383,7 @@ def test_wrong_arguments_are_one_line(arguments, said, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_a_name_the_tables_are_made(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("<!-- reproduction: all -->\n<!-- end of reproduction -->\n")

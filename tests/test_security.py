@@ -29,6 +29,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_foreign_target_is_refused_before_anything_is_imported(case, tmp_path, monkeypatch):
     for name in ("evil", "cl_benchmark"):
@@ -53,6 +54,7 @@ DANGEROUS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", DANGEROUS)
 def test_nothing_dangerous_can_be_named(path, monkeypatch):
     """As a part, as a part of a part and as a metric: it is never called."""
@@ -65,6 +67,7 @@ def test_nothing_dangerous_can_be_named(path, monkeypatch):
         build(configure(f"+metrics.mine={path}"))
 
 
+@pytest.mark.slow
 def test_a_part_of_another_kind_is_refused():
     for key, path in {
         "backbone": "cl_bench.methods.finetune.Finetune",
@@ -116,6 +119,7 @@ def test_a_malicious_checkpoint_is_refused(tmp_path, capsys):
     assert not sign.exists()
 
 
+@pytest.mark.slow
 def test_malicious_predictions_are_refused(tmp_path, monkeypatch, capsys):
     sign = tmp_path / "executed"
     assert run_in_process(*TINY, "results_dir=r", "logger=none", monkeypatch=monkeypatch, cwd=tmp_path) == 0
@@ -139,6 +143,7 @@ def test_malicious_predictions_are_refused(tmp_path, monkeypatch, capsys):
 SECRET = "sentinel-8c6f1d0b"
 
 
+@pytest.mark.slow
 def test_no_secret_of_the_environment_reaches_a_file_or_a_message(tmp_path, monkeypatch, capfd):
     for name in ("MY_API_KEY", "PGPASSWORD", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, SECRET)
@@ -169,6 +174,7 @@ OUTSIDE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", OUTSIDE)
 def test_no_name_leads_out_of_the_results_folder(argument, tmp_path, monkeypatch, capsys):
     inner = tmp_path / "inner"

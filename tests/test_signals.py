@@ -50,6 +50,7 @@ def terminate_at_call(number: int, owner: object, name: str, monkeypatch: pytest
     return calls
 
 
+@pytest.mark.slow
 def test_a_run_stopped_while_it_measures_or_sums_up_ends_the_same(run, tmp_path, monkeypatch):
     """One run is stopped at each of these moments in turn; what was trained by then is not trained again."""
     arguments = [*TINY, "backbone.hidden=[4]", "method=ewc", "optimizer.lr=0.01", "logger=none"]
@@ -82,6 +83,7 @@ def terminate_soon() -> threading.Timer:
     return timer
 
 
+@pytest.mark.slow
 def test_decoding_is_stopped_between_two_pictures(run, tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     for split, label in itertools.product(("train", "test"), ("cat", "dog")):
@@ -105,6 +107,7 @@ def test_decoding_is_stopped_between_two_pictures(run, tmp_path, monkeypatch):
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_a_download_is_stopped(run, tmp_path, monkeypatch):
     monkeypatch.setattr(cifar100, "_fetch", lambda root, download: time.sleep(600))
     timer, began = terminate_soon(), time.monotonic()
@@ -113,6 +116,7 @@ def test_a_download_is_stopped(run, tmp_path, monkeypatch):
     timer.join()
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_another_ones_decoding_is_stopped(run, tmp_path, monkeypatch):
     for split, label in itertools.product(("train", "test"), ("cat", "dog")):
         folder = tmp_path / "data" / split / label
@@ -214,6 +218,7 @@ Sweep([], folder=Path("sweep"), pid=int(sys.argv[1])).perform(job, None)
 """
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_killed_sweep_save_and_leave(tmp_path):
     for name, code in {"command.py": COMMAND, "job.py": JOB}.items():
         (tmp_path / name).write_text(textwrap.dedent(code))
@@ -227,6 +232,7 @@ def test_the_jobs_of_a_killed_sweep_save_and_leave(tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rates", "status"), [("-1,0.1,nan", 2), ("0.1,-1,1e30", 1)])
 def test_every_failed_job_is_told_of_at_once_and_at_the_end(run, rates, status):
     arguments = ["-m", *TINY, f"optimizer.lr={rates}", "backbone.hidden=[4]", "trainer.epochs=20", "results_dir=r"]

@@ -214,6 +214,7 @@ def files_of(root) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (root / "cifar-100-python").iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.2])
 def test_two_processes_fetch_cifar100_once(archive, monkeypatch, delay):
     path, root = archive

@@ -23,8 +23,20 @@ def trained(method, folder, speed=None, *overrides):
     return trainer
 
 
+@pytest.mark.slow
 def test_the_methods_that_can_be_cut_are_known():
-    assert set(FUNCTIONAL) == {"finetune", "joint", "er", "derpp", "lvt", "lwf", "ewc", "icarl", "dytox", "memory_vit"}
+    assert set(FUNCTIONAL) == {
+        "finetune",
+        "joint",
+        "er",
+        "derpp",
+        "lvt",
+        "lwf",
+        "ewc",
+        "icarl",
+        "dytox",
+        "memory_vit",
+    }
 
 
 def watched(steps):
@@ -73,6 +85,7 @@ def attached(method):
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", FUNCTIONAL)
 def test_at_a_capture_no_parameter_belongs_to_an_earlier_step(method, tmp_path):
     """A parameter's node in an autograd graph is made anew in each step, and with it the stream that it waits for."""
@@ -231,6 +244,7 @@ def test_results_of_a_graph_lie_in_the_same_places(tmp_path):
     assert places[-1] == places[-2]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch 2.11 itself calls it
 def test_a_compiled_step_trains_as_eager_does_within_rounding(tmp_path):
     speed = lambda trainer: StepExecutor("compile", torch.device("cpu"))  # noqa: E731

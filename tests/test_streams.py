@@ -28,6 +28,7 @@ def unread(*call: str, cwd: Path, both: bool = False, **environment: str) -> tup
     return done.returncode, done.stderr or ""
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_reads_finishes(tmp_path):
     assert unread("-m", "cl_bench", *RUN, cwd=tmp_path, both=True) == (0, "")
     run = find_run(tmp_path / "r")
@@ -39,11 +40,13 @@ def test_a_run_that_nobody_reads_finishes(tmp_path):
     assert unread(str(ROOT / "scripts" / "compare.py"), "r", cwd=tmp_path) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--cfg", "job"], 0), (["seed=abc"], 2)])
 def test_what_is_printed_for_nobody_changes_no_status(arguments, status, tmp_path):
     assert unread("-m", "cl_bench", *arguments, cwd=tmp_path, both=True) == (status, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
 def test_no_room_for_the_table_is_one_message(tmp_path):
     with open("/dev/full", "w") as full:
@@ -57,6 +60,7 @@ def test_no_room_for_the_table_is_one_message(tmp_path):
     assert find_run(tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_a_locale_that_cannot_write_a_sign_writes_another(tmp_path):
     """And a name that it cannot write is refused before anything is made."""
     code = "from cl_bench.system.streams import outlive_readers; outlive_readers(); print('\\xe4 \\xb1')"
@@ -76,6 +80,7 @@ def test_a_locale_that_cannot_write_a_sign_writes_another(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_wandb_without_a_home_folder(tmp_path, monkeypatch, capsys):
     """As in a container under an unknown number: nothing fails, and no folder named ~ is made."""
     monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())

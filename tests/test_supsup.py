@@ -621,6 +621,7 @@ def test_permutations_are_classes_of_their_own():
         assert torch.equal(two.tasks[i].test.images, ten.tasks[i].test.images)
 
 
+@pytest.mark.slow
 def test_resumes_bit_equal_with_masks_and_statistics(tmp_path):
     def run(folder, stop_after):
         torch.manual_seed(77)  # whatever state the process is in
@@ -673,6 +674,7 @@ def inferred(outputs: int, tmp_path) -> tuple[dict[str, float], float]:
     return found, 100 * right.float().mean().item()
 
 
+@pytest.mark.slow
 def test_superfluous_outputs_make_the_task_known_from_one_image(tmp_path):
     many, accuracy = inferred(100, tmp_path)
     few, _ = inferred(10, tmp_path)
@@ -682,6 +684,7 @@ def test_superfluous_outputs_make_the_task_known_from_one_image(tmp_path):
     assert few["H"] < 70
 
 
+@pytest.mark.slow
 def test_three_permutations_get_masks_of_their_own_without_any_task_id(tmp_path):
     parts = build(
         configure(

@@ -163,6 +163,7 @@ def test_wrong_optimizer_values_are_refused(keys):
         sgd([torch.nn.Parameter(torch.zeros(1))], **(good | keys))
 
 
+@pytest.mark.slow
 def test_the_buffer_leaves_the_stream_as_it_was(tmp_path):
     """Changing what is remembered changes neither the order of the stream nor its augmentation."""
 
@@ -188,6 +189,7 @@ SLIM = ["backbone=resnet18_slim", "backbone.width=2"]
 DRAWS = ["method=derpp", "buffer=reservoir"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [

@@ -64,6 +64,7 @@ def test_every_declaration_is_tried():
     assert declared == {key if "." in key else f"scenario.{key}" for key in VOID}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fine", "found", "expected"),
     [

@@ -55,6 +55,7 @@ def test_no_network_is_kept_unasked(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["boundary.pt", "last.pt", "previous.pt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in task 1", "while task00.pt is written", "before the next checkpoint"])
 def test_a_killed_and_resumed_run_has_every_network(moment, tmp_path, monkeypatch):
     keys = ["trainer.keep_tasks=true", "trainer.checkpoint_steps=3"]
@@ -106,6 +107,7 @@ def network(*overrides):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_starts_from_a_file(backbone, tmp_path):
     choice = [f"backbone={backbone}", "+scale=mini"]
@@ -118,6 +120,7 @@ def test_every_backbone_starts_from_a_file(backbone, tmp_path):
     assert equal(network(*choice, f"backbone.weights={tmp_path / 'w.pt'}").state_dict(), saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", GROWING)
 def test_a_growing_network_starts_from_what_it_was_before_its_tasks(method, tmp_path, capsys):
     """Its own weights come from the file; the parts of the file's tasks are left out, and the run learns."""
@@ -139,6 +142,7 @@ def test_a_growing_network_starts_from_what_it_was_before_its_tasks(method, tmp_
     trainer_of(parts, tmp_path).run()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_network_of_another_run(tmp_path):
     trainer_of(parts_of("er", "trainer.keep_tasks=true"), tmp_path / "first").run()
     file = tmp_path / "first" / "task00.pt"
@@ -163,6 +167,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_file_is_refused(kind, tmp_path):
     made, found = WRONG[kind]
@@ -189,6 +194,7 @@ def test_a_missing_file_is_told_before_the_data_are_read(monkeypatch):
         parts_of("finetune", "backbone.weights=nowhere.pt")
 
 
+@pytest.mark.slow
 def test_what_makes_runs_comparable_is_the_content_of_the_file(tmp_path):
     first, copy, other = (tmp_path / name for name in ("first.pt", "copy.pt", "other.pt"))
     for path, content in ((first, b"1"), (copy, b"1"), (other, b"2")):
@@ -210,6 +216,7 @@ def test_what_makes_runs_comparable_is_the_content_of_the_file(tmp_path):
 # -- the final state of a finished run -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["now", "before"])
 def test_a_finished_run_is_read_and_goes_on_from_either_form_of_its_checkpoint(form, tmp_path):
     trainer = trainer_of(parts_of("er"), tmp_path)
