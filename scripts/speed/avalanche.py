@@ -121,7 +121,7 @@ def _prepare_avalanche(
         plugins=[watch, *([ReplayPlugin(mem_size=CAPACITY, batch_size_mem=BATCH)] if replay else [])],
         evaluator=EvaluationPlugin(),
     )
-    strategy.train(experiences[0])  # fills the memory: Avalanche does so after an experience
+    strategy.train(experiences[0])  # fills the buffer: Avalanche does so after an experience
 
     def measure() -> float:
         strategy.train(experiences[1])

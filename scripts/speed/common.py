@@ -180,7 +180,7 @@ def get_first_phase(parts: Parts, task: Task) -> Phase:
 
 
 def close_task(parts: Parts, task: Task) -> None:
-    """Open and close ``task`` without training: this fills memory and statistics, and leaves the weights."""
+    """Open and close ``task`` without training: this fills the buffer and statistics, and leaves the weights."""
     parts.method.eval()
     for _ in parts.method.learn(task):
         pass

@@ -3,8 +3,8 @@
 The limit does the arithmetic of the method's step and nothing else: same network, optimizer and precision, 32 images
 and 32 replayed ones that never change, no augmentation, no buffer, no logging. For ER that is the cross-entropy of 64
 images. For LVT it is the step of the second task, written out: one pass over 64 images, both heads, the stream's two
-cross-entropies, the memory's, its distillation, and the penalty on keys and biases. A bare classifier's step would be
-faster, but it would leave out arithmetic of the method.
+cross-entropies, the replayed one, its distillation, and the penalty on keys and biases. A bare classifier's step would
+be faster, but it would leave out arithmetic of the method.
 """
 
 from collections.abc import Callable, Iterator
@@ -98,8 +98,8 @@ def _make_lvt_loss(method: LifelongViT, x: Tensor, y: Tensor) -> Callable[[], Te
 
     def loss() -> Tensor:
         features = net.features(x)
-        new, memory = features[:BATCH], features[BATCH:]
-        remembered = net.accumulation(memory)
+        new, replayed = features[:BATCH], features[BATCH:]
+        remembered = net.accumulation(replayed)
         student = F.log_softmax(remembered / temperature, dim=1)
         return (
             F.cross_entropy(net.injection(new), y[:BATCH])

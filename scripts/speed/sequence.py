@@ -86,7 +86,7 @@ CASES = {
     ),
 }
 NOTES = {
-    "lvt": "against task 2: in the first task its memory is empty, so a step has half the images",
+    "lvt": "against task 2: in the first task its buffer is empty, so a step has half the images",
     "dytox": "full network; with task 2 its teacher comes along, once: a forward pass, a third of the step",
 }
 

@@ -21,10 +21,10 @@ WHEELS = ("hydra-core", "omegaconf", "antlr4-python3-runtime")
 """What a machine with PyTorch lacks. They are pure Python, so that wheels made here serve there."""
 
 PART_BYTES = 15 * 2**20
-"""Largest size of a part that is brought home; a ResNet18 with its memory makes three."""
+"""Largest size of a part that is brought home; a ResNet18 with its exemplars makes three."""
 
 WARM_UP = 50
-"""Steps before the timed ones: by then a memory of 500 is full, and whatever is captured is captured."""
+"""Steps before the timed ones: by then a buffer of 500 is full, and whatever is captured is captured."""
 
 EXPERIMENTS = {
     "er": "resnet18_er_cifar100_10split",
@@ -132,7 +132,7 @@ def probe(device: str) -> Facts:
 
 
 def rates(method: str, speed: str, steps: str, device: str, *overrides: str) -> Facts:
-    """Milliseconds of a step in the loop, with a full memory, in the second of two tasks; and of the bare step.
+    """Milliseconds of a step in the loop, with a full buffer, in the second of two tasks; and of the bare step.
 
     The bare step computes the same loss terms on one batch that is already on the device, with the same optimizer: no
     draws, no augmentation, no buffer, no log. As a graph its forward and backward pass are captured, like the loop's.
