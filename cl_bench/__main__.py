@@ -35,6 +35,10 @@ def main() -> None:
     wait_passively()
     outlive_readers()
     multirun = bool({"-m", "--multirun"} & set(sys.argv)) and not {"--cfg", "-c", "--info", "-i"} & set(sys.argv)
+    if sys.argv[1:2] == ["metrics"]:  # a word without "=" in the first place is a command; all else is Hydra's
+        from cl_bench.runs.add_metrics import main as add_metrics
+
+        sys.exit(add_metrics(sys.argv[2:]))
     sweep = Sweep(sys.argv[1:], tracebacks=wants_traceback)
     failures: list[Exception] = []
     started: list[bool] = []

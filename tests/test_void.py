@@ -31,6 +31,7 @@ VOID = {
     "method.new_weight": ["backbone=lvt_digits", "method.accumulation_head=false", "method.new_weight=1"],
     "method.new_weight_rule": ["backbone=lvt_digits", "method.accumulation_head=false", "method.new_weight_rule=decay"],
     "trainer.epochs": ["backbone=apd_digits", "method.epochs=2", "trainer.epochs=3"],
+    "trainer.evaluate_sample": ["trainer.evaluate_sample=10"],
     "method.warm_up": ["backbone=memory_vit", "backbone.checkpoint=w.pt", "method.warm_up=half"],
     "method.warm_up_epochs": ["backbone=memory_vit", "backbone.pretrained=true", "method.warm_up_epochs=3"],
     "method.warm_up_lr": ["backbone=memory_vit", "backbone.pretrained=true", "method.warm_up_lr=0.1"],

@@ -22,7 +22,7 @@ from cl_bench.config.schema import (
     select_comparable,
 )
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.core.record import Matrix
+from cl_bench.core.record import Curve, Matrix, takes_curve
 from cl_bench.data.base import is_fixed_by_settings
 from cl_bench.engine.checkpoint import Checkpoint, check_weights, load_network
 from cl_bench.engine.step import find_obstacle_to_graphs
@@ -141,6 +141,14 @@ def _build_cheap_parts(config: DictConfig, allow: list[str]) -> tuple[Settings, 
     schedule = build_component(config.schedule, "schedule", allow, KINDS["schedule"])
     optimizer = prepare_component(config.optimizer, "optimizer", allow, KINDS["optimizer"])
     metrics = {str(name): load_metric(path, f"metrics.{name}", allow) for name, path in config.metrics.items()}
+    for name, metric in metrics.items():
+        require(
+            settings.evaluate_every is not None or not takes_curve(metric),
+            f"metrics.{name}",
+            expected="a metric of the accuracy matrix, since nothing is measured while learning",
+            got="a metric of the curve",
+            fix="Add trainer.evaluate_every=100, or choose metrics=standard.",
+        )
     makers = [
         prepare_component(config[group], group, allow, KINDS[group]) for group in ("backbone", "buffer", "method")
     ]
@@ -274,14 +282,14 @@ def _refuse_other_kinds(built: Callable[..., Any], key: str, path: str, kind: ty
         )
 
 
-def load_metric(path: str, key: str, allow: list[str]) -> Callable[[Matrix], float]:
-    """The metric at a dotted path: a function annotated to take an accuracy matrix and return a number."""
+def load_metric(path: str, key: str, allow: list[str]) -> Callable[..., float]:
+    """The metric at a dotted path: a function annotated to take an accuracy matrix or a curve and return a number."""
     found = import_allowed(path, key, allow)
     hints = {} if inspect.isclass(found) else typing.get_type_hints(found)
-    if hints.pop("return", None) is not float or list(hints.values()) != [Matrix]:
+    if hints.pop("return", None) is not float or list(hints.values()) not in ([Matrix], [Curve]):
         raise ConfigError(
             key,
-            expected="a function annotated (matrix: cl_bench.core.record.Matrix) -> float",
+            expected="a function annotated (matrix: cl_bench.core.record.Matrix) -> float, or (curve: ...Curve)",
             got=path,
             fix="See cl_bench/metrics.",
         )

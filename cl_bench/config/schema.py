@@ -60,6 +60,9 @@ LATER_KEYS = {
     "method.mean_over": "seen",
     "trainer.cudnn_benchmark": False,
     "trainer.keep_tasks": False,
+    "trainer.evaluate_every": None,
+    "trainer.evaluate_sample": 100,
+    "trainer.linear_probe": False,
     "backbone.weights": None,
 }
 """Keys that were added after runs had been recorded, with the value that keeps the old behaviour. A fingerprint leaves

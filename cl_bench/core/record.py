@@ -1,7 +1,9 @@
-"""What a run measured: the accuracy matrices of both settings and the costs, with JSON and CSV."""
+"""What a run measured: accuracy matrices and curves of both settings, and the costs, with JSON and CSV."""
 
 import csv
 import math
+import typing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,11 +65,62 @@ class Matrix:
 
 
 @dataclass
+class Curve:
+    """The accuracy while learning, for one setting: E evaluations on a fixed sample of each task's images.
+
+    Attributes:
+        step: optimizer steps done before each evaluation; it grows.
+        learning: the task that was being learned, or had just been learned.
+        correct: for each evaluation, right predictions on the tasks 0 to ``learning``. nan = not answered.
+        count: (T,) images asked of each task.
+    """
+
+    count: list[int]
+    step: list[int] = field(default_factory=list)
+    learning: list[int] = field(default_factory=list)
+    correct: list[list[float]] = field(default_factory=list)
+
+    @classmethod
+    def from_accuracy(cls, learning: list[int], rows: list[list[float]]) -> "Curve":
+        """A curve from accuracies in percent, with 100 images per task and one step between two evaluations."""
+        return cls([100] * (max(learning) + 1), [*range(1, len(rows) + 1)], learning, rows)
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return len(self.count)
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """(E, T) accuracies in percent; nan = not answered, or not begun yet."""
+        rows = np.full((len(self.step), self.num_tasks), math.nan)
+        for row, correct in zip(rows, self.correct):
+            row[: len(correct)] = correct
+        count = np.array(self.count, dtype=float)
+        return 100.0 * rows / np.where(count > 0, count, math.nan)
+
+    def add(self, step: int, learning: int, correct: list[float]) -> None:
+        """Enter an evaluation. It replaces one at the same step: after a task's last step the method has closed it."""
+        if self.step and self.step[-1] == step:
+            for column in (self.step, self.learning, self.correct):
+                column.pop()
+        self.step.append(step)
+        self.learning.append(learning)
+        self.correct.append(correct)
+
+
+def takes_curve(metric: Callable[..., Any]) -> bool:
+    """Whether a metric is a function of a :class:`Curve`, by its annotation, and not of a :class:`Matrix`."""
+    return Curve in typing.get_type_hints(metric).values()
+
+
+@dataclass
 class Cost:
     """The costs of a run; None = could not be measured.
 
     ``capacity`` is the number of parameters relative to the network after the first task, or the method's own count.
-    ``method_bytes`` is what the method stores for old tasks beside parameters and buffer.
+    ``method_bytes`` is what the method stores for old tasks beside parameters and buffer. ``evaluate_seconds`` is for
+    the accuracy matrices and other rules to answer by, ``curve_seconds`` for the curves.
     """
 
     train_seconds: float = 0.0
@@ -81,15 +134,21 @@ class Cost:
     buffer_bytes: int | None = None
     method_bytes: int | None = None
     energy_joules: float | None = None
+    curve_seconds: float = 0.0
 
 
 @dataclass
 class Record:
-    """Everything a run measured."""
+    """Everything a run measured.
+
+    Attributes:
+        curves: by setting; empty if nothing was measured while learning.
+    """
 
     class_il: Matrix
     task_il: Matrix
     cost: Cost = field(default_factory=Cost)
+    curves: dict[str, Curve] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, num_tasks: int) -> "Record":
@@ -106,6 +165,16 @@ class Record:
         matrix.correct[after_task] = correct  # BASELINE = -1 is the last row
         matrix.count[:] = count
 
+    def add_to_curve(self, step: int, learning: int, setting: str, correct: list[float], count: list[int]) -> None:
+        """Enter one evaluation while learning, see :meth:`Curve.add`; ``count`` are the images asked of each task."""
+        self.curves.setdefault(setting, Curve(count)).add(step, learning, correct)
+
+    def compute(self, metric: Callable[..., float], setting: str) -> float:
+        """A metric of one setting, from its matrix or its curve; nan if there is no curve."""
+        if not takes_curve(metric):
+            return metric(self.get_matrix(setting))
+        return metric(self.curves[setting]) if setting in self.curves else math.nan
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, None for nan."""
         matrices = {
@@ -115,7 +184,8 @@ class Record:
             }
             for s in SETTINGS
         }
-        return matrices | {"cost": asdict(self.cost)}
+        curves = {s: replace_non_finite(vars(curve)) for s, curve in self.curves.items()}
+        return matrices | {"cost": asdict(self.cost), "curves": curves}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Record":
@@ -123,7 +193,10 @@ class Record:
         class_il, task_il = (
             Matrix(np.array(data[s]["correct"], dtype=float), np.array(data[s]["count"])) for s in SETTINGS
         )
-        return cls(class_il, task_il, Cost(**data["cost"]))
+        curves = {s: Curve(**values) for s, values in data.get("curves", {}).items()}  # older records have none
+        for curve in curves.values():
+            curve.correct = [[math.nan if c is None else c for c in row] for row in curve.correct]
+        return cls(class_il, task_il, Cost(**data["cost"]), curves)
 
     def write_csv(self, path: Path) -> None:
         """Write ``accuracy_matrix.csv``: one line per setting, row and task, without entries that were not measured."""
@@ -137,6 +210,21 @@ class Record:
                         if not math.isnan(correct):
                             count = int(matrix.count[task])
                             writer.writerow([setting, row, task, int(correct), count, round(100 * correct / count, 4)])
+
+    def write_curve_csv(self, path: Path) -> None:
+        """Write ``curve.csv``: a line per setting, evaluation and task; ``correct`` is empty if it was not answered."""
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["setting", "step", "learning", "task", "correct", "count", "accuracy"])
+            for setting, curve in self.curves.items():
+                for step, learning, row in zip(curve.step, curve.learning, curve.correct):
+                    for task, (correct, count) in enumerate(zip(row, curve.count)):
+                        known = ["", count, ""] if math.isnan(correct) else _count(correct, count)
+                        writer.writerow([setting, step, learning, task, *known])
+
+
+def _count(correct: float, count: int) -> list[float]:
+    return [int(correct), count, round(100 * correct / count, 4)]
 
 
 def replace_non_finite(value: Any) -> Any:

@@ -8,9 +8,10 @@ Masking is done here, in the same way for every method: in Class-IL the classes 
 other tasks.
 """
 
+import copy
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,22 @@ def evaluate(
     if not_numbers:
         raise FloatingPointError(f"the scores of {int(not_numbers)} of {len(data)} images are not numbers")
     return Evaluation(data.index[torch.cat(batches)].cpu(), *columns)
+
+
+def draw_sample(scenario: Scenario, split: str, images: int) -> Scenario:
+    """The scenario with at most this number of ``split`` images of each task, on the training device.
+
+    The same images are drawn in every run, by a generator of their own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sample = copy.copy(scenario)
+    sample.tasks = []
+    for task in scenario.tasks:
+        data = task.get_split(split)
+        which = torch.randperm(len(data), generator=generator)[:images].sort().values.to(data.labels.device)
+        few = Data(data.images.index_select(0, which), data.labels[which], data.index[which])
+        sample.tasks.append(replace(task, val=few, test=few))
+    return sample
 
 
 def shuffle_batches(images: int) -> list[Tensor]:

@@ -5,10 +5,13 @@ It is a generator (:data:`~cl_bench.engine.step.StepGenerator`): it yields each 
 together.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -19,7 +22,8 @@ from cl_bench.core.record import BASELINE, SETTINGS, Record
 from cl_bench.core.types import Batch, Data, Phase, Task
 from cl_bench.data.feed import open_feed
 from cl_bench.engine.checkpoint import Checkpoint, State, clone_state, get_final_state, get_rng_state, set_rng_state
-from cl_bench.engine.evaluate import Evaluation, evaluate
+from cl_bench.engine.evaluate import Evaluation, draw_sample, evaluate
+from cl_bench.engine.probe import LINEAR_PROBE, fit_linear_probe, require_features
 from cl_bench.engine.step import Choice, PhaseContext, Step, StepExecutor, StepGenerator, T
 from cl_bench.loggers.base import Logger, Progress
 from cl_bench.methods.base import Method, Predict
@@ -33,6 +37,11 @@ from cl_bench.system.signals import Interrupted, allow_interruption, allow_inter
     when=lambda v: v["config"].method.get("epochs", v["epochs"]) != v["epochs"],
     why="method.epochs counts them",
 )
+@void(
+    "evaluate_sample",
+    when=lambda v: v["evaluate_every"] is None,
+    why="trainer.evaluate_every=null measures nothing while learning",
+)
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How phases are run, if a phase does not say otherwise.
@@ -42,6 +51,11 @@ class Settings:
         batch_size: images of the stream per step; the last batch of an epoch may be smaller.
         clip_norm: largest norm of the whole gradient; None for no clipping.
         evaluate_on: ``test``, or ``val`` for a search, which then never reads a test image.
+        evaluate_every: number of optimizer steps after which the tasks begun are measured on a sample of their images
+            (:class:`~cl_bench.core.record.Curve`); None for no such measurement. It does not change the training.
+        evaluate_sample: images of each task in the sample; all of them, if a task has fewer.
+        linear_probe: whether a linear classifier of the features is fitted after the last task
+            (:mod:`cl_bench.engine.probe`). It sees the training images of all tasks.
         checkpoint_seconds: a checkpoint is written at the end of each task, and after this time within a task.
         checkpoint_steps: a checkpoint is also written after this number of optimizer steps; None for by time only.
         keep_tasks: whether the network after each task is kept (:meth:`Checkpoint.keep_network`).
@@ -56,6 +70,9 @@ class Settings:
     batch_size: int
     clip_norm: float | None
     evaluate_on: Literal["test", "val"]
+    evaluate_every: int | None
+    evaluate_sample: int
+    linear_probe: bool
     checkpoint_seconds: float
     checkpoint_steps: int | None
     keep_tasks: bool
@@ -64,7 +81,10 @@ class Settings:
     cudnn_benchmark: bool
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "clip_norm", "checkpoint_seconds", "checkpoint_steps", "replicas"):
+        for key in (
+            "epochs", "batch_size", "clip_norm", "evaluate_every", "evaluate_sample", "checkpoint_seconds",
+            "checkpoint_steps", "replicas",
+        ):  # fmt: skip
             value = getattr(self, key)
             require(
                 value is None or value > 0, key, expected="above 0", got=value, fix="See configs/trainer/default.yaml."
@@ -104,12 +124,14 @@ class Trainer:
             got=True,
             fix="Name the method's network net, or leave the key out.",
         )
+        if settings.linear_probe:
+            require_features(method)
         self.method, self.scenario, self.settings = method, scenario, settings
         self.optimizer, self.schedule, self.generators = optimizer, schedule, generators
         self.autocast, self.logger, self.checkpoint, self.stop = autocast, logger, checkpoint, stop
         self.record = Record.empty(len(scenario.tasks))
         self.answers: Evaluation | None = None
-        self.alternatives: dict[str, dict[str, float | None]] = {}
+        self.alternatives: dict[str, dict[str, Any]] = {}
         self.steps_done = self.events = self.parameters_after_first_task = self.steps_saved = 0
         self._excused: set[str] = set()  # buffers that were not finite when the phase began, e.g. "no loss yet"
         self.executor = StepExecutor(settings.speed, device)
@@ -168,6 +190,8 @@ class Trainer:
             self._count_training_time()
             if self.settings.keep_tasks:
                 self.checkpoint.keep_network(task.id, self.method.get_submodule("net"))
+            if self.settings.evaluate_every is not None:
+                self._measure_sample(task)
             self._measure(task.id)
         self.task_start, self.phase_ends = self._copy_state(), []
         self._save(len(self.scenario.tasks), None)
@@ -176,6 +200,8 @@ class Trainer:
         self._fill_costs()
         for name, rule in self.method.alternatives().items():
             self.alternatives[name] = self._average_accuracies(self._evaluate(len(self.scenario.tasks), rule))
+        if self.settings.linear_probe:
+            self.alternatives[LINEAR_PROBE] = self._measure_linear_probe()
         return self.record
 
     def _learn(self, task: Task) -> Iterator[Phase]:
@@ -238,6 +264,8 @@ class Trainer:
                     self.steps_done += 1
                     self.record.cost.samples_seen += len(batch)
                     self.logger.log_step(progress)
+                    if self._is_multiple(self.settings.evaluate_every):
+                        self._measure_sample(task)
                     stopping = self.stop()
                     if stopping or self._is_checkpoint_due(saved_at):
                         self._count_training_time()
@@ -264,9 +292,12 @@ class Trainer:
         self._training_since = now
 
     def _is_checkpoint_due(self, saved_at: float) -> bool:
-        every = self.settings.checkpoint_steps
-        by_steps = every is not None and self.steps_done % every == 0
+        by_steps = self._is_multiple(self.settings.checkpoint_steps)
         return by_steps or time.monotonic() - saved_at > self.settings.checkpoint_seconds
+
+    def _is_multiple(self, every: int | None) -> bool:
+        """Whether the steps done are a multiple of ``every``; never of None."""
+        return every is not None and self.steps_done % every == 0
 
     def _log_epoch(self, task: Task, phase: int, epoch: int, lr: float, sums: dict[str, Tensor], count: int) -> None:
         means = self._average_losses(task, phase, epoch, sums, count)
@@ -329,7 +360,45 @@ class Trainer:
             averages = {f"{s}_average": float(row.mean()) for s, row in seen.items()}
             self._log_event("task", task=after_task, **{s: row.tolist() for s, row in seen.items()}, **averages)
 
-    def _average_accuracies(self, answers: Evaluation) -> dict[str, float | None]:
+    def _measure_sample(self, task: Task) -> None:
+        """Add a point to the curves: the tasks begun, in evaluation mode, on their samples.
+
+        Modes and random generators are as before. It is short, so a request to stop is obeyed after it.
+        """
+        if self.executor.device.type != "cpu":
+            torch.accelerator.synchronize(self.executor.device)  # what it still computes is training
+        self._count_training_time()
+        asked = copy.copy(self._sample)
+        asked.tasks = asked.tasks[: task.id + 1]
+        with keep_modes_and_draws(self.method, self.generators):
+            answers = self._ask(asked, task.id + 1, None)
+        count = [len(sampled.test) for sampled in self._sample.tasks]
+        event: dict[str, Any] = {"task": task.id}
+        for setting in SETTINGS:
+            correct = answers.count_correct(setting, len(asked.tasks))
+            self.record.add_to_curve(self.steps_done, task.id, setting, correct, count)
+            row = [100 * right / images if images else math.nan for right, images in zip(correct, count)]
+            event |= {f"sample_{setting}": row, f"sample_{setting}_average": sum(row) / len(row)}
+        self._log_event("sample", **event)
+        now = time.monotonic()
+        self.record.cost.curve_seconds += now - self._training_since
+        self._training_since = now
+
+    @cached_property
+    def _sample(self) -> Scenario:
+        return draw_sample(self.scenario, self.settings.evaluate_on, self.settings.evaluate_sample)
+
+    def _measure_linear_probe(self) -> dict[str, Any]:
+        """What ``summary.json`` says of the linear probe: its average accuracies, and the images it was fitted on."""
+        began = time.monotonic()
+        with allow_interruption():
+            rule = fit_linear_probe(self.method, self.scenario, self.autocast)
+        self.record.cost.evaluate_seconds += time.monotonic() - began
+        images = sum(len(task.train) for task in self.scenario.tasks)
+        seen = f"{images} training images of all tasks"
+        return self._average_accuracies(self._evaluate(len(self.scenario.tasks), rule)) | {"fitted_on": seen}
+
+    def _average_accuracies(self, answers: Evaluation) -> dict[str, Any]:
         """Average accuracy in percent over all tasks, for each setting; None if a task was not answered."""
         record = Record.empty(len(self.scenario.tasks))
         for setting in SETTINGS:
@@ -343,16 +412,17 @@ class Trainer:
 
     def _evaluate(self, learned: int, rule: Predict | None = None) -> Evaluation:
         began = time.monotonic()
-        split = self.settings.evaluate_on
-        try:
-            with allow_interruption():
-                answers = evaluate(
-                    self.method, self.scenario, learned=learned, split=split, autocast=self.autocast, rule=rule
-                )
-        except FloatingPointError as error:
-            self._raise_diverged(f"{error} at step {self.steps_done}")
+        with allow_interruption():
+            answers = self._ask(self.scenario, learned, rule)
         self.record.cost.evaluate_seconds += time.monotonic() - began
         return answers
+
+    def _ask(self, scenario: Scenario, learned: int, rule: Predict | None) -> Evaluation:
+        split = self.settings.evaluate_on
+        try:
+            return evaluate(self.method, scenario, learned=learned, split=split, autocast=self.autocast, rule=rule)
+        except FloatingPointError as error:
+            self._raise_diverged(f"{error} at step {self.steps_done}")
 
     def _log_event(self, kind: str, **values: Any) -> None:
         self.logger.log_event(self.events, {"event": kind, "step": self.steps_done, **values})
@@ -430,6 +500,19 @@ def run_alone(steps: StepGenerator[T]) -> T:
                 step, executor = steps.send(losses)
     except StopIteration as end:
         return end.value
+
+
+@contextmanager
+def keep_modes_and_draws(method: Method, generators: Mapping[str, Generator]) -> Iterator[None]:
+    """After it, each module is in the mode of before, and every generator draws what it would have drawn."""
+    modes = [(module, module.training) for module in method.modules()]
+    draws = get_rng_state(generators)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        set_rng_state(draws, generators)
 
 
 def _is_finite(tensor: Tensor) -> bool:

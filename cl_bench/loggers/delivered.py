@@ -56,8 +56,8 @@ class Delivered:
 
 
 def extract_curves(event: dict[str, Any]) -> dict[str, float]:
-    """The curves of an ``epoch`` or ``task`` event by name, e.g. ``losses/ce`` and ``class_il/task_3``; no nulls."""
-    if event["event"] not in ("epoch", "task"):
+    """The curves of an event by name, e.g. ``losses/ce`` and ``class_il/task_3``; no nulls."""
+    if event["event"] not in ("epoch", "task", "sample"):
         return {}
     curves: dict[str, Any] = {}
     for key, value in event.items():

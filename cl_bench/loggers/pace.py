@@ -15,12 +15,12 @@ class Pace(Logger):
 
     The speed is measured from the end of the first step of the epoch in this process, so that compiling and capturing
     in the first step are not included; it is null if there is no second step. When an epoch ends, the loop has waited
-    for the device. An epoch that ended more than once, because of a kill, has as many lines.
+    for the device. Measurements within the epoch (``trainer.evaluate_every``) are not counted. An epoch that ended more than once, because of a kill, has as many lines.
     """
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
-        self._steps, self._began = 0, 0.0
+        self._steps, self._began, self._latest = 0, 0.0, 0.0
 
     def start(self, run: RunInfo) -> None:
         """Open the file at its end."""
@@ -28,12 +28,16 @@ class Pace(Logger):
 
     def log_step(self, progress: Progress) -> None:
         """Count the step."""
+        self._latest = time.perf_counter()
         if not self._steps:
-            self._began = time.perf_counter()
+            self._began = self._latest
         self._steps += 1
 
     def log_event(self, number: int, event: dict[str, Any]) -> None:
-        """Write the speed of an epoch."""
+        """Write the speed of an epoch, or leave out a measurement between two steps."""
+        if event["event"] == "sample":
+            self._began += time.perf_counter() - self._latest
+            return
         if event["event"] == "epoch":
             seconds, steps = time.perf_counter() - self._began, self._steps - 1
             line = {key: event[key] for key in ("task", "phase", "epoch", "step")}

@@ -34,7 +34,7 @@ class Run:
     Attributes:
         folder: its run folder.
         summary: ``summary.json``.
-        record: the accuracy matrices of ``accuracy_matrix.csv``.
+        record: the accuracy matrices of ``accuracy_matrix.csv``, and the curves of ``curve.csv`` if it is there.
     """
 
     folder: Path
@@ -45,7 +45,9 @@ class Run:
     def read(cls, folder: Path) -> "Run":
         """The run in ``folder``; :class:`ConfigError` if it is not finished."""
         summary = _read_summary(folder / "summary.json")
-        return cls(folder, summary, _read_record(folder / "accuracy_matrix.csv", len(summary["tasks"])))
+        record = _read_record(folder / "accuracy_matrix.csv", len(summary["tasks"]))
+        _read_curves(folder / "curve.csv", record)
+        return cls(folder, summary, record)
 
     def value(self, section: str, name: str) -> float | None:
         """A number of the summary's ``class_il``, ``task_il`` or ``cost``; None if it is unknown."""
@@ -237,6 +239,17 @@ def _read_record(path: Path, num_tasks: int) -> Record:
     return record
 
 
+def _read_curves(path: Path, record: Record) -> None:
+    """The inverse of :meth:`Record.write_curve_csv`; runs without continual evaluation have no such file."""
+    if not path.is_file():
+        return
+    table = pd.read_csv(path)
+    count = [int(n) for n in table.groupby("task")["count"].first()]
+    for (setting, step), lines in table.groupby(["setting", "step"], sort=False):
+        learning, correct = int(lines["learning"].iloc[0]), lines["correct"].astype(float).tolist()
+        record.add_to_curve(int(step), learning, str(setting), correct, count)
+
+
 def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
     """File name, figure, title and caption of every picture that is not empty."""
     summary = run.summary
@@ -254,6 +267,12 @@ def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
             "Average accuracy: mean over the tasks seen so far. Forgetting: the best earlier accuracy of a task minus "
             "its present one, mean over the earlier tasks; larger is worse, below 0 they have improved.",
         ),
+        "curve": (
+            plots.draw_curves(run.record),
+            "Accuracy while learning",
+            f"Measured while learning, on a fixed sample of up to {_count_sample(run.record)} {on} per task. Thick: mean over "
+            "the tasks begun. Thin: each task. Dashed: the end of a task.",
+        ),
         "confusion": (
             _draw_confusion(run),
             "Confusion matrix",
@@ -270,6 +289,11 @@ def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
     for name, (figure, title, caption) in candidates.items():
         if figure is not None:
             yield name, (figure, title, caption)
+
+
+def _count_sample(record: Record) -> int:
+    """The largest number of images per task in the curves; 0 without curves."""
+    return max((max(curve.count) for curve in record.curves.values()), default=0)
 
 
 def _draw_confusion(run: Run) -> Figure | None:
@@ -324,6 +348,10 @@ def _list_metrics(run: Run) -> list[tuple[str, str, str]]:
         lines.append(
             ("area under the ROC curve, one class of a task against its others", "-", format_number(area["mean"]))
         )
+    for rule, values in run.summary.get("alternatives", {}).items():
+        seen = f" (fitted on {values['fitted_on']}: no continual learner)" if "fitted_on" in values else ""
+        accuracies = (format_number(values[setting]) for setting in SETTINGS)
+        lines.append((f"average accuracy by {to_words(rule)}{seen}", *accuracies))
     return lines
 
 
@@ -359,6 +387,7 @@ def _format_energy(joules: float) -> str:
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "train_seconds": ("training time", _format_duration),
     "evaluate_seconds": ("evaluation time", _format_duration),
+    "curve_seconds": ("evaluation time while learning", _format_duration),
     "samples_seen": ("images passed through training", "{:,}".format),
     "images_per_second": ("training speed", "{:,.1f} images/s".format),
     "peak_memory_bytes": ("peak memory", _format_size),

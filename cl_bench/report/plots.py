@@ -100,6 +100,29 @@ def draw_over_tasks(record: Record) -> Figure | None:
     return figure
 
 
+def draw_curves(record: Record) -> Figure | None:
+    """The accuracy on a sample of each task over optimizer steps, and its mean over the tasks begun; None if unknown."""
+    curves = {s: curve for s, curve in record.curves.items() if not np.isnan(curve.accuracy).all()}
+    if not curves:
+        return None
+    figure, panels = _make_panels(len(curves), height=3.6)
+    for axes, (setting, curve) in zip(panels, curves.items()):
+        accuracy, step, learning = curve.accuracy, np.array(curve.step), np.array(curve.learning)
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, curve.num_tasks))
+        for values, colour in zip(accuracy.T, colours):
+            axes.plot(step, values, lw=0.7, alpha=0.6, color=colour)
+        means = [row[: task + 1].mean() for row, task in zip(accuracy, learning)]
+        axes.plot(step, means, lw=2, color=_COLOURS[setting])
+        for task in range(curve.num_tasks - 1):
+            if (learning == task).any():
+                axes.axvline(step[learning == task][-1], color="0.55", lw=0.6, ls=(0, (4, 3)))
+        _open_frame(axes)
+        axes.grid(visible=False, axis="x")
+        axes.set(title=f"{TITLES[setting]}: accuracy on the sample [%]", ylim=(0, 102), xlabel="optimizer steps")
+        axes.set_xlim(0, step[-1] * 1.005)
+    return figure
+
+
 def draw_confusion(
     tasks: Sequence[Sequence[int]], class_names: Sequence[str], predictions: Mapping[str, np.ndarray]
 ) -> Figure | None:

@@ -295,7 +295,9 @@ def check_rehearsal(rebuild: Callable[[], Parts]) -> list[Check]:
         allowed = hash_images(Data.concatenate(task.train for task in parts.scenario.tasks).images)
         torch.manual_seed(0)
         trainer = parts.build_trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
-        trainer.settings = replace(parts.settings, checkpoint_seconds=math.inf, checkpoint_steps=None)
+        trainer.settings = replace(
+            parts.settings, checkpoint_seconds=math.inf, checkpoint_steps=None, evaluate_every=None
+        )
         for task in parts.scenario.tasks:
             parts.method.eval()
             for number, phase in enumerate(parts.method.learn(task)):

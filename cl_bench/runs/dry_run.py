@@ -22,6 +22,7 @@ from cl_bench.core.record import Record
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.evaluate import MAX_BATCH, evaluate
+from cl_bench.engine.probe import PASSES
 from cl_bench.engine.step import Graphs, StepGenerator
 from cl_bench.engine.trainer import count_parameters
 from cl_bench.loggers.group import Loggers
@@ -56,10 +57,11 @@ def dry_run(parts: Parts, summary: dict[str, Any], budget: Budget | None = None)
     budget = budget or Budget(SECONDS)
     probe = Probe(parts, budget)
     probe.run()
-    training, evaluation = probe.estimate_training(), probe.estimate_evaluation()
+    training, evaluation, curve = probe.estimate_training(), probe.estimate_evaluation(), probe.estimate_curve()
     cost = asdict(Record.empty(1).cost) | {
         "train_seconds": float(training[1]),
         "evaluate_seconds": float(evaluation[1]),
+        "curve_seconds": float(curve[1]),
         "samples_seen": None,
         "peak_memory_bytes": get_peak_bytes(parts.device),
         "parameters": count_parameters(parts.method),
@@ -67,7 +69,7 @@ def dry_run(parts: Parts, summary: dict[str, Any], budget: Budget | None = None)
         "buffer_bytes": parts.buffer.nbytes,
         "method_bytes": parts.method.memory_bytes(),
     }
-    low, expected, high = ((training + evaluation) / 3600).tolist()
+    low, expected, high = ((training + evaluation + curve) / 3600).tolist()
     if probe.probed[-1].id == 0 < len(probe.tasks) - 1:
         high *= LATER
     phases = [phase for task in probe.probed for phase in task.phases]
@@ -110,9 +112,11 @@ def _print(parts: Parts, summary: dict[str, Any]) -> None:
     console.print(f"step: {1000 * steps[0]:.1f} ms in the first task, {1000 * steps[-1]:.1f} ms in the last one timed")
     console.print(f"memory at the peak of the probe: {cost['peak_memory_bytes'] / 2**20:.0f} MiB")
     low, high = summary["expected_hours_range"]
+    curve = f", evaluation while learning {cost['curve_seconds']:.0f} s" if cost["curve_seconds"] else ""
     console.print(
         f"expected: {summary['expected_hours']:.2f} hours on {parts.device}, from {low:.2f} to {high:.2f} "
-        f"(training {cost['train_seconds']:.0f} s, evaluation {cost['evaluate_seconds']:.0f} s)"
+        f"(training {cost['train_seconds']:.0f} s, evaluation {cost['evaluate_seconds']:.0f} s"
+        f"{curve})"
     )
     for assumption in summary["assumptions"]:
         console.print(f"  - {assumption}")
@@ -193,7 +197,7 @@ class Probe:
 
     def __init__(self, parts: Parts, budget: Budget) -> None:
         self.parts, self.budget, self.method, self.tasks = parts, budget, parts.method, parts.scenario.tasks
-        unsaved = replace(parts.settings, checkpoint_seconds=math.inf, checkpoint_steps=None)
+        unsaved = replace(parts.settings, checkpoint_seconds=math.inf, checkpoint_steps=None, evaluate_every=None)
         self.eager = parts.device.type == "cpu"  # compiling takes minutes, and compiled steps are not faster there
         settings = replace(unsaved, speed="eager") if self.eager else unsaved
         self.trainer = replace(parts, settings=settings).build_trainer(
@@ -249,7 +253,23 @@ class Probe:
         seconds = sum(sizes) * self.probed[0].answer
         for t in range(len(sizes)):
             seconds = seconds + sum(sizes[: t + 2]) * self._interpolate(t, lambda probed, t: probed.answer)
+        if self.parts.settings.linear_probe:
+            seconds = (
+                seconds + (PASSES * sum(len(task.train) for task in self.tasks) + sum(sizes)) * self.probed[-1].answer
+            )
         return sum(sizes) * sum(self.alternatives, np.zeros(3)) + seconds
+
+    def estimate_curve(self) -> Span:
+        """Seconds of all evaluations on the sample: every ``evaluate_every`` steps, and at the end of each task."""
+        settings, seconds = self.parts.settings, np.zeros(3)
+        if settings.evaluate_every is None:
+            return seconds
+        images = 0
+        for t, task in enumerate(self.tasks):
+            images += min(settings.evaluate_sample, len(task.get_split(settings.evaluate_on)))
+            evaluations = 1 + self._interpolate(t, self._count_steps) / settings.evaluate_every
+            seconds = seconds + evaluations * images * self._interpolate(t, lambda probed, t: probed.answer)
+        return seconds
 
     def list_assumptions(self) -> list[str]:
         """The assumptions behind the expected hours, one sentence each."""
@@ -273,6 +293,8 @@ class Probe:
                 )
         elif len(self.probed) < len(self.tasks):
             found.append(f"Tasks {timed} of 0 to {last} were timed; the others are interpolated.")
+        if self.parts.settings.linear_probe:
+            found.append("The fit of the linear probe is not included, only its passes over the images.")
         if any(phase.may_end for phase in phases):
             found.append(
                 "Phases end when they have converged: the expected hours are for all epochs, the fewest for one."
@@ -295,11 +317,21 @@ class Probe:
         """Seconds of training task ``t`` if it is like a probed one."""
         seconds = np.full(3, probed.fixed + probed.growing * len(self.tasks[t].train))
         for phase in probed.phases:
-            steps = self._count_images(phase, t) * phase.visited / phase.step.full
-            epochs = np.array([1 if phase.may_end else phase.epochs, phase.epochs, phase.epochs])
-            # the last step of an epoch has fewer images and takes at most as long as the others
-            seconds = seconds + epochs * np.array([steps, steps, math.ceil(steps)]) * phase.step.seconds
+            seconds = seconds + self._count_phase_steps(phase, t) * phase.step.seconds
         return seconds
+
+    def _count_steps(self, probed: ProbedTask, t: int) -> Span:
+        """Optimizer steps of task ``t`` if it is like a probed one."""
+        return sum((self._count_phase_steps(phase, t) for phase in probed.phases), np.zeros(3))
+
+    def _count_phase_steps(self, phase: ProbedPhase, t: int) -> Span:
+        """Optimizer steps of a phase in task ``t``: at least, expected, at most.
+
+        The last step of an epoch has fewer images and takes at most as long as the others.
+        """
+        steps = self._count_images(phase, t) * phase.visited / phase.step.full
+        epochs = np.array([1 if phase.may_end else phase.epochs, phase.epochs, phase.epochs])
+        return epochs * np.array([steps, steps, math.ceil(steps)])
 
     def _count_images(self, phase: ProbedPhase, t: int) -> int:
         """Images of a phase if it belongs to task ``t``."""

@@ -312,12 +312,14 @@ def _train(
         record.cost.peak_memory_bytes = get_peak_bytes(parts.device)
         record.cost.buffer_bytes = parts.buffer.nbytes
         record.write_csv(run_dir / "accuracy_matrix.csv")
+        if record.curves:
+            record.write_curve_csv(run_dir / "curve.csv")
         assert trainer.answers is not None
         files.write_predictions(run_dir, trainer.answers, scenario)
         summary = summary | parts.describe() | {"status": "finished"}
         for setting in SETTINGS:
-            matrix = record.get_matrix(setting)
-            summary[setting] = replace_non_finite({name: metric(matrix) for name, metric in parts.metrics.items()})
+            values = {name: record.compute(metric, setting) for name, metric in parts.metrics.items()}
+            summary[setting] = replace_non_finite(values)
         areas = trainer.answers.compute_auroc(scenario.tasks)
         summary["task_il_auroc"] = replace_non_finite({"mean": math.fsum(areas) / len(areas), "tasks": areas})
         summary["cost"] = record.to_json()["cost"]
