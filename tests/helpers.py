@@ -29,6 +29,7 @@ from cl_bench.data.base import ImageSet
 from cl_bench.data.transform import Transform
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.trainer import Trainer
+from cl_bench.loggers.base import Logger
 from cl_bench.loggers.group import Loggers
 from cl_bench.scenarios.split import Split
 
@@ -146,6 +147,26 @@ SPLIT_KEYS = {
 def configure(*overrides: str) -> DictConfig:
     """The configuration that the command would run with."""
     return compose_config(overrides)
+
+
+class Events(Logger):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.events, self.progress = [], []
+
+    def start(self, run):
+        pass
+
+    def log_event(self, number, event):
+        assert number == len(self.events)
+        self.events.append(event)
+
+    def log_step(self, progress):
+        self.progress.append(progress)
+
+    def finish(self, status, summary):
+        pass
 
 
 def network_of(*overrides: str, num_classes: int = 100, image_shape: tuple[int, int, int] = (3, 32, 32)) -> Backbone:

@@ -5,34 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import TINY, configure, network_of, run_in_process, trainer_of
+from helpers import TINY, Events, configure, network_of, run_in_process, trainer_of
 
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Batch, Phase, Task
-from cl_bench.loggers.base import Logger
 from cl_bench.methods.base import Method
 from cl_bench.optim import Constant, Cosine, MultiStep, adamw, sgd
-
-
-class Events(Logger):
-    """Keeps what it is told."""
-
-    def __init__(self):
-        self.events, self.progress = [], []
-
-    def start(self, run):
-        pass
-
-    def log_event(self, number, event):
-        assert number == len(self.events)
-        self.events.append(event)
-
-    def log_step(self, progress):
-        self.progress.append(progress)
-
-    def finish(self, status, summary):
-        pass
 
 
 class Probe(Method):

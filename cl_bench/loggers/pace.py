@@ -14,8 +14,9 @@ class Pace(Logger):
     """Writes one line per epoch: ``task``, ``phase``, ``epoch``, ``step`` and ``steps_per_second``.
 
     The speed is measured from the end of the first step of the epoch in this process, so that compiling and capturing
-    in the first step are not included; it is null if there is no second step. When an epoch ends, the loop has waited
-    for the device. Measurements within the epoch (``trainer.evaluate_every``) are not counted. An epoch that ended more than once, because of a kill, has as many lines.
+    in the first step are not included; it is null if there is no second step. Measurements between two steps
+    (``trainer.evaluate_every``) are not included either. When an epoch ends, the loop has waited for the device. An
+    epoch that ended more than once, because of a kill, has as many lines.
     """
 
     def __init__(self) -> None:

@@ -245,9 +245,10 @@ def _read_curves(path: Path, record: Record) -> None:
         return
     table = pd.read_csv(path)
     count = [int(n) for n in table.groupby("task")["count"].first()]
-    for (setting, step), lines in table.groupby(["setting", "step"], sort=False):
-        learning, correct = int(lines["learning"].iloc[0]), lines["correct"].astype(float).tolist()
-        record.add_to_curve(int(step), learning, str(setting), correct, count)
+    for setting, lines in table.groupby("setting", sort=False):
+        for _, row in lines.groupby("step", sort=False):
+            step, learning = int(row["step"].iloc[0]), int(row["learning"].iloc[0])
+            record.add_to_curve(step, learning, str(setting), row["correct"].astype(float).tolist(), count)
 
 
 def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
@@ -270,8 +271,9 @@ def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
         "curve": (
             plots.draw_curves(run.record),
             "Accuracy while learning",
-            f"Measured while learning, on a fixed sample of up to {_count_sample(run.record)} {on} per task. Thick: mean over "
-            "the tasks begun. Thin: each task. Dashed: the end of a task.",
+            f"Measured while learning, on a fixed sample of up to {_count_sample(run.record)} {on} per task. "
+            "Thick: mean over the tasks begun. Thin: each task, the first dark, the last bright. Dashed: the end of a "
+            "task.",
         ),
         "confusion": (
             _draw_confusion(run),
@@ -350,8 +352,8 @@ def _list_metrics(run: Run) -> list[tuple[str, str, str]]:
         )
     for rule, values in run.summary.get("alternatives", {}).items():
         seen = f" (fitted on {values['fitted_on']}: no continual learner)" if "fitted_on" in values else ""
-        accuracies = (format_number(values[setting]) for setting in SETTINGS)
-        lines.append((f"average accuracy by {to_words(rule)}{seen}", *accuracies))
+        label = f"average accuracy by {to_words(rule)}{seen}"
+        lines.append((label, format_number(values["class_il"]), format_number(values["task_il"])))
     return lines
 
 

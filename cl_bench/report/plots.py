@@ -101,7 +101,7 @@ def draw_over_tasks(record: Record) -> Figure | None:
 
 
 def draw_curves(record: Record) -> Figure | None:
-    """The accuracy on a sample of each task over optimizer steps, and its mean over the tasks begun; None if unknown."""
+    """The accuracy on a sample of each task over optimizer steps, and the mean of the tasks begun; None if unknown."""
     curves = {s: curve for s, curve in record.curves.items() if not np.isnan(curve.accuracy).all()}
     if not curves:
         return None

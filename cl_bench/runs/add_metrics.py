@@ -1,4 +1,4 @@
-"""Metrics for a finished run, computed from its accuracy matrices and curves, without training: ``cl_bench metrics``."""
+"""Metrics for a finished run, computed from its accuracy matrices and curves, without training."""
 
 import argparse
 import difflib
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit status: 0, or 2 if the run, a name or what the run recorded does not fit."""
     parser = argparse.ArgumentParser(prog="cl_bench metrics", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument(KEY, nargs="+", action="extend", required=True, metavar="NAME", help="a metric, see --help")
+    parser.add_argument(KEY, nargs="+", action="extend", required=True, metavar="NAME", help="one of the metrics below")
     parser.epilog = f"metrics: {', '.join(list_metrics())}"
     options = parser.parse_args(arguments)
     try:
