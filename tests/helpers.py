@@ -276,6 +276,7 @@ def results_of(run: Path) -> dict[str, object]:
     flat = {name: value.numpy() for name, value in weights.items() if isinstance(value, torch.Tensor)}
     predictions = dict(np.load(run / "predictions.npz"))
     texts = {name: (run / name).read_text() for name in ("accuracy_matrix.csv", "metrics.jsonl")}
+    texts["curve.csv"] = (run / "curve.csv").read_text() if (run / "curve.csv").exists() else ""
     summary = json.loads((run / "summary.json").read_text())
     return {"weights": flat, "predictions": predictions, "metrics": [summary["class_il"], summary["task_il"]]} | texts
 
@@ -286,7 +287,7 @@ def assert_equal_results(one: Path, other: Path) -> None:
         assert a[key].keys() == b[key].keys()
         for name in a[key]:
             np.testing.assert_array_equal(a[key][name], b[key][name], err_msg=name)
-    for key in ("metrics", "accuracy_matrix.csv", "metrics.jsonl"):
+    for key in ("metrics", "accuracy_matrix.csv", "metrics.jsonl", "curve.csv"):
         assert a[key] == b[key], key
 
 

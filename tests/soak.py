@@ -93,6 +93,7 @@ class Case:
         arguments += [
             f"precision={rng.choice(['fp32', 'bf16'])}",
             f"trainer.checkpoint_steps={rng.choice(['1', '2', '3', '5', 'null'])}",
+            f"trainer.evaluate_every={rng.choice(['1', '4', 'null', 'null'])}",
             "scenario.flip=true",
             "scenario.crop_padding=1",
         ]

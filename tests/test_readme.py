@@ -22,7 +22,7 @@ def find_commands() -> list[list[str]]:
 
 SMALL = ["method=finetune", "buffer=none", "backbone=mlp", "backbone.hidden=[16]"]
 COMMANDS = find_commands()
-RUNS = [words[words.index("cl_bench") + 1 :] for words in COMMANDS if "cl_bench" in words]
+RUNS = [words[words.index("cl_bench") + 1 :] for words in COMMANDS if "cl_bench" in words and "metrics" not in words]
 
 
 def find_files() -> dict[str, str]:

@@ -69,7 +69,7 @@ class Curve:
     """The accuracy while learning, for one setting: E evaluations on a fixed sample of each task's images.
 
     Attributes:
-        step: optimizer steps done before each evaluation; it grows.
+        step: optimizer steps done before each evaluation.
         learning: the task that was being learned, or had just been learned.
         correct: for each evaluation, right predictions on the tasks 0 to ``learning``. nan = not answered.
         count: (T,) images asked of each task.
@@ -100,8 +100,11 @@ class Curve:
         return 100.0 * rows / np.where(count > 0, count, math.nan)
 
     def add(self, step: int, learning: int, correct: list[float]) -> None:
-        """Enter an evaluation. It replaces one at the same step: after a task's last step the method has closed it."""
-        if self.step and self.step[-1] == step:
+        """Enter an evaluation.
+
+        It replaces one of the same task at the same step: after the last step of a task, the method closes the task.
+        """
+        if self.step and (self.step[-1], self.learning[-1]) == (step, learning):
             for column in (self.step, self.learning, self.correct):
                 column.pop()
         self.step.append(step)

@@ -48,7 +48,8 @@ class Logger(ABC):
     - ``task``: ``task``, ``class_il`` and ``task_il`` (accuracies in percent on tasks 0..task, null = no prediction),
       ``class_il_average``, ``task_il_average``
     - ``sample``, with ``trainer.evaluate_every``: the same on a sample while ``task`` is learned, and once more right
-      after it: ``sample_class_il``, ``sample_task_il`` and their averages. Of two at one step the second one counts.
+      after it: ``sample_class_il``, ``sample_task_il`` and their averages. Of two of a task at one step the second
+      counts.
 
     Events have no times, so that a run that was killed and resumed has the same lines as one that was not. A resumed
     run logs the events since its checkpoint again. ``number`` counts events from 0; a logger that cannot remove a line

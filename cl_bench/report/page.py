@@ -246,7 +246,7 @@ def _read_curves(path: Path, record: Record) -> None:
     table = pd.read_csv(path)
     count = [int(n) for n in table.groupby("task")["count"].first()]
     for setting, lines in table.groupby("setting", sort=False):
-        for _, row in lines.groupby("step", sort=False):
+        for _, row in lines.groupby(["step", "learning"], sort=False):
             step, learning = int(row["step"].iloc[0]), int(row["learning"].iloc[0])
             record.add_to_curve(step, learning, str(setting), row["correct"].astype(float).tolist(), count)
 
@@ -273,7 +273,7 @@ def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
             "Accuracy while learning",
             f"Measured while learning, on a fixed sample of up to {_count_sample(run.record)} {on} per task. "
             "Thick: mean over the tasks begun. Thin: each task, the first dark, the last bright. Dashed: the end of a "
-            "task.",
+            "task. Anytime, minimum and worst-case accuracy and the stability gap are computed from this.",
         ),
         "confusion": (
             _draw_confusion(run),

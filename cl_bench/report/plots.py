@@ -119,7 +119,7 @@ def draw_curves(record: Record) -> Figure | None:
         _open_frame(axes)
         axes.grid(visible=False, axis="x")
         axes.set(title=f"{TITLES[setting]}: accuracy on the sample [%]", ylim=(0, 102), xlabel="optimizer steps")
-        axes.set_xlim(0, step[-1] * 1.005)
+        axes.set_xlim(0, max(1, step[-1]) * 1.005)
     return figure
 
 
