@@ -146,13 +146,16 @@ def test_jsonl_refuses_to_leave_a_gap(tmp_path):
 
 
 def test_pace_is_that_of_the_steps_after_the_first_of_each_epoch_that_ended(tmp_path, monkeypatch):
-    clock = iter([0.0, 2.0, 10.0, 14.0, 15.0])
+    # three steps, a measurement of five seconds after the second, the end of the epoch; a step; a step, an end
+    clock = iter([0.0, 1.0, 6.0, 6.5, 7.0, 10.0, 14.0, 15.0])
     monkeypatch.setattr("cl_bench.loggers.pace.time.perf_counter", lambda: next(clock))
     logger, step = Pace(), Progress(0, 2, 0, 0, 2, 0, 3)
     logger.start(info(tmp_path))
-    for _ in range(3):
-        logger.log_step(step)
-    logger.log_event(0, EVENTS[1])  # two steps in two seconds
+    logger.log_step(step)
+    logger.log_step(step)
+    logger.log_event(0, {"event": "sample", "step": 2})
+    logger.log_step(step)
+    logger.log_event(0, EVENTS[1])  # two steps in two seconds, without the measurement
     logger.log_event(1, EVENTS[3])
     logger.log_step(step)
     logger.finish("interrupted", None)
