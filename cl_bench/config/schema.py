@@ -60,6 +60,7 @@ LATER_KEYS = {
     "method.mean_over": "seen",
     "trainer.cudnn_benchmark": False,
     "trainer.keep_tasks": False,
+    "trainer.steps_per_batch": 1,
     "backbone.weights": None,
 }
 """Keys that were added after runs had been recorded, with the value that keeps the old behaviour. A fingerprint leaves

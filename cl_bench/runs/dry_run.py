@@ -295,7 +295,7 @@ class Probe:
         """Seconds of training task ``t`` if it is like a probed one."""
         seconds = np.full(3, probed.fixed + probed.growing * len(self.tasks[t].train))
         for phase in probed.phases:
-            steps = self._count_images(phase, t) * phase.visited / phase.step.full
+            steps = self._count_images(phase, t) * phase.visited / phase.step.full * self.parts.settings.steps_per_batch
             epochs = np.array([1 if phase.may_end else phase.epochs, phase.epochs, phase.epochs])
             # the last step of an epoch has fewer images and takes at most as long as the others
             seconds = seconds + epochs * np.array([steps, steps, math.ceil(steps)]) * phase.step.seconds
