@@ -136,14 +136,16 @@ def run(jobs: Sequence[Job], deadline: float, grace: float = GRACE_SECONDS, at_o
         at_once: runs side by side. If there are several, each has one thread, unless OMP_NUM_THREADS says otherwise:
             on two cores, two runs of one thread take less time than one after the other on both.
     """
-    left, running, failures, stopped = list(enumerate(jobs, start=1)), [], [], []
+    left = list(enumerate(jobs, start=1))
+    running: list[Child] = []
+    failures: list[int] = []
+    stopped: list[Job] = []
     threads = {"OMP_NUM_THREADS": "1"} if at_once > 1 else {}
     with collect_stop_signals() as caught:
         while left or running:
             stopping = bool(caught) or time.monotonic() >= deadline
-            left = (
-                [(number, job) for number, job in left if job.state != "finished"] if len(running) < at_once else left
-            )
+            if len(running) < at_once:
+                left = [(number, job) for number, job in left if job.state != "finished"]
             while left and len(running) < at_once and not stopping:
                 number, job = left.pop(0)
                 print(f"[{number}/{len(jobs)}] {job.command}", flush=True)

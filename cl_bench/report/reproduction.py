@@ -25,16 +25,7 @@ MARKED = re.compile(r"(<!-- reproduction: ([\w ]+) -->\n)(.*?)(<!-- end of repro
 """The part of a page that has the table of some groups, or of ``all``."""
 
 HEADER = [
-    "row",
-    "what",
-    "metric",
-    "kind",
-    "published",
-    "ours (n)",
-    "difference",
-    "tolerance",
-    "verdict",
-    "minutes",
+    *("row", "what", "metric", "kind", "published", "ours (n)", "difference", "tolerance", "verdict", "minutes"),
     "source",
 ]
 NUMERIC = (4, 5, 6, 7, 9)
@@ -104,8 +95,8 @@ class Line:
         tolerance = f"± {format_number(compared.tolerance)}" if compared.tolerance is not None else "-"
         kind = self.number.kind.value if self.number.kind and compared.published is not None else "-"
         ours = format_stat(self.stat, Column("", ""), interval=False) or "-"
-        spread = [self.number.spread, f"n = {self.number.n}" if self.number.n else ""]
-        spread = f" ({', '.join(filter(None, spread))})" if any(spread) and compared.published is not None else ""
+        known = [word for word in (self.number.spread, f"n = {self.number.n}" if self.number.n else "") if word]
+        spread = f" ({', '.join(known)})" if known and compared.published is not None else ""
         published = f"{format_number(compared.published)}{spread}"
         minutes = "-" if self.minutes is None else f"{self.minutes:.1f}"
         source = "-" if compared.published is None else compared.source
