@@ -1,6 +1,6 @@
 """Run published settings, in slices if needed, and compare the results with the published numbers.
 
-python scripts/reproduce.py NAME ... [--seeds N] [--scale mini] [--minutes M] [--set KEY=VALUE ...] [--list]
+python scripts/reproduce.py NAME ... [--seeds N] [--scale mini] [--minutes M] [--jobs N] [--set KEY=VALUE ...] [--list]
 
 NAME is a row of scripts/reproduction/*.yaml, one of these files (a group), or all. Without a NAME nothing is run: the
 tables are made from the records. Finished runs are skipped, and an interrupted run is resumed. Exit status: 0 all runs
@@ -10,6 +10,7 @@ run that failed.
 
 import argparse
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--grace", type=float, default=GRACE_SECONDS, metavar="S", help="seconds that a run has to save and stop then"
     )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side, of one thread each")
     parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="for every run")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"of records and tables (default: {OUT}[-mini])")
     parser.add_argument("--list", action="store_true", help="show the runs and their state, and run nothing")
@@ -79,12 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups = read_groups(ROWS)
         rows = choose_rows(groups, options.names)
         require(options.seeds is None or options.seeds > 0, "--seeds", expected="1 or more", got=options.seeds, fix="")
+        require(options.jobs > 0, "--jobs", expected="1 or more", got=options.jobs, fix="One for each core.")
         jobs = plan(rows, options.seeds, options.scale, options.set, out / "records")
         if options.list:
             for job in jobs:
                 print(f"{job.state:9}  {job.command}")
             return 0
-        status = run(jobs, deadline, options.grace)
+        status = run(jobs, deadline, options.grace, options.jobs)
         write_tables(groups, [group for group, _ in rows], out)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"reproduce: {explain(error)}", file=sys.stderr)
@@ -124,44 +127,73 @@ def _refuse_other_settings(extra: Sequence[str], settings: dict[str, object], pu
     )
 
 
-def run(jobs: Sequence[Job], deadline: float, grace: float = GRACE_SECONDS) -> int:
+def run(jobs: Sequence[Job], deadline: float, grace: float = GRACE_SECONDS, at_once: int = 1) -> int:
     """Run what is not finished until the deadline (monotonic seconds) or a signal; returns the exit status.
 
-    A run in progress is then asked to save and stop, and killed after ``grace`` seconds; its last checkpoint counts.
+    Runs in progress are then asked to save and stop, and killed after ``grace`` seconds; their last checkpoints count.
+
+    Args:
+        at_once: runs side by side. If there are several, each has one thread, unless OMP_NUM_THREADS says otherwise:
+            on two cores, two runs of one thread take less time than one after the other on both.
     """
+    left = list(enumerate(jobs, start=1))
+    running: list[Child] = []
     failures: list[int] = []
+    stopped: list[Job] = []
+    threads = {"OMP_NUM_THREADS": "1"} if at_once > 1 else {}
     with collect_stop_signals() as caught:
-        for number, job in enumerate(jobs, start=1):
-            if job.state == "finished":
-                continue
-            if caught or time.monotonic() >= deadline:
-                print(f"Stopped before {job.folder}; the same command continues.", flush=True)
-                return STOPPED
-            print(f"[{number}/{len(jobs)}] {job.command}", flush=True)
-            status = _run(job, deadline, caught, grace)
-            if not read_summary(job.folder):
-                if caught or time.monotonic() >= deadline:
-                    print(f"Stopped in {job.folder}; the same command continues.", flush=True)
-                    return STOPPED
-                print(f"Failed with exit status {status}: {job.command}", file=sys.stderr, flush=True)
-                failures.append(status)
+        while left or running:
+            stopping = bool(caught) or time.monotonic() >= deadline
+            if len(running) < at_once:
+                left = [(number, job) for number, job in left if job.state != "finished"]
+            while left and len(running) < at_once and not stopping:
+                number, job = left.pop(0)
+                print(f"[{number}/{len(jobs)}] {job.command}", flush=True)
+                running.append(Child(job, threads | os.environ))
+            for child in list(running):
+                if child.is_running(grace if stopping else None):
+                    continue
+                running.remove(child)
+                if read_summary(child.job.folder):
+                    continue
+                if stopping:
+                    stopped.append(child.job)
+                else:
+                    status = child.process.returncode
+                    print(f"Failed with exit status {status}: {child.job.command}", file=sys.stderr, flush=True)
+                    failures.append(status)
+            if stopping and not running:
+                break
+            time.sleep(0.1 if running else 0)
+    for job in stopped:
+        print(f"Stopped in {job.folder}; the same command continues.", flush=True)
+    if left and not stopped:
+        print(f"Stopped before {left[0][1].folder}; the same command continues.", flush=True)
+    if left or stopped:
+        return STOPPED
     return failures[0] if failures else 0
 
 
-def _run(job: Job, deadline: float, caught: Sequence[int], grace: float) -> int:
-    # a session of its own: Ctrl-C reaches this process, which asks the run to save and stop
-    command = [sys.executable, "-m", "cl_bench", *job.overrides]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as child:
-        asked = math.inf
-        while (status := child.poll()) is None:
+class Child:
+    """A run in a process and session of its own: Ctrl-C reaches this process, which asks the run to save and stop."""
+
+    def __init__(self, job: Job, environment: dict[str, str]) -> None:
+        self.job, self._asked_at = job, math.inf
+        command = [sys.executable, "-m", "cl_bench", *job.overrides]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
+
+    def is_running(self, grace: float | None) -> bool:
+        """Whether it has not ended. With ``grace`` it is asked to stop, and killed after that many seconds."""
+        if self.process.poll() is not None:
+            return False
+        if grace is not None:
             now = time.monotonic()
-            if asked == math.inf and (caught or now >= deadline):
-                child.terminate()
-                asked = now
-            if now - asked > grace:
-                child.kill()
-            time.sleep(0.1)
-    return status
+            if self._asked_at == math.inf:
+                self.process.terminate()
+                self._asked_at = now
+            if now - self._asked_at > grace:
+                self.process.kill()
+        return True
 
 
 def write_tables(groups: dict[str, Group], wanted: Sequence[Group], out: Path) -> None:

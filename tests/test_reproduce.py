@@ -42,7 +42,8 @@ rows:
     what: replay
     experiment: digits
     numbers:
-      - {metric: class_il.average_accuracy, published: 60.0, tolerance: 2.0, kind: gate, source: a table}
+      - {metric: class_il.average_accuracy, published: 60.0, spread: SD 1.1, n: 3, tolerance: 2.0, kind: gate,
+         source: a table}
       - {metric: task_il.average_accuracy, published: 94.6, source: a table}
       - {metric: class_il.first_task_accuracy}
   finetune:
@@ -70,7 +71,7 @@ def toy(tmp_path) -> dict[str, Group]:
 def cells(groups: dict[str, Group], records: Path) -> list[list[str]]:
     """row, published, ours, difference, verdict of every line."""
     found = make_lines(groups["toy"], read_records(groups, records))
-    return [[line.cells[i] for i in (0, 4, 5, 6, 7)] for line in found]
+    return [[line.cells[i] for i in (0, 4, 5, 6, 8)] for line in found]
 
 
 # ---- the files
@@ -185,19 +186,25 @@ def test_the_search_is_of_keys_that_lvt_has():
 
 
 def test_verdicts(toy, tmp_path):
-    none = [["er", "60.00 ± 2.00", "-", "-", "not run"]]
+    none = [["er", "60.00 (SD 1.1, n = 3)", "-", "-", "not run"]]
     assert cells(toy, tmp_path / "records")[:1] == none
     for accuracy, difference, verdict in (
-        (61.9, "+1.90", "within"),
-        (57.5, "-2.50", "below"),
-        (68.6, "+8.60", "above"),
+        (61.9, "+1.90", "PASS"),
+        (57.5, "-2.50", "FAIL (below)"),
+        (68.6, "+8.60", "FAIL (above)"),
     ):
         records = tmp_path / verdict
         make_run(records, accuracy=accuracy)
         main, beside, first = cells(toy, records)[:3]
-        assert main == ["er", "60.00 ± 2.00", f"{accuracy:.2f} (1)", difference, verdict]
+        assert main == ["er", "60.00 (SD 1.1, n = 3)", f"{accuracy:.2f} (1)", difference, verdict]
         assert beside == ["er", "94.60", "94.60 (1)", "+0.00", "not judged"]
         assert first == ["er", "-", "95.00 (1)", "-", "-"]  # GOLDEN[0][0]
+
+
+def test_a_recalled_number_is_not_judged(toy, tmp_path):
+    make_run(tmp_path, accuracy=61.0)
+    toy["toy"].rows["er"].numbers[0].kind = Kind.recalled
+    assert cells(toy, tmp_path)[0] == ["er", "60.00 (SD 1.1, n = 3)", "61.00 (1)", "+1.00", "not judged (recalled)"]
 
 
 def test_what_was_cut_down_is_held_to_nothing(toy, tmp_path):
@@ -266,7 +273,10 @@ def test_files_and_pages(toy, tmp_path):
     make_run(records, accuracy=61.0)
     found = read_records(toy, records)
     page = fill_text(empty, toy, found)
-    assert "| er | replay | Class-IL average accuracy | gate | 60.00 ± 2.00 | 61.00 (1) | +1.00 | within |" in page
+    assert (
+        "| er | replay | Class-IL average accuracy | gate | 60.00 (SD 1.1, n = 3) | 61.00 (1) | +1.00 | ± 2.00 | PASS |"
+        in page
+    )
     assert "ordered" not in page  # not run
     assert page.startswith("a\n")
     assert page.endswith("\n<!-- end of reproduction -->\nb\n")
@@ -275,7 +285,7 @@ def test_files_and_pages(toy, tmp_path):
 
     write_all(toy, found, out, "python scripts/reproduce.py")
     text = (out / "table.md").read_text()
-    assert "ordered | two orders | Task-IL AOPD | soft | 1.00 | - | - | not run" in text
+    assert "ordered | two orders | Task-IL AOPD | soft | 1.00 | - | - | - | not run | - | a table" in text
     assert (out / "toy" / "compare.html").is_file()
 
 
@@ -306,7 +316,7 @@ case $1 in
   deaf) mkdir -p "$folder/checkpoint"; trap '' TERM; while :; do sleep 0.05; done ;;
   fail) exit 1 ;;
 esac
-mkdir -p "$folder"; echo '{"status": "finished"}' > "$folder/summary.json"
+mkdir -p "$folder"; echo "$OMP_NUM_THREADS" > "$folder/threads"; echo '{"status": "finished"}' > "$folder/summary.json"
 """
 
 
@@ -334,6 +344,22 @@ def test_finished_runs_are_passed_over_and_failures_do_not_stop_the_others(comma
     assert "Failed with exit status 1" in capfd.readouterr().err
     assert command.run([todo[0], todo[2]], time.monotonic() + 60) == 0
     assert capfd.readouterr().out == ""
+
+
+def test_runs_side_by_side_have_one_thread_each(command, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    todo = jobs(command, tmp_path, "long", "short", "fail", "short", "long", "short")
+    assert (
+        command.run(todo, time.monotonic() + 3, at_once=2) == command.STOPPED
+    )  # the second place goes on to the fifth
+    assert [job.state for job in todo] == ["begun", "finished", "not begun", "finished", "begun", "not begun"]
+    assert (tmp_path / "1" / "threads").read_text() == "1\n"
+    said = capfd.readouterr()
+    assert said.out.count("the same command continues") == 2
+    assert "Failed with exit status 1" in said.err
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert command.run([todo[1], todo[5]], time.monotonic() + 60, at_once=2) == 0
+    assert (tmp_path / "5" / "threads").read_text() == "3\n"
 
 
 def test_a_slice_ends_by_a_signal_and_the_next_goes_on(command, tmp_path, capfd):

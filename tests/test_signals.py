@@ -77,10 +77,22 @@ def test_a_run_stopped_while_it_measures_or_sums_up_ends_the_same(run, tmp_path,
     assert_equal_results(find_run(tmp_path / "straight"), find_run(tmp_path / "stopped"))
 
 
-def terminate_soon() -> threading.Timer:
-    timer = threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM])
-    timer.start()
-    return timer
+class Termination:
+    """SIGTERM one second after the first call of :meth:`begin`: a run that is not there yet would not catch it."""
+
+    def __init__(self) -> None:
+        self.began: float | None = None
+        self._timer = threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM])
+
+    def begin(self) -> None:
+        if self.began is None:
+            self.began = time.monotonic()
+            self._timer.start()
+
+    def assert_obeyed_soon(self) -> None:
+        assert self.began is not None
+        assert time.monotonic() - self.began < SECONDS
+        self._timer.join()
 
 
 @pytest.mark.slow
@@ -91,17 +103,16 @@ def test_decoding_is_stopped_between_two_pictures(run, tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         for number in range(500):
             (folder / f"{number}.png").symlink_to(tmp_path / "picture.png")
-    whole = Image.open
+    whole, termination = Image.open, Termination()
 
     def slowly(*arguments, **named):
+        termination.begin()
         time.sleep(0.2)
         return whole(*arguments, **named)
 
     monkeypatch.setattr(Image, "open", slowly)
-    timer, began = terminate_soon(), time.monotonic()
     status, error = run("scenario=folder", f"data_dir={tmp_path}/data")
-    assert time.monotonic() - began < SECONDS
-    timer.join()
+    termination.assert_obeyed_soon()
     assert status == 143, error
     assert error.count("Stopped; the same command goes on from here") == 1
     assert "Traceback" not in error
@@ -109,11 +120,15 @@ def test_decoding_is_stopped_between_two_pictures(run, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_download_is_stopped(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar100, "_fetch", lambda root, download: time.sleep(600))
-    timer, began = terminate_soon(), time.monotonic()
+    termination = Termination()
+
+    def fetch(root, download):
+        termination.begin()
+        time.sleep(600)
+
+    monkeypatch.setattr(cifar100, "_fetch", fetch)
     assert run("scenario=cifar100", f"data_dir={tmp_path}")[0] == 143
-    assert time.monotonic() - began < SECONDS
-    timer.join()
+    termination.assert_obeyed_soon()
 
 
 @pytest.mark.slow
@@ -129,18 +144,16 @@ def test_a_run_that_waits_for_another_ones_decoding_is_stopped(run, tmp_path, mo
     [path] = (tmp_path / "data").rglob("*-train-*.lock")
     with path.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        whole, waiting = fcntl.flock, []
+        whole, termination = fcntl.flock, Termination()
 
         def flock(file, operation):
-            if operation == fcntl.LOCK_EX:  # on a busy machine it may be long until here
-                waiting.append((terminate_soon(), time.monotonic()))
+            if operation == fcntl.LOCK_EX:
+                termination.begin()
             return whole(file, operation)
 
         monkeypatch.setattr(fcntl, "flock", flock)
         status, error = run(*arguments)
-    [(timer, began)] = waiting
-    timer.join()
-    assert time.monotonic() - began < SECONDS
+    termination.assert_obeyed_soon()
     assert status == 143, error
     assert "waiting for another process, which makes " in error
 

@@ -1,15 +1,26 @@
 """The loop: schedules, clipping, order, logs, and what stops it."""
 
 import math
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import TINY, Events, configure, network_of, run_in_process, trainer_of
+from helpers import (
+    TINY,
+    Events,
+    assert_equal_results,
+    configure,
+    find_run,
+    network_of,
+    run_in_process,
+    trainer_of,
+)
 
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Batch, Phase, Task
+from cl_bench.engine.trainer import Trainer
 from cl_bench.methods.base import Method
 from cl_bench.optim import Constant, Cosine, MultiStep, adamw, sgd
 
@@ -158,6 +169,58 @@ def test_the_buffer_leaves_the_stream_as_it_was(tmp_path):
     assert torch.equal(alone, stream("method=er", "buffer=reservoir"))
     assert torch.equal(alone, stream("method=er", "buffer=fixed_memory"))
     assert not torch.equal(alone, stream("method=finetune", "seed=1"))
+
+
+# -- several steps on each batch -----------------------------------------------------------------------------------
+
+ONLINE = ["method=er", "buffer=reservoir", "trainer.epochs=1", "trainer.steps_per_batch=3", "trainer.batch_size=16"]
+
+
+@pytest.mark.parametrize("speed", ["eager", "compile"])
+def test_each_batch_is_trained_on_several_times_and_offered_once(tmp_path, speed):
+    """50 images in batches of 16: 4 batches, 12 steps a task; the buffer is offered 50 images after their last step."""
+    parts = build(configure(*TINY, *ONLINE, "scenario.flip=true", "scenario.crop_padding=1", f"trainer.speed={speed}"))
+    inputs, offered = parts.method.inputs, []
+
+    def look(batch: Batch):
+        offered.append((batch, int(parts.buffer.offered)))
+        return inputs(batch)
+
+    parts.method.inputs = look
+    trainer = trainer_of(parts, tmp_path)
+    trainer.run()
+    assert trainer.steps_done == 2 * 3 * 4
+    assert trainer.record.cost.samples_seen == 2 * 3 * 50
+    assert [number for _, number in offered[:13]] == [0, 0, 0, 16, 16, 16, 32, 32, 32, 48, 48, 48, 50]
+    assert parts.buffer.offered == 100
+    first, second, third, fourth = (batch for batch, _ in offered[:4])
+    assert torch.equal(first.raw, second.raw)
+    assert torch.equal(first.raw, third.raw)
+    assert not torch.equal(first.raw, fourth.raw)
+    assert not torch.equal(first.x, second.x)  # other crops and flips at each step
+
+
+def test_a_run_stopped_between_two_steps_on_a_batch_ends_the_same(tmp_path, monkeypatch):
+    arguments = [*TINY, *ONLINE, "backbone=mlp", "backbone.hidden=[4]", "scenario.flip=true", "logger=none"]
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    assert run_in_process(*arguments, "results_dir=r", monkeypatch=monkeypatch, cwd=tmp_path / "straight") == 0
+    status, stops = None, 0
+    make_batch = Trainer.make_batch
+    while status != 0:  # five steps at a time: after the second step on a batch, after the first, after the third, ...
+        left = iter(range(5))
+
+        def stop_soon(self, *arguments, left=left, **named):
+            if next(left, None) is None:
+                signal.raise_signal(signal.SIGTERM)
+            return make_batch(self, *arguments, **named)
+
+        monkeypatch.setattr(Trainer, "make_batch", stop_soon)
+        status = run_in_process(*arguments, "results_dir=r", monkeypatch=monkeypatch, cwd=tmp_path / "stopped")
+        assert status in (0, 143)
+        stops += status == 143
+    assert stops >= 4
+    assert_equal_results(find_run(tmp_path / "straight"), find_run(tmp_path / "stopped"))
 
 
 # -- batches of one image ------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ LATER_KEYS = {
     "method.mean_over": "seen",
     "trainer.cudnn_benchmark": False,
     "trainer.keep_tasks": False,
+    "trainer.steps_per_batch": 1,
     "trainer.evaluate_every": None,
     "trainer.evaluate_sample": 100,
     "trainer.linear_probe": False,

@@ -90,6 +90,8 @@ class Batch:
         raw: (B, C, H, W) uint8, the same images before augmentation; a buffer stores these.
         task: id of the task that is being learned.
         columns: what a buffer stores beside its images, by name, each (B, ...); empty for the stream.
+        offered: whether the buffer is offered the batch after this step; with ``trainer.steps_per_batch`` only after
+            the last step on it.
     """
 
     x: Tensor
@@ -97,6 +99,7 @@ class Batch:
     raw: Tensor
     task: int
     columns: dict[str, Tensor] = field(default_factory=dict)
+    offered: bool = True
 
     def __len__(self) -> int:
         return len(self.y)

@@ -24,35 +24,43 @@ class Feed:
 
     Args:
         order: (M,) positions in ``data`` on the CPU, in the order of the epoch.
-        size: images per step.
+        size: images per batch.
+        repeats: steps on each batch.
     """
 
-    def __init__(self, data: Data, order: Tensor, size: int, pool: ThreadPoolExecutor | None) -> None:
-        self.data, self.size, self._pool = data, size, pool
+    def __init__(self, data: Data, order: Tensor, size: int, repeats: int, pool: ThreadPoolExecutor | None) -> None:
+        self.data, self.size, self.repeats, self._pool = data, size, repeats, pool
         self._cpu, self._positions = order, order.to(data.labels.device)
         self._coming: dict[int, Future[Tensor]] = {}
+        self._loaded: tuple[int, tuple[Tensor, Tensor]] | None = None
 
     def load_batch(self, step: int) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) uint8 images and (B,) labels of a step."""
-        part = slice(step * self.size, (step + 1) * self.size)
+        number = step // self.repeats
+        if self._loaded is None or self._loaded[0] != number:
+            self._loaded = number, self._load(number)
+        return self._loaded[1]
+
+    def _load(self, number: int) -> tuple[Tensor, Tensor]:
+        part = slice(number * self.size, (number + 1) * self.size)
         positions = self._positions[part]
         if self._pool is None:
             return self.data.images.index_select(0, positions), self.data.labels.index_select(0, positions)
-        for ahead in range(step, step + AHEAD + 1):
+        for ahead in range(number, number + AHEAD + 1):
             if ahead not in self._coming and ahead * self.size < len(self._cpu):
                 which = self._cpu[ahead * self.size : (ahead + 1) * self.size]
                 self._coming[ahead] = self._pool.submit(self.data.images.__getitem__, which)
-        return self._coming.pop(step).result(), self.data.labels.index_select(0, positions)
+        return self._coming.pop(number).result(), self.data.labels.index_select(0, positions)
 
 
 @contextmanager
-def open_feed(data: Data, order: Tensor, size: int) -> Iterator[Feed]:
+def open_feed(data: Data, order: Tensor, size: int, repeats: int = 1) -> Iterator[Feed]:
     """A :class:`Feed`; if the images are not on the device, it has a thread until it is closed."""
     if not isinstance(data.images, HostImages):
-        yield Feed(data, order, size, None)
+        yield Feed(data, order, size, repeats, None)
         return
     pool = ThreadPoolExecutor(1, thread_name_prefix="images")
     try:
-        yield Feed(data, order, size, pool)
+        yield Feed(data, order, size, repeats, pool)
     finally:
         pool.shutdown(cancel_futures=True)

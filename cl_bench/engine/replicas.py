@@ -128,7 +128,7 @@ def _finish(step: Step, method: FunctionalMethod, terms: Terms) -> Losses | Exce
     losses, columns = terms
     try:
         with step.context.autocast:
-            method.remember(step.batch, columns)
+            method.offer(step.batch, columns)
         step.context.update()
     except Exception as error:
         return error

@@ -207,7 +207,7 @@ class StepExecutor:
             self.graphs.clear()
         losses, columns = self._differentiate(step, method, inputs)
         with context.autocast:
-            method.remember(step.batch, columns)
+            method.offer(step.batch, columns)
         context.update()
         return losses
 

@@ -49,6 +49,8 @@ class Settings:
     Attributes:
         epochs: passes over a phase's data.
         batch_size: images of the stream per step; the last batch of an epoch may be smaller.
+        steps_per_batch: optimizer steps on each batch, each with new crops and flips and a new draw from the buffer.
+            The buffer is offered the batch once, after the last of them.
         clip_norm: largest norm of the whole gradient; None for no clipping.
         evaluate_on: ``test``, or ``val`` for a search, which then never reads a test image.
         evaluate_every: number of optimizer steps after which the tasks begun are measured on a sample of their images
@@ -68,6 +70,7 @@ class Settings:
 
     epochs: int
     batch_size: int
+    steps_per_batch: int
     clip_norm: float | None
     evaluate_on: Literal["test", "val"]
     evaluate_every: int | None
@@ -81,10 +84,8 @@ class Settings:
     cudnn_benchmark: bool
 
     def __post_init__(self) -> None:
-        for key in (
-            "epochs", "batch_size", "clip_norm", "evaluate_every", "evaluate_sample", "checkpoint_seconds",
-            "checkpoint_steps", "replicas",
-        ):  # fmt: skip
+        positive = ("epochs", "batch_size", "steps_per_batch", "clip_norm", "evaluate_every", "evaluate_sample")
+        for key in (*positive, "checkpoint_seconds", "checkpoint_steps", "replicas"):
             value = getattr(self, key)
             require(
                 value is None or value > 0, key, expected="above 0", got=value, fix="See configs/trainer/default.yaml."
@@ -224,13 +225,13 @@ class Trainer:
         schedule = phase.schedule or self.schedule
         peak = [phase.lr or group["lr"] for group in optimizer.param_groups]
         epochs = phase.epochs or self.settings.epochs
-        size = self.settings.batch_size
+        size, repeats = self.settings.batch_size, self.settings.steps_per_batch
         epoch, done, order, sums = 0, 0, None, {}  # done: steps of this epoch
         if now:
             self._load(now["state"])
             optimizer.load_state_dict(now["optimizer"])
             epoch, done, order, sums = now["epoch"], now["step"], now["order"], _move(now["sums"], phase.data)
-            num_images, num_steps = _measure_epoch(len(order), size)
+            num_images, num_steps = _measure_epoch(len(order), size, repeats)
 
         self.method.train()
         context = PhaseContext(
@@ -248,12 +249,12 @@ class Trainer:
             if order is None:
                 shuffle = self.generators["batches"]
                 order = phase.order(shuffle) if phase.order else torch.randperm(len(phase.data), generator=shuffle)
-                num_images, num_steps = _measure_epoch(len(order), size)
+                num_images, num_steps = _measure_epoch(len(order), size, repeats)
             for group, lr in zip(optimizer.param_groups, peak):
                 group["lr"] = lr * schedule(epoch, epochs)
-            with open_feed(phase.data, order, size) as images:
+            with open_feed(phase.data, order, size, repeats) as images:
                 while done < num_steps:
-                    batch = self.make_batch(*images.load_batch(done), task)
+                    batch = self.make_batch(*images.load_batch(done), task, offered=(done + 1) % repeats == 0)
                     losses = yield Step(context, batch), self.executor
 
                     # sums stay on the device: the epoch waits for it once, at its end
@@ -281,9 +282,10 @@ class Trainer:
                 break
             epoch, done, order, sums = epoch + 1, 0, None, {}
 
-    def make_batch(self, raw: Tensor, y: Tensor, task: Task) -> Batch:
+    def make_batch(self, raw: Tensor, y: Tensor, task: Task, offered: bool = True) -> Batch:
         """A stream batch of images (B, C, H, W) uint8 with labels (B,), freshly augmented."""
-        return Batch(self.scenario.transform.augment(raw, self.generators["augment"]), y, raw, task.id)
+        x = self.scenario.transform.augment(raw, self.generators["augment"])
+        return Batch(x, y, raw, task.id, offered=offered)
 
     def _count_training_time(self) -> None:
         """Count the time since the last call, or since the task began, as training."""
@@ -524,13 +526,13 @@ def count_parameters(module: torch.nn.Module, *, trainable: bool = False) -> int
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
 
-def _measure_epoch(visited: int, batch_size: int) -> tuple[int, int]:
-    """Images and steps of an epoch.
+def _measure_epoch(visited: int, batch_size: int, steps_per_batch: int) -> tuple[int, int]:
+    """Images, counted at every step that trains on them, and steps of an epoch.
 
     A last batch of one image is left out: BatchNorm cannot normalise a single value.
     """
     count = visited - (visited > 1 and visited % batch_size == 1 and batch_size > 1)
-    return count, math.ceil(count / batch_size)
+    return count * steps_per_batch, math.ceil(count / batch_size) * steps_per_batch
 
 
 def _move(sums: dict[str, Tensor], data: Data) -> dict[str, Tensor]:

@@ -117,10 +117,15 @@ class FunctionalMethod(Method):
     def remember(self, batch: Batch, columns: Columns) -> None:
         """Offer a batch of the stream to the buffer, with the columns that :meth:`terms` returned."""
 
+    def offer(self, batch: Batch, columns: Columns) -> None:
+        """:meth:`remember` unless this step is one of several on the same batch and not the last."""
+        if batch.offered:
+            self.remember(batch, columns)
+
     def observe(self, batch: Batch) -> Losses:
         """Named loss terms of a batch: inputs, terms, remember."""
         losses, columns = self.terms(self.inputs(batch), batch.task)
-        self.remember(batch, columns)
+        self.offer(batch, columns)
         return losses
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:

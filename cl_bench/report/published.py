@@ -24,7 +24,7 @@ class Kind(Enum):
     soft = "soft"
     """Sourced, but of a slightly different setting, or approximate."""
     recalled = "recalled"
-    """From memory, for orientation only."""
+    """From memory, for orientation only; it never gets a verdict."""
 
 
 @dataclass
@@ -35,12 +35,16 @@ class Number:
         metric: its key, as ``section.name`` of ``summary.json``; also ``*.first_task_accuracy``, and ``*.AOPD``
             and ``*.MOPD`` over the row's orders.
         published: None if there is only our number.
+        spread: its standard deviation or confidence interval in the source's words, e.g. ``SD 0.57``.
+        n: the runs it is a mean of; None if the source does not say.
         tolerance: the difference, up or down, that still counts as agreement; None if it is not judged.
         kind, source: of the published number.
     """
 
     metric: str = MISSING
     published: float | None = None
+    spread: str = ""
+    n: int | None = None
     tolerance: float | None = None
     kind: Kind | None = None
     source: str = ""

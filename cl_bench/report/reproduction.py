@@ -13,7 +13,7 @@ from cl_bench.core.errors import require
 from cl_bench.core.record import TITLES
 from cl_bench.report.compare import compare, write
 from cl_bench.report.page import Run, Verdict, format_number, format_signed, to_words
-from cl_bench.report.published import Claim, Group, Number, Row
+from cl_bench.report.published import Claim, Group, Kind, Number, Row
 from cl_bench.report.rows import DISPARITIES, ORDER_KEYS, find_differences, get_settings, make_orders, make_rows
 from cl_bench.report.statistics import MIN_SEEDS, Stat, run_paired_test
 from cl_bench.report.tables import Column, Table, format_markdown, format_stat, show_tables
@@ -24,12 +24,17 @@ Records = Mapping[str, list[Run]]
 MARKED = re.compile(r"(<!-- reproduction: ([\w ]+) -->\n)(.*?)(<!-- end of reproduction -->)", re.DOTALL)
 """The part of a page that has the table of some groups, or of ``all``."""
 
-HEADER = ["row", "what", "metric", "kind", "published", "ours (n)", "difference", "verdict", "source"]
+HEADER = [
+    *("row", "what", "metric", "kind", "published", "ours (n)", "difference", "tolerance", "verdict", "minutes"),
+    "source",
+]
+NUMERIC = (4, 5, 6, 7, 9)
 
 NOTE = (
     "Ours: mean ± sample standard deviation over seeds and orders (number of runs; of AOPD and MOPD, of seeds). "
-    "Within: the difference is at most the tolerance. Kind: a gate is sourced, of this very setting; soft is sourced, "
-    "of a setting that is not quite this one; recalled is from memory and for orientation only."
+    "PASS: the difference is at most the tolerance. Kind: a gate is sourced, of this very setting; soft is sourced, of "
+    "a setting that is not quite this one; recalled is from memory, for orientation only, and not judged. Minutes: of "
+    "training and evaluation, a mean over the runs."
 )
 
 
@@ -60,7 +65,7 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """within, below or above; or why there is no verdict."""
+        """PASS or FAIL; or why there is no verdict."""
         compared = self.compared
         if not self.runs:
             return "not run"
@@ -72,18 +77,31 @@ class Line:
             return "-"
         if compared.tolerance is None:
             return "not judged"
-        return "within" if compared.within else "above" if compared.difference > 0 else "below"
+        if self.number.kind is Kind.recalled:
+            return "not judged (recalled)"
+        return "PASS" if compared.within else f"FAIL ({'above' if compared.difference > 0 else 'below'})"
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes of training and evaluation, a mean over the runs."""
+        seconds = [[run.value("cost", f"{part}_seconds") for part in ("train", "evaluate")] for run in self.runs]
+        known = [train + evaluate for train, evaluate in seconds if train is not None and evaluate is not None]
+        return sum(known) / len(known) / 60 if known else None
 
     @property
     def cells(self) -> list[str]:
         """Its line in a table."""
         compared = self.compared
-        tolerance = f" ± {format_number(compared.tolerance)}" if compared.tolerance is not None else ""
+        tolerance = f"± {format_number(compared.tolerance)}" if compared.tolerance is not None else "-"
         kind = self.number.kind.value if self.number.kind and compared.published is not None else "-"
         ours = format_stat(self.stat, Column("", ""), interval=False) or "-"
-        published = f"{format_number(compared.published)}{tolerance}"
+        known = [word for word in (self.number.spread, f"n = {self.number.n}" if self.number.n else "") if word]
+        spread = f" ({', '.join(known)})" if known and compared.published is not None else ""
+        published = f"{format_number(compared.published)}{spread}"
+        minutes = "-" if self.minutes is None else f"{self.minutes:.1f}"
         source = "-" if compared.published is None else compared.source
-        cells = [kind, published, ours, format_signed(compared.difference), self.verdict, source]
+        judged = [format_signed(compared.difference), tolerance, self.verdict]
+        cells = [kind, published, ours, *judged, minutes, source]
         return [self.name, self.row.what, compared.metric, *cells]
 
 
@@ -108,7 +126,7 @@ def make_lines(group: Group, records: Records) -> list[Line]:
 
 def make_tables(group: Group, records: Records) -> list[Table]:
     """The numbers of a group, and the claims about its rows."""
-    shown = [Table(group.title, NOTE, HEADER, [line.cells for line in make_lines(group, records)], (4, 5, 6))]
+    shown = [Table(group.title, NOTE, HEADER, [line.cells for line in make_lines(group, records)], NUMERIC)]
     if group.claims:
         header = ["above", "below", "metric", "runs in common", "difference [95 % CI]", "verdict"]
         note = (
@@ -148,7 +166,7 @@ def fill_text(text: str, groups: Mapping[str, Group], records: Records) -> str:
         found = [line for name in wanted for line in make_lines(groups[name], records) if line.runs]
         body = "No full-size run has been recorded yet."
         if found:
-            shown = Table("", "", HEADER[:-1], [line.cells[:-1] for line in found], (4, 5, 6))
+            shown = Table("", "", HEADER[:-1], [line.cells[:-1] for line in found], NUMERIC)
             body = f"{format_markdown(shown)}\n\n{NOTE}"
         return f"{match[1]}{body}\n{match[4]}"
 

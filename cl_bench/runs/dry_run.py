@@ -329,7 +329,7 @@ class Probe:
 
         The last step of an epoch has fewer images and takes at most as long as the others.
         """
-        steps = self._count_images(phase, t) * phase.visited / phase.step.full
+        steps = self._count_images(phase, t) * phase.visited / phase.step.full * self.parts.settings.steps_per_batch
         epochs = np.array([1 if phase.may_end else phase.epochs, phase.epochs, phase.epochs])
         return epochs * np.array([steps, steps, math.ceil(steps)])
 
