@@ -139,7 +139,7 @@ FIVE_TASKS = [CLASS_ORDER[i : i + 2] for i in range(0, 10, 2)]
 SPLIT_KEYS = {
     "pretrain_classes": 0, "num_tasks": 2, "classes_per_task": None, "class_order": "natural", "class_order_seed": 0,
     "data_seed": 0, "val_fraction": 0.0, "train_per_class": None, "test_per_class": None, "crop_padding": 0,
-    "flip": False, "rand_augment": None,
+    "flip": False, "rand_augment": None, "val_choice": "random", "normalisation": "standard", "run_seed": 0,
 }  # fmt: skip
 
 
