@@ -53,6 +53,10 @@ needs_cifar100 = pytest.mark.skipif(
     not (DATA / "cifar-100-python" / "train").is_file(), reason=f"CIFAR-100 is not in {DATA}"
 )
 
+needs_mnist = pytest.mark.skipif(
+    not (DATA / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file(), reason=f"MNIST is not in {DATA}"
+)
+
 TINY = [
     "scenario.classes_per_task=[5,5]",
     "scenario.train_per_class=10",
@@ -62,6 +66,11 @@ TINY = [
     f"device={DEVICE}",
 ]
 """Digits in two tasks of 50 training images: a run of some seconds."""
+
+DIGITS_INSTEAD = [
+    "scenario.source._target_=cl_bench.data.digits.digits", "~scenario.source.root", "~scenario.source.download"
+]  # fmt: skip
+"""The bundled digits in place of a data set that may not be here."""
 
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 

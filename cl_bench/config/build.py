@@ -225,9 +225,6 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
     parameters = inspect.signature(built).parameters
     values = read_arguments(node, key, built, RUNTIME.get("scenario" if kind is Scenario else key, ()))
     refuse_void(node, key, built, values)
-    root = node._get_root()
-    if kind is Scenario and "run_seed" in parameters and isinstance(root, DictConfig):  # also inside another scenario
-        values["run_seed"] = root.seed
     weights = values.pop("weights") if key == "backbone" else None
     if weights is not None:
         check_weights(weights)
@@ -243,6 +240,9 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
                 got=value,
                 fix=f"Leave {key}.{name} as it was.",
             )
+    root = node._get_root()
+    if kind is Scenario and "run_seed" in parameters and isinstance(root, DictConfig):  # also inside another scenario
+        values["run_seed"] = root.seed
 
     def make(*positional: Any, **runtime: Any) -> Any:
         accepted = {name: value for name, value in runtime.items() if name in parameters}

@@ -23,7 +23,6 @@ from cl_bench.data.pixel_maps import draw_permutation, rotate_positions, spread_
 from cl_bench.scenarios.base import Scenario
 from cl_bench.scenarios.selection import Positions, ValChoice, build_transform, check_seeds, choose_images
 
-
 MOST_TASKS = 1000
 
 
