@@ -1,15 +1,33 @@
 """One data set in several views: permuted or rotated when it is looked up, never stored."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
-from helpers import CLASS_IL, DIGITS_INSTEAD, configure, make_run, needs_mnist, toy_images, trainer_of
+from helpers import (
+    CLASS_IL,
+    DIGITS_INSTEAD,
+    ROOT,
+    configure,
+    make_run,
+    needs_mnist,
+    run_in_process,
+    toy_images,
+    trainer_of,
+)
 from PIL import Image
 
 from cl_bench.config.build import build, build_scenario, identify_run
-from cl_bench.config.schema import compute_fingerprint, to_plain_dict
+from cl_bench.config.schema import (
+    CONFIGS,
+    compute_fingerprint,
+    import_target,
+    read_arguments,
+    refuse_void,
+    to_plain_dict,
+)
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.images import HostImages, RearrangedImages
 from cl_bench.core.types import Data
@@ -174,6 +192,17 @@ def test_seeds_with_tasks_of_their_own_are_one_row(overrides):
     assert tasks[0][0] != tasks[1][0] or not torch.equal(tasks[0][1], tasks[1][1])
 
 
+def test_each_replica_has_the_tasks_of_its_seed(tmp_path, monkeypatch):
+    arguments = ["scenario.class_order=ocl_survey", "trainer.epochs=1", "trainer.replicas=2", "seed=3", "logger=none"]
+    monkeypatch.setattr("cl_bench.runs.run.write_report", lambda run_dir: None)
+    assert run_in_process(*arguments, "device=cpu", "backbone.hidden=[4]", monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    found = [json.loads(path.read_text()) for path in tmp_path.rglob("summary.json")]
+    orders = {summary["seed"]: summary["class_order"] for summary in found}
+    for seed in (3, 4):
+        assert orders[seed] == torch.randperm(10, generator=torch.Generator().manual_seed(seed)).tolist()
+    assert len({summary["fingerprint"] for summary in found}) == 1
+
+
 @pytest.mark.parametrize("follows", [True, False])
 def test_a_row_takes_other_tasks_only_where_the_seed_draws_them(tmp_path, follows):
     orders = [[8, 0, 7, 1, 3, 6, 2, 4, 5, 9], [0, 8, 7, 1, 3, 6, 2, 4, 5, 9]]
@@ -226,3 +255,20 @@ def test_protocol_c_of_the_online_methods():
     assert views.nbytes == 70_000 * 784
     x = views.transform.normalise(views.tasks[16].train.images[:100])
     assert (float(x.min()), float(x.max())) == (0.0, 1.0)
+
+
+PAGE = (ROOT / "docs" / "scenarios.md").read_text()
+COMMANDS = [line.split()[3:] for line in PAGE.splitlines() if line.startswith("    python -m cl_bench ")]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_commands_of_the_page_are_right(words):
+    config = configure(*words)
+    built = import_target(config.scenario, "scenario", [])
+    refuse_void(config.scenario, "scenario", built, read_arguments(config.scenario, "scenario", built, ("run_seed",)))
+
+
+def test_the_page_has_every_scenario():
+    for path in (CONFIGS / "scenario").glob("*.yaml"):
+        assert f"`{path.stem}`" in PAGE
+        assert any(f"scenario={path.stem}" in words for words in COMMANDS)
