@@ -54,6 +54,10 @@ needs_cifar100 = pytest.mark.skipif(
     not (DATA / "cifar-100-python" / "train").is_file(), reason=f"CIFAR-100 is not in {DATA}"
 )
 
+needs_mnist = pytest.mark.skipif(
+    not (DATA / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file(), reason=f"MNIST is not in {DATA}"
+)
+
 TINY = [
     "scenario.classes_per_task=[5,5]",
     "scenario.train_per_class=10",
@@ -63,6 +67,11 @@ TINY = [
     f"device={DEVICE}",
 ]
 """Digits in two tasks of 50 training images: a run of some seconds."""
+
+DIGITS_INSTEAD = [
+    "scenario.source._target_=cl_bench.data.digits.digits", "~scenario.source.root", "~scenario.source.download"
+]  # fmt: skip
+"""The bundled digits in place of a data set that may not be here."""
 
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 
@@ -140,7 +149,7 @@ FIVE_TASKS = [CLASS_ORDER[i : i + 2] for i in range(0, 10, 2)]
 SPLIT_KEYS = {
     "pretrain_classes": 0, "num_tasks": 2, "classes_per_task": None, "class_order": "natural", "class_order_seed": 0,
     "data_seed": 0, "val_fraction": 0.0, "train_per_class": None, "test_per_class": None, "crop_padding": 0,
-    "flip": False, "rand_augment": None,
+    "flip": False, "rand_augment": None, "val_choice": "random", "normalisation": "standard", "run_seed": 0,
 }  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from helpers import (
     configure,
     cross_entropy,
     identity_transform,
+    make_split,
     network_of,
-    toy_images,
     trainer_of,
 )
 
@@ -21,7 +21,6 @@ from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Data, Task
 from cl_bench.methods.apd import APD, run_k_means, split
 from cl_bench.metrics.forgetting import forgetting
-from cl_bench.scenarios.split import Split
 
 pytestmark = pytest.mark.arithmetic
 
@@ -35,11 +34,7 @@ def small(**changes) -> APD:
     """Four tasks of one class; weights away from their start."""
     torch.manual_seed(0)
     net = APDNet(channels=[3], kernel=3, hidden=[6, 5], num_classes=4, image_shape=(1, 8, 8))
-    scenario = Split(
-        source=toy_images(), pretrain_classes=0, rand_augment=None, num_tasks=4, classes_per_task=None,
-        class_order="natural", class_order_seed=0, data_seed=0,
-        val_fraction=0.0, train_per_class=None, test_per_class=None, crop_padding=0, flip=False,
-    )  # fmt: skip
+    scenario = make_split(num_tasks=4)
     scenario.transform = identity_transform()
     return APD(net=net, scenario=scenario, **(KEYS | changes)).eval()
 

@@ -36,8 +36,10 @@ ORDER = {
 """Inside these folders a file imports from the earlier ones."""
 
 SHARED = {"base", "layers", "delivered", "jsonl", "cache", "pictures", "picture_files"}
+SHARED |= {"official_files", "pixel_maps", "selection"}
 """In the other folders a variant does not import another variant, only these shared files: the other loggers catch up
-from metrics.jsonl, and a folder of pictures is decoded and stored by modules of their own."""
+from metrics.jsonl; modules of their own decode and store a folder of pictures, fetch published files, permute pixels
+and select images."""
 
 
 def imports(path: Path) -> set[str]:

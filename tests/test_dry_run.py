@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import configure, toy_images
+from helpers import configure, make_split, toy_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.config.build import Parts, build
@@ -15,7 +15,6 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.runs import dry_run as module
 from cl_bench.runs.dry_run import Probe, dry_run
 from cl_bench.runs.timing import SMALLEST, Budget, Measured, Operations, measure
-from cl_bench.scenarios.split import Split
 
 
 class Clock:
@@ -194,9 +193,7 @@ def test_a_dry_run_of_fifty_large_tasks_ends(capsys):
     """dytox_cifar100_50step, whose steps of 256 images take most of a minute on a CPU, on pictures of noise."""
     config = configure("+experiment=dytox_cifar100_50step", "device=cpu")
     values = {key: config.scenario[key] for key in ("num_tasks", "class_order", "rand_augment", "crop_padding", "flip")}
-    rest = {"pretrain_classes": 0, "classes_per_task": None, "class_order_seed": 0, "data_seed": 0, "val_fraction": 0.0}
-    rest |= {"train_per_class": None, "test_per_class": None}
-    scenario = Split(source=toy_images(100, 30, 32, 3), **values, **rest).to(torch.device("cpu"))
+    scenario = make_split(toy_images(100, 30, 32, 3), **values).to(torch.device("cpu"))
     parts = build(config, scenario)
     began = time.process_time()  # of this process: other work on the machine does not count
     # No seconds: how much fits into one depends on the machine, and on what ran in this process before.

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import TINY, batch_of, configure, network_of, toy_images
+from helpers import TINY, batch_of, configure, make_split, network_of, toy_images
 
 from cl_bench.backbones.layers.vit import build_small_vit
 from cl_bench.backbones.memory_vit import MemoryViT, build_attention_rules
@@ -210,13 +210,7 @@ def test_heads_alone_read_the_trunks_class_token():
 
 
 def scenario(**keys) -> Split:
-    return Split(
-        **{
-            "source": toy_images(num_classes=6), "pretrain_classes": 0, "rand_augment": None, "num_tasks": 3,
-            "classes_per_task": None, "class_order": "natural", "class_order_seed": 0, "data_seed": 0,
-            "val_fraction": 0.0, "train_per_class": None, "test_per_class": None, "crop_padding": 0, "flip": False,
-        } | keys
-    )  # fmt: skip
+    return make_split(**({"source": toy_images(num_classes=6), "num_tasks": 3} | keys))
 
 
 def method(tasks=(2, 2, 2), **keys) -> LearnableMemory:

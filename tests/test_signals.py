@@ -17,7 +17,7 @@ from helpers import TINY, assert_equal_results, command_environment, find_run, r
 from PIL import Image
 
 import cl_bench.engine.evaluate as evaluation
-from cl_bench.data import cifar100
+from cl_bench.data.official_files import OfficialFiles
 from cl_bench.methods.ewc import EWC
 from cl_bench.runs import run as run_module
 
@@ -122,11 +122,11 @@ def test_decoding_is_stopped_between_two_pictures(run, tmp_path, monkeypatch):
 def test_a_download_is_stopped(run, tmp_path, monkeypatch):
     termination = Termination()
 
-    def fetch(root, download):
+    def fetch(self, root, download):
         termination.begin()
         time.sleep(600)
 
-    monkeypatch.setattr(cifar100, "_fetch", fetch)
+    monkeypatch.setattr(OfficialFiles, "fetch_missing", fetch)
     assert run("scenario=cifar100", f"data_dir={tmp_path}")[0] == 143
     termination.assert_obeyed_soon()
 

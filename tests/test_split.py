@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import DATA, SPLIT_KEYS, configure, make_split, needs_cifar100, toy_images
 
-from cl_bench.config.build import build
+from cl_bench.config.build import build, build_scenario
 from cl_bench.core.errors import ConfigError
 from cl_bench.data import cifar100 as cifar100_module
 from cl_bench.data.cifar100 import cifar100
@@ -50,7 +50,7 @@ def test_class_orders():
     "order", ["alphabetical", [0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 4], ["0", "1", "2", "3"], 7, None]
 )
 def test_a_wrong_class_order_is_refused(order):
-    with pytest.raises(ConfigError, match="class_order: expected one of natural, random, superclass, or a list"):
+    with pytest.raises(ConfigError, match="class_order: expected one of natural, random, superclass, ocl_survey, or a"):
         make_split(class_order=order)
 
 
@@ -75,6 +75,91 @@ def test_small_classes_have_a_validation_image_where_a_fraction_is_asked():
     small = dataclasses.replace(source, train_images=source.train_images[one], train_labels=source.train_labels[one])
     with pytest.raises(ConfigError, match=r"val_fraction: .*got none left of class 2 at 0.1\. .*another image"):
         make_split(small, val_fraction=0.1)
+
+
+def test_orders_of_published_experiments_follow_the_seed():
+    """B of the online protocols: torch's permutation; C: agem shuffles what its three tuning tasks leave."""
+    hundred = toy_images(num_classes=100, per_class=1)
+    starts = [[44, 19, 93, 90, 71], [45, 15, 90, 32, 35]]
+    for seed in range(5):
+        split = make_split(hundred, num_tasks=20, class_order="ocl_survey", class_order_seed=9, run_seed=seed)
+        assert split.class_order == torch.randperm(100, generator=torch.Generator().manual_seed(seed)).tolist()
+        torch.manual_seed(seed)
+        assert split.class_order == torch.randperm(100).tolist()
+        assert split.class_order[:5] == (starts[seed] if seed < 2 else split.class_order[:5])
+
+        agem = make_split(hundred, num_tasks=17, pretrain_classes=15, class_order="agem", run_seed=seed)
+        labels = np.arange(15, 100)  # as conv_split_cifar.py draws them
+        np.random.seed(1234 + seed)
+        np.random.shuffle(labels)
+        assert [agem.list_class_ids(task) for task in agem.tasks] == labels.reshape(17, 5).tolist()
+        assert agem.pretrain_order == list(range(15))
+        assert agem.follows_seed
+    assert (
+        agem.class_order[:3]
+        != make_split(hundred, class_order="agem", pretrain_classes=15, num_tasks=17).class_order[:3]
+    )
+    assert not make_split(hundred, class_order="random", num_tasks=20).follows_seed
+
+
+@pytest.mark.parametrize("choice", ["last", "file_start", "file_end"])
+def test_validation_images_by_the_order_of_the_file(choice):
+    source = toy_images(num_classes=4, per_class=10)
+    tasks = make_split(source, val_fraction=0.2, val_choice=choice, data_seed=3).tasks
+    val = torch.cat([task.val.index for task in tasks]).sort().values.tolist()
+    train = torch.cat([task.train.index for task in tasks]).sort().values.tolist()
+    assert sorted(val + train) == list(range(40))
+    assert val == {"last": list(range(32, 40)), "file_start": list(range(8)), "file_end": list(range(32, 40))}[choice]
+    order = np.argsort(source.train_labels, kind="stable")  # a file sorted by class
+    by_class = dataclasses.replace(
+        source, train_images=source.train_images[order], train_labels=source.train_labels[order]
+    )
+    if choice == "last":
+        held = [t.val.index.tolist() for t in make_split(by_class, val_fraction=0.2, val_choice=choice).tasks]
+        assert held == [[8, 9, 18, 19], [28, 29, 38, 39]]
+    else:
+        with pytest.raises(ConfigError, match=r"val_choice: .*none left of class .*Use val_choice=random or last"):
+            make_split(by_class, val_fraction=0.2, val_choice=choice)
+    with pytest.raises(ConfigError, match="val_fraction: expected at least one training image per class"):
+        make_split(source, val_fraction=0.96, val_choice="last")
+
+
+@needs_cifar100
+def test_protocol_a_measures_the_last_fifty_images_of_each_class():
+    overrides = ["scenario=cifar100", "scenario.num_tasks=20", "scenario.val_fraction=0.1", "scenario.val_choice=last"]
+    split = build_scenario(configure(*overrides, "scenario.normalisation=symmetric"))
+    source = cifar100(root=str(DATA), download=False)
+    for task in (split.tasks[0], split.tasks[19]):
+        assert (len(task.train), len(task.val)) == (2250, 250)
+        for c in split.list_class_ids(task):
+            own = np.flatnonzero(source.train_labels == c)
+            held = task.val.index[task.val.labels == c]  # natural order: positions are class ids
+            assert held.tolist() == own[450:].tolist()
+    x = split.transform.normalise(split.tasks[0].train.images)
+    assert x.min() == -1
+    assert x.max() == 1
+
+
+NORMALISED = {
+    "standard": lambda x, train: (x - 0.5) / 0.25,  # the mean and std of the toy images
+    "unit": lambda x, train: x,
+    "symmetric": lambda x, train: 2 * x - 1,
+    "mean_image": lambda x, train: x - train.mean(axis=0),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_normalisation_by_key(name):
+    source = toy_images(channels=3)
+    split = make_split(source, normalisation=name, val_fraction=0.5)  # the mean image is that of all training images
+    raw = split.tasks[1].test.images
+    expected = NORMALISED[name](raw.numpy() / 255, source.train_images / 255)
+    x = split.transform.normalise(raw)
+    np.testing.assert_allclose(x.numpy(), expected, atol=1e-6)
+    assert torch.equal(split.transform.recover_pixels(x), raw)
+    assert len(split.transform.mean) == len(split.transform.std) == 3
+    with pytest.raises(ConfigError, match="normalisation: expected one of standard, unit, symmetric, mean_image"):
+        build_scenario(configure("scenario=digits", "scenario.normalisation=zero"))
 
 
 @pytest.mark.parametrize("missing", [1, 3])
@@ -204,7 +289,8 @@ def archive(tmp_path, monkeypatch):
             tar.addfile(member, io.BytesIO(content))
     for name, value in {"url": path.as_uri(), "tgz_md5": md5(path.read_bytes()).hexdigest()}.items():
         monkeypatch.setattr(torchvision.datasets.CIFAR100, name, value)
-    monkeypatch.setattr(cifar100_module, "MD5", {name: md5(c).hexdigest() for name, c in contents.items()})
+    files = dataclasses.replace(cifar100_module.FILES, md5={name: md5(c).hexdigest() for name, c in contents.items()})
+    monkeypatch.setattr(cifar100_module, "FILES", files)
     monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, max_hops: url)
     monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", lambda url, to: shutil.copyfile(path, to))
     return path, tmp_path / "data"
@@ -230,8 +316,8 @@ def test_two_processes_fetch_cifar100_once(archive, monkeypatch, delay):
 
     def fetch(seconds: float) -> None:
         time.sleep(seconds)
-        if not cifar100_module._is_there(root / "cifar-100-python"):
-            cifar100_module._fetch(root, download=True)
+        if not cifar100_module.FILES.is_there(root):
+            cifar100_module.FILES.fetch_missing(root, download=True)
         assert files_of(root) == {name: name.encode() * 10_000 for name in ("train", "test", "meta")}
 
     context = multiprocessing.get_context("fork")
@@ -253,13 +339,13 @@ def test_a_fetch_that_was_killed_is_made_again(archive):
     (root / "cifar-100-python" / "train").write_bytes(b"of somebody else")
     (root / ".cifar-100-python.partial" / "cifar-100-python").mkdir(parents=True)
     (root / "cifar-100-python.tar.gz").write_bytes(path.read_bytes()[:100])
-    cifar100_module._fetch(root, download=True)
+    cifar100_module.FILES.fetch_missing(root, download=True)
     assert files_of(root)["train"] == b"train" * 10_000
     path.unlink()
     (root / "cifar-100-python" / "meta").unlink()
     with pytest.MonkeyPatch.context() as patch:  # the archive is there: nothing is fetched
         patch.setattr(torchvision_utils(), "_urlretrieve", None)
-        cifar100_module._fetch(root, download=True)
+        cifar100_module.FILES.fetch_missing(root, download=True)
     assert files_of(root)["meta"] == b"meta" * 10_000
 
 

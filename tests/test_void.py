@@ -2,18 +2,24 @@
 
 import pytest
 import yaml
-from helpers import ROOT, configure
+from helpers import DIGITS_INSTEAD, ROOT, configure
 
 from cl_bench.config.build import build
 from cl_bench.config.explain import refuse_unread_keys
 from cl_bench.config.schema import import_allowed
 from cl_bench.core.errors import ConfigError, void
 
+ROTATED = ["scenario=rotated_mnist", "scenario.num_tasks=2", *DIGITS_INSTEAD]
+
 VOID = {
     "scenario.num_tasks": ["scenario.num_tasks=5", "scenario.classes_per_task=[5,5]"],
     "class_order_seed": ["class_order_seed=3"],
     "scenario.class_order_seed": ["scenario.class_order=[9,8,7,6,5,4,3,2,1,0]", "scenario.class_order_seed=3"],
     "data_seed": ["data_seed=3"],
+    "scenario.val_choice": ["scenario.val_choice=last"],
+    "scenario.data_seed": ["scenario.val_fraction=0.1", "scenario.val_choice=last", "scenario.data_seed=3"],
+    "scenario.permutation_seed": [*ROTATED, "scenario.permutation_seed=3"],
+    "scenario.angles": [*ROTATED, "scenario.change=permuted", "scenario.angles=[0,90]"],
     "buffer.capacity": ["buffer.capacity=20"],
     "method.decay": ["method=ewc", "method.decay=0.5"],
     "method.temperature": ["backbone=lvt_digits", "method.distillation=mse", "method.temperature=1"],

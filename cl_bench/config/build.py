@@ -72,6 +72,7 @@ class Parts:
             "data": self.scenario.data,
             "tasks": [self.scenario.list_class_ids(task) for task in self.scenario.tasks],
             "shared_labels": self.scenario.shared_labels,
+            "follows_seed": self.scenario.follows_seed,
             "evaluate_on": self.settings.evaluate_on,
             "images": self.scenario.storage,
             "test_batches": self.method.test_batches,
@@ -83,7 +84,7 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
 
     Args:
         config: the composed configuration.
-        scenario: built before by the same configuration, to be used again: it depends on its own two seeds only.
+        scenario: built before by the same configuration, to be used again.
 
     Raises:
         ConfigError: the first thing that is wrong.
@@ -192,6 +193,7 @@ def _is_fixed_by_settings(node: Any, allow: list[str]) -> bool:
 
 
 RUNTIME: dict[str, tuple[str, ...]] = {
+    "scenario": ("run_seed",),
     "backbone": ("num_classes", "image_shape", "image_mean", "image_std"),
     "buffer": ("context",),
     "method": ("net", "buffer", "scenario"),
@@ -229,7 +231,7 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
             fix=f"Choose one: {key}=NAME.",
         )
     parameters = inspect.signature(built).parameters
-    values = read_arguments(node, key, built, RUNTIME.get(key, ()))
+    values = read_arguments(node, key, built, RUNTIME.get("scenario" if kind is Scenario else key, ()))
     refuse_void(node, key, built, values)
     weights = values.pop("weights") if key == "backbone" else None
     if weights is not None:
@@ -246,6 +248,9 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
                 got=value,
                 fix=f"Leave {key}.{name} as it was.",
             )
+    root = node._get_root()
+    if kind is Scenario and "run_seed" in parameters and isinstance(root, DictConfig):  # also inside another scenario
+        values["run_seed"] = root.seed
 
     def make(*positional: Any, **runtime: Any) -> Any:
         accepted = {name: value for name, value in runtime.items() if name in parameters}

@@ -65,6 +65,10 @@ LATER_KEYS = {
     "trainer.evaluate_sample": 100,
     "trainer.linear_probe": False,
     "backbone.weights": None,
+    "scenario.val_choice": "random",
+    "scenario.normalisation": "standard",
+    "scenario.disjoint.val_choice": "random",
+    "scenario.disjoint.normalisation": "standard",
 }
 """Keys that were added after runs had been recorded, with the value that keeps the old behaviour. A fingerprint leaves
 out a key with this value, and a ``config.yaml`` without the key gets it. So older runs stay in their row and can be

@@ -1,13 +1,17 @@
-"""Images that do not fit on the training device. They stay in the host's RAM, or in a memory-mapped file, and are sent
-to the device batch by batch.
+"""Images that are not simply one tensor on the training device, but are used like one.
 
-Shapes: N images of a set, B of a batch, C channels, H x W pixels.
+:class:`HostImages` do not fit there: they stay in the host's RAM, or in a memory-mapped file, and are sent to the
+device batch by batch. :class:`RearrangedImages` are stored once for many tasks: each task moves their pixels to other
+places when a batch is looked up.
+
+Shapes: N images of a set, B of a batch, C channels, H x W pixels, V views (one per task).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -98,3 +102,74 @@ class HostImages:
     def _send(self, source: Tensor, rows: Tensor) -> Tensor:
         images = source.index_select(0, rows.to(source.device))  # whole images; source[rows] goes pixel by pixel
         return send(images, self.device)
+
+
+class RearrangedImages:
+    """(N, C, H, W) uint8 images of which only the originals are stored; their pixels are moved when they are looked up.
+
+    Indexing by positions, a mask or a slice gives a tensor on the device of ``maps``.
+
+    Args:
+        source: (M, C, H, W) uint8, the originals.
+        rows: (N,) int64, the original of each image.
+        views: (N,) int64, the view of each image.
+        maps: (V, H W) int64, for each pixel of a view the position of the original's pixel that it shows; H W means
+            black.
+    """
+
+    def __init__(self, source: Tensor, rows: Tensor, views: Tensor, maps: Tensor) -> None:
+        self.source, self.rows, self.views, self.maps = source, rows, views, maps
+        self.shape = torch.Size((len(rows), *source.shape[1:]))
+
+    @classmethod
+    def of_view(cls, source: Tensor, rows: Tensor, view: int, maps: Tensor) -> Tensor:
+        """The originals at ``rows`` in one view; the type says Tensor, since it is used like one."""
+        return cast(Tensor, cls(source, rows, torch.tensor(view).expand(len(rows)), maps))
+
+    def change_tensors(self, change: Callable[[Tensor], Tensor], change_source: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same images with these functions applied to what they consist of."""
+        rest = (change(tensor) for tensor in (self.rows, self.views, self.maps))
+        return cast(Tensor, RearrangedImages(change_source(self.source), *rest))
+
+    def cpu(self) -> Tensor:
+        """All images, in the host's RAM."""
+        return self[:].cpu()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def numel(self) -> int:
+        """The number of pixel values, as if each image were stored."""
+        return self.shape.numel()
+
+    def __getitem__(self, which: Tensor | slice) -> Tensor:
+        """Positions (B,), a mask (N,) or a slice -> (B, C, H, W) on the device."""
+        images = self.source.index_select(0, self.rows[which])
+        places = self.maps.index_select(0, self.views[which])[:, None].expand(-1, images.shape[1], -1)
+        return F.pad(images.flatten(2), (0, 1)).gather(2, places).view(images.shape)  # the added pixel is black
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Positions (B,) -> (B, C, H, W) on the device; ``dim``, as in a tensor's method, is always 0."""
+        return self[index]
+
+
+def get_stored(images: Tensor) -> Tensor:
+    """The tensor in which these images, or their originals, are stored."""
+    return images.source if isinstance(images, RearrangedImages) else images
+
+
+def are_on_host(images: Tensor) -> bool:
+    """Whether a batch of these images has to be sent to the device."""
+    return isinstance(get_stored(images), HostImages)
+
+
+def concatenate_images(parts: Sequence[Tensor]) -> Tensor:
+    """Several sets of images as one, in their order; only images that are stored on the device are copied."""
+    first = parts[0]
+    if isinstance(first, RearrangedImages):
+        others = [p for p in parts if isinstance(p, RearrangedImages)]
+        if len(others) == len(parts) and all(p.source is first.source and p.maps is first.maps for p in others):
+            rows, views = torch.cat([p.rows for p in others]), torch.cat([p.views for p in others])
+            return cast(Tensor, RearrangedImages(first.source, rows, views, first.maps))
+    parts = [part[:] if isinstance(part, RearrangedImages) else part for part in parts]
+    return HostImages.concatenate(parts) if any(isinstance(p, HostImages) for p in parts) else torch.cat(list(parts))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Generator, Tensor
 
-from cl_bench.core.images import HostImages
+from cl_bench.core.images import concatenate_images
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Data:
     """A set of images kept as uint8, on the training device where they fit.
 
     Attributes:
-        images: (N, C, H, W) uint8; if they do not fit on the device, a
-            :class:`~cl_bench.core.images.HostImages`, which is indexed like such a tensor.
+        images: (N, C, H, W) uint8, or one of the classes in :mod:`cl_bench.core.images`, which are indexed like such a
+            tensor.
         labels: (N,) int64, positions in the class order.
         index: (N,) int64, each image's position in the data set's own order.
     """
@@ -47,9 +47,8 @@ class Data:
     def concatenate(parts: Iterable["Data"]) -> "Data":
         """One set that joins several."""
         parts = list(parts)
-        images = [p.images for p in parts]
         return Data(
-            HostImages.concatenate(images) if any(isinstance(i, HostImages) for i in images) else torch.cat(images),
+            concatenate_images([p.images for p in parts]),
             torch.cat([p.labels for p in parts]),
             torch.cat([p.index for p in parts]),
         )

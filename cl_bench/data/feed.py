@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from cl_bench.core.images import HostImages
+from cl_bench.core.images import are_on_host
 from cl_bench.core.types import Data
 
 AHEAD = 3
@@ -56,7 +56,7 @@ class Feed:
 @contextmanager
 def open_feed(data: Data, order: Tensor, size: int, repeats: int = 1) -> Iterator[Feed]:
     """A :class:`Feed`; if the images are not on the device, it has a thread until it is closed."""
-    if not isinstance(data.images, HostImages):
+    if not are_on_host(data.images):
         yield Feed(data, order, size, repeats, None)
         return
     pool = ThreadPoolExecutor(1, thread_name_prefix="images")

@@ -1,12 +1,16 @@
 """One data set under several permutations of its pixels, each with its own classes (permuted MNIST, with digits).
 
 Permuted MNIST: Goodfellow et al. 2013; with one set of classes per permutation: scenario GNu of Wortsman et al. 2020.
+
+:mod:`cl_bench.scenarios.domains` gives the same tasks without storing each permutation. This source stores them; it
+keeps the settings, and so the fingerprints, of the runs that were made with it.
 """
 
 import numpy as np
 
 from cl_bench.core.errors import require
 from cl_bench.data.base import ImageSet, fixed_by_settings
+from cl_bench.data.pixel_maps import draw_permutation
 
 
 @fixed_by_settings
@@ -26,7 +30,7 @@ def permuted_digits(*, digits: ImageSet, permutations: int, permutation_seed: in
         permutation_seed >= 0, "permutation_seed", expected="0 or more", got=permutation_seed, fix="Use another seed."
     )
     pixels, classes = digits.train_images[0, 0].size, len(digits.class_names)
-    orders = [np.random.default_rng([permutation_seed, i]).permutation(pixels) for i in range(permutations)]
+    orders = [draw_permutation(pixels, permutation_seed, i) for i in range(permutations)]
 
     def permute(images: np.ndarray) -> np.ndarray:
         flat = images.reshape(*images.shape[:2], -1)

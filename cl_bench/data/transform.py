@@ -25,6 +25,7 @@ class Transform:
         crop_padding: black pixels added on each side before an H x W window is cropped; 0 = no crop.
         flip: mirror each image with probability 1/2.
         rand_augment: images (B, C, H, W) uint8 and the CPU generator -> images, after crop and flip; None for none.
+        mean_image: (C, H, W) subtracted instead of ``mean``, which is then its mean; None for ``mean``.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Transform:
         crop_padding: int,
         flip: bool,
         rand_augment: Callable[[Tensor, Generator], Tensor] | None = None,
+        mean_image: Tensor | None = None,
     ) -> None:
         require(
             crop_padding >= 0, "crop_padding", expected="0 or more pixels", got=crop_padding, fix="Set 0 for no crop."
@@ -49,7 +51,8 @@ class Transform:
         self.mean, self.std = list(mean), list(std)
         self.crop_padding, self.flip, self.rand_augment = crop_padding, flip, rand_augment
         self._scale = (1.0 / (255.0 * torch.tensor(std))).view(-1, 1, 1)
-        self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1)
+        subtracted = torch.tensor(mean).view(-1, 1, 1) if mean_image is None else mean_image
+        self._shift = -subtracted / torch.tensor(std).view(-1, 1, 1)  # (C, 1, 1) or (C, H, W)
 
     def to(self, device: torch.device) -> "Transform":
         """This transform, with its constants on ``device``."""

@@ -194,7 +194,9 @@ def _refuse_differences(first: Run, second: Run) -> None:
         fix="Leave one of them out.",
     )
     both = (first.summary, second.summary)
-    kept = [key for key in ("class_order", "tasks", "class_names", "data") if all(key in summary for summary in both)]
+    by_seed = all(summary.get("follows_seed") for summary in both)  # the seed draws their tasks
+    identical = ("class_names", "data") if by_seed else ("class_order", "tasks", "class_names", "data")
+    kept = [key for key in identical if all(key in summary for summary in both)]
     keys = find_differences(
         get_settings(first) | {key: first.summary[key] for key in kept},
         get_settings(second) | {key: second.summary[key] for key in kept},

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_bench.config.build import Parts
+from cl_bench.core.images import RearrangedImages
 from cl_bench.core.record import SETTINGS
 from cl_bench.core.types import Data
 from cl_bench.engine.checkpoint import Checkpoint, clone_state
@@ -28,6 +29,9 @@ ONE_BY_ONE = 400
 
 ROUNDING = 0.005
 """Part of the predictions that another order of summation may change, where two scores are almost equal."""
+
+CHUNK = 10_000
+"""Images that are hashed together."""
 
 STEPS = 2
 """Steps per phase in the rehearsal."""
@@ -264,7 +268,8 @@ def find_hidden_images(parts: Parts, train: set[bytes]) -> list[str]:
 
 def hash_images(images: Tensor) -> set[bytes]:
     """The set of hashes of the images' pixels."""
-    rows = images.cpu().numpy().astype(np.uint8)
+    parts = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
+    rows = (row for part in parts for row in part.cpu().numpy().astype(np.uint8))
     return {hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows}
 
 
@@ -334,7 +339,11 @@ def scramble_test_images(parts: Parts) -> None:
     generator = torch.Generator().manual_seed(1)
     for task in parts.scenario.tasks:
         for data in {id(data): data for data in (task.test, task.get_split(parts.settings.evaluate_on))}.values():
-            data.images.copy_(torch.randint(256, data.images.shape, dtype=torch.uint8, generator=generator))
+            others = torch.randint(256, data.images.shape, dtype=torch.uint8, generator=generator)
+            if isinstance(data.images, RearrangedImages):  # in place: a method may have kept them
+                data.images.source[data.images.rows] = others.to(data.images.source.device)
+            else:
+                data.images.copy_(others)
             data.labels.copy_(data.labels.flip(0))
 
 

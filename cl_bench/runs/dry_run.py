@@ -80,7 +80,7 @@ def dry_run(parts: Parts, summary: dict[str, Any], budget: Budget | None = None)
         "task_il": None,
         "cost": cost,
         "step_seconds": [float(phase.step.seconds[1]) for phase in phases],
-        "data_bytes": sum(d.images.numel() for t in parts.scenario.tasks for d in (t.train, t.val, t.test)),
+        "data_bytes": parts.scenario.nbytes,
         "expected_hours": expected,
         "expected_hours_range": [low / SLACK, high * SLACK],
         "probe_seconds": budget.seconds - budget.get_left(),

@@ -121,7 +121,8 @@ def _run_replicas(configs: list[DictConfig], caught: list[int]) -> list[Finished
 
     with allow_interruption():
         parts = build(configs[0])
-    reason, scenario = find_obstacle(parts.method, parts.device), parts.scenario
+    reason = find_obstacle(parts.method, parts.device)
+    scenario = None if parts.scenario.follows_seed else parts.scenario
     del parts  # frees its network; each replica builds its own
     if reason is None:
         return run_together(

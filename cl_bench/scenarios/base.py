@@ -2,12 +2,14 @@
 
 import hashlib
 from abc import ABC
+from collections.abc import Callable
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from cl_bench.core.images import HostImages
+from cl_bench.core.images import HostImages, RearrangedImages, are_on_host, get_stored
 from cl_bench.core.types import Data, Task
 from cl_bench.data.transform import Transform
 from cl_bench.system.memory import get_free_bytes
@@ -35,9 +37,11 @@ class Scenario(ABC):
             task; labels are positions in ``pretrain_order``. Both are empty if the scenario holds no classes out.
         pretrain_order: the data set's class id at each of those positions.
         storage: where the images are kept, on the training device or on the host; None before :meth:`to`.
+        follows_seed: whether the tasks depend on the run's ``seed``; the seeds of a row may then differ in their tasks.
     """
 
-    shared_labels: ClassVar[bool] = False
+    shared_labels: bool = False
+    follows_seed: bool = False
     tasks: list[Task]
     class_order: list[int]
     class_names: list[str]
@@ -71,18 +75,22 @@ class Scenario(ABC):
         """This scenario on ``device``; the images are kept as ``storage`` says, or, with ``auto``, where they fit."""
         if storage == "auto":
             fits = self.nbytes <= LARGEST_SHARE * get_free_bytes(device)
-            in_ram = device.type == "cpu" and not any(isinstance(d.images, HostImages) for d in self._list_sets())
+            in_ram = device.type == "cpu" and not any(are_on_host(d.images) for d in self._list_sets())
             storage = "device" if fits or in_ram else "host"
         self.storage = storage
         self.transform.to(device)
-        self.pretrain = _move(self.pretrain, device, storage)
-        self.tasks = [task.change_data(lambda data: _move(data, device, storage)) for task in self.tasks]
+        mover = _Mover(device, storage)
+        self.pretrain = mover.move(self.pretrain)
+        self.tasks = [task.change_data(mover.move) for task in self.tasks]
         return self
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all images."""
-        return sum(data.images.numel() for data in self._list_sets())
+        """Bytes of all stored images; images that several tasks share count once."""
+        return sum(images.numel() for images in {id(s): s for s in map(get_stored, self._list_images())}.values())
+
+    def _list_images(self) -> list[Tensor]:
+        return [data.images for data in self._list_sets()]
 
     def _list_sets(self) -> list[Data]:
         return [self.pretrain, *(data for task in self.tasks for data in (task.train, task.val, task.test))]
@@ -92,13 +100,37 @@ class Scenario(ABC):
         return [self.class_order[c] for c in task.classes]
 
 
-def _move(data: Data, device: torch.device, storage: Storage) -> Data:
-    images = data.images
+class _Mover:
+    """Moves data to a device; a tensor that several tasks share is moved once."""
+
+    def __init__(self, device: torch.device, storage: Storage) -> None:
+        self.device, self.storage = device, storage
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # by id, with the original: another tensor gets no old id
+
+    def move(self, data: Data) -> Data:
+        images = data.images
+        if isinstance(images, RearrangedImages):
+            images = images.change_tensors(self._move_vector, self._move_images)
+        else:
+            images = self._move_images(images)
+        return Data(images, self._move_vector(data.labels), self._move_vector(data.index))
+
+    def _move_vector(self, tensor: Tensor) -> Tensor:
+        return self._once(tensor, lambda t: t.to(self.device))
+
+    def _move_images(self, images: Tensor) -> Tensor:
+        return self._once(images, lambda i: _move_images(i, self.device, self.storage))
+
+    def _once(self, tensor: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        if id(tensor) not in self._moved:
+            self._moved[id(tensor)] = (tensor, move(tensor))
+        return self._moved[id(tensor)][1]
+
+
+def _move_images(images: Tensor, device: torch.device, storage: Storage) -> Tensor:
     if isinstance(images, HostImages):
         images = images.move_to(device)
-        images = images[:] if storage == "device" else images
-    elif storage == "host":
-        images = HostImages.from_rows(images, torch.arange(len(images)), device)
-    else:
-        images = images.to(device)
-    return Data(images, data.labels.to(device), data.index.to(device))
+        return images[:] if storage == "device" else images
+    if storage == "host":
+        return HostImages.from_rows(images, torch.arange(len(images)), device)
+    return images.to(device)

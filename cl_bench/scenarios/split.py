@@ -9,15 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from cl_bench.core.errors import ConfigError, require, require_fraction, void
+from cl_bench.core.errors import ConfigError, require, void
 from cl_bench.core.images import HostImages
 from cl_bench.core.types import Data, Task
 from cl_bench.data.base import ImageSet, fixed_by_settings
-from cl_bench.data.rand_augment import RandAugment
-from cl_bench.data.transform import Transform
 from cl_bench.scenarios.base import Scenario
+from cl_bench.scenarios.selection import (
+    Normalisation,
+    Positions,
+    ValChoice,
+    build_transform,
+    check_seeds,
+    choose_images,
+)
 
-ORDERS = ("natural", "random", "superclass")
+SEED_ORDERS = ("ocl_survey", "agem")
+"""Orders that the run's ``seed`` draws, as in the code of published experiments."""
+
+ORDERS = ("natural", "random", "superclass", *SEED_ORDERS)
+
+AGEM_SEED, AGEM_FIRST = 1234, 15
+"""agem's ``conv_split_cifar.py``: its random seed, and the classes of the three tasks that tune its learning rates."""
 
 
 @fixed_by_settings
@@ -29,9 +41,14 @@ ORDERS = ("natural", "random", "superclass")
 @void("class_order_seed", when=lambda v: v["class_order"] != "random", why="only class_order=random is drawn")
 @void(
     "data_seed",
-    when=lambda v: not v["val_fraction"] and v["train_per_class"] is None and v["test_per_class"] is None,
+    when=lambda v: (
+        (not v["val_fraction"] or v["val_choice"] != "random")
+        and v["train_per_class"] is None
+        and v["test_per_class"] is None
+    ),
     why="no images are drawn without val_fraction, train_per_class or test_per_class",
 )
+@void("val_choice", when=lambda v: not v["val_fraction"], why="val_fraction=0 holds out no images")
 class Split(Scenario):
     """The classes of ``source`` in ``class_order``, cut into tasks.
 
@@ -42,14 +59,20 @@ class Split(Scenario):
         classes_per_task: sizes of the tasks, adding up to the number of classes; None for equal tasks.
         class_order: ``natural`` (0, 1, ...), ``random`` (numpy's legacy permutation of ``class_order_seed``, so that
             1993 gives iCaRL's order), ``superclass`` (classes of a superclass side by side), or a list of class ids.
+            Two orders follow the run's ``seed``: ``ocl_survey`` (torch's permutation, Soutif et al. 2023) and ``agem``
+            (Chaudhry et al. 2019: numpy shuffles classes 15 to 99; classes 0 to 14 come first, for
+            ``pretrain_classes=15``).
         class_order_seed: used only by ``random``.
         data_seed: draws which images are held out, and which are used if a number per class is given.
-        val_fraction: part of each class's training images held out for validation, in [0, 1); above 0 it is at least
-            one image of each class.
+        val_fraction: part of the training images held out for validation, in [0, 1); above 0 it is at least one image
+            of each class.
+        val_choice: which ones, see :data:`~cl_bench.scenarios.selection.ValChoice`.
         train_per_class, test_per_class: images used of each class; None for all.
         crop_padding, flip: augmentation, see :class:`~cl_bench.data.transform.Transform`.
         rand_augment: ``rand-m{M}-mstd{S}-inc1`` adds timm's RandAugment of that name, see
             :mod:`cl_bench.data.rand_augment`; None for none.
+        normalisation: see :data:`~cl_bench.scenarios.selection.Normalisation`.
+        run_seed: the run's ``seed``.
     """
 
     def __init__(
@@ -63,26 +86,41 @@ class Split(Scenario):
         class_order_seed: int,
         data_seed: int,
         val_fraction: float,
+        val_choice: ValChoice,
         train_per_class: int | None,
         test_per_class: int | None,
         crop_padding: int,
         flip: bool,
         rand_augment: str | None,
+        normalisation: Normalisation,
+        run_seed: int,
     ) -> None:
+        check_seeds(class_order_seed=class_order_seed, data_seed=data_seed)
         num_classes = len(source.class_names)
-        _check_numbers(num_classes, pretrain_classes, val_fraction, class_order_seed, data_seed)
+        _check_held_out_classes(num_classes, pretrain_classes)
         sizes = choose_task_sizes(num_classes - pretrain_classes, num_tasks, classes_per_task)
-        order = order_classes(source, class_order, class_order_seed)
+        order = order_classes(source, class_order, class_order_seed, run_seed)
+        self.follows_seed = class_order in SEED_ORDERS
         self.pretrain_order, self.class_order = order[:pretrain_classes], order[pretrain_classes:]
         self.data, self.class_names = source.digest, source.class_names
         channels, height, width = source.train_images.shape[1:]
         self.image_shape = (channels, height, width)
-        self.transform = _build_transform(source, crop_padding, flip, rand_augment)
+        self.transform = build_transform(
+            source, crop_padding=crop_padding, flip=flip, rand_augment=rand_augment, normalisation=normalisation
+        )
+        train, val, test = choose_images(
+            source,
+            data_seed=data_seed,
+            val_fraction=val_fraction,
+            val_choice=val_choice,
+            train_per_class=train_per_class,
+            test_per_class=test_per_class,
+        )
+        self._cut(source, sizes, train, val, test)
 
+    def _cut(self, source: ImageSet, sizes: list[int], train: Positions, val: Positions, test: Positions) -> None:
+        """Set :attr:`tasks` and :attr:`pretrain`."""
         training, testing = (source.train_images, source.train_labels), (source.test_images, source.test_labels)
-        chosen = _draw_per_class(source.train_labels, source.class_names, train_per_class, "train_per_class", data_seed)
-        train, val = _hold_out(chosen, val_fraction, source.class_names)
-        test = _draw_per_class(source.test_labels, source.class_names, test_per_class, "test_per_class", data_seed)
         self.pretrain = _gather(*training, train, self.pretrain_order, self.pretrain_order)
         self.tasks = []
         ends = np.cumsum(sizes).tolist()
@@ -98,12 +136,7 @@ class Split(Scenario):
             self.tasks.append(task)
 
 
-def _check_numbers(
-    num_classes: int, pretrain_classes: int, val_fraction: float, class_order_seed: int, data_seed: int
-) -> None:
-    require_fraction(val_fraction=val_fraction, below_one=True, fix="0.1 holds out a tenth of the training images.")
-    for key, seed in {"class_order_seed": class_order_seed, "data_seed": data_seed}.items():
-        require(0 <= seed < 2**32, key, expected="a whole number in [0, 2^32)", got=seed, fix="Use a smaller seed.")
+def _check_held_out_classes(num_classes: int, pretrain_classes: int) -> None:
     require(
         0 <= pretrain_classes < num_classes,
         "pretrain_classes",
@@ -139,20 +172,32 @@ def choose_task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[i
     return [num_classes // num_tasks] * num_tasks
 
 
-def order_classes(source: ImageSet, order: Any, seed: int) -> list[int]:
-    """The data set's class ids in the order of learning."""
+def order_classes(source: ImageSet, order: Any, seed: int, run_seed: int = 0) -> list[int]:
+    """The data set's class ids in the order of learning.
+
+    Args:
+        order: see :class:`Split`.
+        seed: draws ``random``.
+        run_seed: draws :data:`SEED_ORDERS`.
+    """
     num_classes = len(source.class_names)
     if order == "natural":
         return list(range(num_classes))
     if order == "random":
         return np.random.RandomState(seed).permutation(num_classes).tolist()
+    if order == "ocl_survey":
+        return torch.randperm(num_classes, generator=torch.Generator().manual_seed(run_seed)).tolist()
+    if order == "agem" and num_classes > AGEM_FIRST:
+        shuffled = np.random.RandomState((AGEM_SEED + run_seed) % 2**32).permutation(range(AGEM_FIRST, num_classes))
+        return [*range(AGEM_FIRST), *shuffled.tolist()]
     if order == "superclass" and source.superclass is not None:
         parent = source.superclass
         return sorted(range(num_classes), key=lambda c: (parent[c], c))
     explicit = not isinstance(order, str) and hasattr(order, "__iter__") and list(order)
     if explicit and all(type(c) is int for c in explicit) and sorted(explicit) == list(range(num_classes)):
         return explicit
-    known = [name for name in ORDERS if name != "superclass" or source.superclass is not None]
+    possible = {"superclass": source.superclass is not None, "agem": num_classes > AGEM_FIRST}
+    known = [name for name in ORDERS if possible.get(name, True)]
     raise ConfigError(
         "class_order",
         expected=f"one of {', '.join(known)}, or a list of the {num_classes} class ids, each once",
@@ -163,65 +208,6 @@ def order_classes(source: ImageSet, order: Any, seed: int) -> list[int]:
 
 def _list_divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _draw_per_class(
-    labels: np.ndarray, names: list[str], per_class: int | None, key: str, data_seed: int
-) -> list[np.ndarray]:
-    """For each class id the positions of its images, drawn by ``data_seed``; all of them, or ``per_class``."""
-    counts = np.bincount(labels, minlength=len(names))
-    smallest = int(counts.min())
-    require(
-        smallest > 0 and len(counts) == len(names),
-        "source",
-        expected=f"training and test images of each of {len(names)} classes",
-        got=f"{key.split('_')[0]} images of {np.count_nonzero(counts)}, none of {names[int(counts.argmin())]}",
-        fix="Give every class training and test images.",
-    )
-    require(
-        per_class is None or 0 < per_class <= smallest,
-        key,
-        expected=f"1 to {smallest} images per class, or null for all",
-        got=per_class,
-        fix=f"Set {key}=null to use every image.",
-    )
-    order = np.random.default_rng(data_seed).permutation(len(labels))
-    return [order[labels[order] == c][:per_class] for c in range(len(names))]
-
-
-def _hold_out(
-    chosen: list[np.ndarray], val_fraction: float, names: list[str]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """For each class id the positions of its training and of its validation images."""
-    counts = [max(1, round(val_fraction * len(own))) if val_fraction else 0 for own in chosen]
-    bare = [name for name, own, count in zip(names, chosen, counts) if len(own) <= count]
-    require(
-        not bare,
-        "val_fraction",
-        expected="at least one training image per class beside the validation images",
-        got=f"none left of {', '.join(bare[:5])}{' and others' if len(bare) > 5 else ''} at {val_fraction}",
-        fix="Lower val_fraction, raise train_per_class, or give the class another image.",
-    )
-    return [own[n:] for own, n in zip(chosen, counts)], [own[:n] for own, n in zip(chosen, counts)]
-
-
-def _build_transform(source: ImageSet, crop_padding: int, flip: bool, rand_augment: str | None) -> Transform:
-    side = min(source.train_images.shape[2:])
-    require(
-        crop_padding <= side,
-        "crop_padding",
-        expected=f"at most the side of an image, {side} pixels",
-        got=crop_padding,
-        fix="4 is usual for 32 x 32 pixels.",
-    )
-    fill = [round(255 * mean) for mean in source.mean]
-    return Transform(
-        mean=source.mean,
-        std=source.std,
-        crop_padding=crop_padding,
-        flip=flip,
-        rand_augment=None if rand_augment is None else RandAugment.parse(rand_augment, fill),
-    )
 
 
 def _gather(
