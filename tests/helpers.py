@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +209,14 @@ def buffer_context(num_classes: int = 4, shape: tuple[int, int, int] = (1, 8, 8)
         generator=torch.Generator().manual_seed(seed),
         device=torch.device("cpu"),
     )
+
+
+class TwoTasks:
+    """What a method asks of a scenario: two tasks of two classes."""
+
+    num_classes = 4
+    transform = identity_transform()
+    tasks = (SimpleNamespace(classes=range(0, 2)), SimpleNamespace(classes=range(2, 4)))
 
 
 def batch_of(raw: torch.Tensor, y: torch.Tensor, task: int = 0) -> Batch:

@@ -90,6 +90,7 @@ class Batch:
         raw: (B, C, H, W) uint8, the same images before augmentation; a buffer stores these.
         task: id of the task that is being learned.
         columns: what a buffer stores beside its images, by name, each (B, ...); empty for the stream.
+        host_y: (B,) ``y`` on the CPU, if it is known there; see :meth:`list_labels`.
     """
 
     x: Tensor
@@ -97,6 +98,11 @@ class Batch:
     raw: Tensor
     task: int
     columns: dict[str, Tensor] = field(default_factory=dict)
+    host_y: Tensor | None = None
+
+    def list_labels(self) -> list[int]:
+        """The labels as plain numbers; only without ``host_y`` this waits for the device."""
+        return (self.y if self.host_y is None else self.host_y).tolist()
 
     def __len__(self) -> int:
         return len(self.y)

@@ -30,6 +30,7 @@ class Feed:
     def __init__(self, data: Data, order: Tensor, size: int, pool: ThreadPoolExecutor | None) -> None:
         self.data, self.size, self._pool = data, size, pool
         self._cpu, self._positions = order, order.to(data.labels.device)
+        self._labels = data.labels.cpu()
         self._coming: dict[int, Future[Tensor]] = {}
 
     def load_batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -43,6 +44,10 @@ class Feed:
                 which = self._cpu[ahead * self.size : (ahead + 1) * self.size]
                 self._coming[ahead] = self._pool.submit(self.data.images.__getitem__, which)
         return self._coming.pop(step).result(), self.data.labels.index_select(0, positions)
+
+    def list_labels(self, step: int) -> Tensor:
+        """(B,) labels of a step on the CPU."""
+        return self._labels[self._cpu[step * self.size : (step + 1) * self.size]]
 
 
 @contextmanager

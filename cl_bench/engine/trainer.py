@@ -227,7 +227,7 @@ class Trainer:
                 group["lr"] = lr * schedule(epoch, epochs)
             with open_feed(phase.data, order, size) as images:
                 while done < num_steps:
-                    batch = self.make_batch(*images.load_batch(done), task)
+                    batch = self.make_batch(*images.load_batch(done), task, images.list_labels(done))
                     losses = yield Step(context, batch), self.executor
 
                     # sums stay on the device: the epoch waits for it once, at its end
@@ -253,9 +253,10 @@ class Trainer:
                 break
             epoch, done, order, sums = epoch + 1, 0, None, {}
 
-    def make_batch(self, raw: Tensor, y: Tensor, task: Task) -> Batch:
+    def make_batch(self, raw: Tensor, y: Tensor, task: Task, host_y: Tensor | None = None) -> Batch:
         """A stream batch of images (B, C, H, W) uint8 with labels (B,), freshly augmented."""
-        return Batch(self.scenario.transform.augment(raw, self.generators["augment"]), y, raw, task.id)
+        x = self.scenario.transform.augment(raw, self.generators["augment"])
+        return Batch(x, y, raw, task.id, host_y=host_y)
 
     def _count_training_time(self) -> None:
         """Count the time since the last call, or since the task began, as training."""

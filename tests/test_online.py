@@ -1,0 +1,125 @@
+"""The methods and protocol keys of online continual learning, each equation in numpy on three samples."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import TwoTasks, array, batch_of, buffer_context, cross_entropy
+
+from cl_bench.backbones.mlp import MLP
+from cl_bench.buffers.reservoir import Reservoir
+from cl_bench.core.types import Batch
+from cl_bench.methods.base import ClassLoss
+from cl_bench.methods.er import ER
+
+pytestmark = pytest.mark.arithmetic
+
+REPLAY = {"replay_size": 3, "loss_classes": "all", "replay_current_task": True}
+
+
+def mlp() -> MLP:
+    torch.manual_seed(0)
+    return MLP(hidden=[8], num_classes=4, image_shape=(1, 8, 8))
+
+
+def make(method: type, **keys):
+    """The method on a small network with a reservoir of six images."""
+    buffer = Reservoir(capacity=6, context=buffer_context())
+    return method(net=mlp(), buffer=buffer, scenario=TwoTasks(), **keys)
+
+
+def remember(method, labels: list[int], task: int, seed: int = 8) -> torch.Tensor:
+    """Put images of their own into the buffer; returns them."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(256, (len(labels), 1, 8, 8), dtype=torch.uint8, generator=generator)
+    method.buffer.add(batch_of(raw, torch.tensor(labels), task))
+    return raw
+
+
+def logits(method, raw: torch.Tensor) -> np.ndarray:
+    return array(method.net(raw.float() / 255))
+
+
+# the outputs that a loss compares
+
+
+def test_masked_cross_entropies(three_images):
+    raw, _ = three_images
+    y = torch.tensor([0, 1, 3])
+    z = torch.tensor([[1.0, -1.0, 0.5, 2.0], [0.0, 3.0, -2.0, 1.0], [0.3, 0.2, 0.1, 0.0]])
+    numbers = z.double().numpy()
+    own = [numbers[:2, :2], numbers[2:, 2:]]
+    by_task = np.array([cross_entropy(own[0][:1], [0]), cross_entropy(own[0][1:], [1]), cross_entropy(own[1], [1])])
+    assert ClassLoss(TwoTasks(), "task")(z, y, 1, reduction="none").tolist() == pytest.approx(by_task, rel=1e-5)
+    assert ClassLoss(TwoTasks(), "task")(z, y, 1).item() == pytest.approx(by_task.mean(), rel=1e-5)
+    assert ClassLoss(TwoTasks(), "seen")(z, y, 1).item() == pytest.approx(cross_entropy(numbers, y), rel=1e-5)
+    assert ClassLoss(TwoTasks(), "seen")(z[:2], y[:2], 0).item() == pytest.approx(
+        cross_entropy(numbers[:2, :2], y[:2]), rel=1e-5
+    )
+
+
+def test_a_head_over_seen_classes_is_one_that_grows_and_one_with_unseen_outputs_at_minus_1000(three_images):
+    raw, y = three_images
+    net = mlp().double()
+    x = raw.double() / 255
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(net.parameters()))
+
+    seen = gradients(ClassLoss(TwoTasks(), "seen")(net(x), y, 0))
+    low = net(x).clone()
+    low[:, 2:] = -1000
+    grown = torch.nn.functional.linear(net.features(x), net.head.weight[:2], net.head.bias[:2])
+    for other in (gradients(torch.nn.functional.cross_entropy(z, y)) for z in (low, grown)):
+        for a, b in zip(seen, other):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+    assert not seen[-2][2:].any()
+    assert not seen[-1][2:].any()
+
+
+# ER
+
+
+def test_er_summed_is_two_means_from_two_passes(three_images):
+    raw, y = three_images
+    method = make(ER, loss="summed", **REPLAY)
+    old = remember(method, [2, 3], task=0)
+    passes = []
+    method.net.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    losses = method.observe(batch_of(raw, y, task=1))
+    assert passes == [3, 2]  # so BatchNorm sees each batch by itself
+    assert losses["ce"].item() == pytest.approx(cross_entropy(logits(method, raw), y), rel=1e-5)
+    assert losses["replay_ce"].item() == pytest.approx(cross_entropy(logits(method, old), [2, 3]), rel=1e-5)
+
+
+def test_er_summed_is_joint_at_twice_the_rate_for_batches_of_one_size(three_images):
+    raw, y = three_images
+    totals = []
+    for loss in ("joint", "summed"):
+        method = make(ER, loss=loss, **REPLAY)
+        remember(method, [2, 3, 2], task=0)
+        totals.append(sum(method.observe(batch_of(raw, y, task=1)).values()).item())
+    assert totals[1] == pytest.approx(2 * totals[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("current", [True, False])
+def test_er_replays_the_current_task_or_leaves_it_out(current, three_images):
+    raw, y = three_images
+    method = make(ER, loss="summed", **(REPLAY | {"replay_current_task": current, "replay_size": 6}))
+
+    def replayed(task) -> list[int]:
+        return sorted(method.inputs(batch_of(raw, y, task)).get("y'", torch.tensor([])).tolist())
+
+    assert replayed(0) == []
+    remember(method, [0, 1, 0], task=0)
+    assert replayed(0) == ([0, 0, 1] if current else [])
+    remember(method, [2, 3], task=1)
+    assert replayed(1) == ([0, 0, 1, 2, 3] if current else [0, 0, 1])
+    resumed = make(ER, loss="summed", **(REPLAY | {"replay_current_task": current, "replay_size": 6}))
+    resumed.load_state_dict(method.state_dict())  # the task of a stored image is part of the state
+    assert sorted(resumed.draw(6, 1).y.tolist()) == replayed(1)
+
+
+def test_labels_on_the_host_are_those_of_the_batch(three_images):
+    raw, y = three_images
+    assert Batch(x=raw, y=y, raw=raw, task=0, host_y=y + 1).list_labels() == (y + 1).tolist()
+    assert batch_of(raw, y).list_labels() == y.tolist()
