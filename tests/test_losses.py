@@ -35,7 +35,7 @@ LVT_KEYS = {
 
 def mlp() -> MLP:
     torch.manual_seed(0)
-    return MLP(hidden=[8], **SHAPE)
+    return MLP(hidden=[8], norm="none", init="default", **SHAPE)
 
 
 def small_lvt(dropout: float = 0.0) -> LVT:
@@ -476,7 +476,7 @@ def brute_force_fisher(net, raw, y, weighted: bool = False) -> list[np.ndarray]:
 
 def small_resnet() -> ResNet18:
     torch.manual_seed(0)
-    return ResNet18(width=2, **SHAPE).eval()
+    return ResNet18(width=2, head="linear", variant="standard", **SHAPE).eval()
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "weighted"])

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers import TwoTasks, array, batch_of, buffer_context, cross_entropy
+from helpers import TwoTasks, array, batch_of, buffer_context, configure, cross_entropy, network_of
 
 from cl_bench.backbones.mlp import MLP
 from cl_bench.buffers.reservoir import Reservoir
+from cl_bench.config.build import build
+from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Batch
 from cl_bench.methods.base import ClassLoss
 from cl_bench.methods.er import ER
@@ -18,7 +20,7 @@ REPLAY = {"replay_size": 3, "loss_classes": "all", "replay_current_task": True}
 
 def mlp() -> MLP:
     torch.manual_seed(0)
-    return MLP(hidden=[8], num_classes=4, image_shape=(1, 8, 8))
+    return MLP(hidden=[8], norm="none", init="default", num_classes=4, image_shape=(1, 8, 8))
 
 
 def make(method: type, **keys):
@@ -123,3 +125,48 @@ def test_labels_on_the_host_are_those_of_the_batch(three_images):
     raw, y = three_images
     assert Batch(x=raw, y=y, raw=raw, task=0, host_y=y + 1).list_labels() == (y + 1).tolist()
     assert batch_of(raw, y).list_labels() == y.tolist()
+
+
+# networks
+
+
+def test_a_cosine_head_is_ten_cosines_without_a_bias():
+    net = network_of("backbone=resnet18_slim", "backbone.head=cosine", "backbone.width=2")
+    x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    features, weight = array(net.eval().features(x)), array(net.head.weight)
+    assert weight.shape == (100, 16)
+    assert set(dict(net.head.named_parameters())) == {"weight"}
+    lengths = np.linalg.norm(features, axis=1)[:, None] * np.linalg.norm(weight, axis=1)
+    np.testing.assert_allclose(array(net(x)), 10 * features @ weight.T / lengths, rtol=1e-4, atol=1e-5)
+
+
+def test_the_networks_of_agem():
+    resnet = network_of("backbone=resnet18_agem")
+    convolutions = [m for m in resnet.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [c.out_channels for c in convolutions[:5]] == [20] * 5
+    assert len(convolutions) == 20
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in resnet.modules()) == 17  # not on the three shortcuts
+    for c in convolutions[1:]:  # the first one has few weights
+        bound = (c.kernel_size[0] * c.in_channels) ** -0.5
+        assert 0.9 * bound < c.weight.abs().max().item() <= bound * (1 + 1e-6)
+    mlp = network_of("backbone=mlp_agem", num_classes=10, image_shape=(1, 28, 28))
+    linear = [m for m in mlp.modules() if isinstance(m, torch.nn.Linear)]
+    assert [m.out_features for m in linear] == [256, 256, 10]
+    for m in linear:
+        assert (m.bias == 0.1).all()
+        assert 0.17 < m.weight.abs().max().item() <= 0.2
+        assert m.weight.std().item() == pytest.approx(0.088, abs=0.004)  # a normal distribution cut at two deviations
+
+
+def test_the_network_of_gdumb():
+    net = network_of("backbone=mlp_gdumb", num_classes=10, image_shape=(1, 28, 28))
+    assert [name for name, _ in net.head.named_parameters()] == ["0.weight", "1.weight", "1.bias"]
+    assert sum(p.numel() for p in net.parameters()) == 784 * 100 + 100 * 100 + 100 * 10 + 2 * (100 + 100 + 10)
+    x = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(net(x).mean(dim=0), torch.zeros(10), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("keys", [["backbone=mlp", "backbone.norm=batch"], ["backbone=resnet18_slim", "backbone.head=cosine"]])
+def test_supsup_refuses_a_head_that_is_not_linear(keys):
+    with pytest.raises(ConfigError, match="a network whose last layer is linear"):
+        build(configure("scenario=digits", "method=supsup", "buffer=none", *keys))

@@ -64,6 +64,10 @@ LATER_KEYS = {
     "trainer.cudnn_benchmark": False,
     "trainer.keep_tasks": False,
     "backbone.weights": None,
+    "backbone.head": "linear",
+    "backbone.variant": "standard",
+    "backbone.norm": "none",
+    "backbone.init": "default",
 }
 """Keys that were added after runs had been recorded, with the value that keeps the old behaviour. A fingerprint leaves
 out a key with this value, and a ``config.yaml`` without the key gets it. So older runs stay in their row and can be
