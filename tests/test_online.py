@@ -1,5 +1,7 @@
 """The methods and protocol keys of online continual learning, each equation in numpy on three samples."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Batch
 from cl_bench.methods.base import ClassLoss
 from cl_bench.methods.er import ER
+from cl_bench.methods.er_ace import ERACE
 
 pytestmark = pytest.mark.arithmetic
 
@@ -26,7 +29,8 @@ def mlp() -> MLP:
 def make(method: type, **keys):
     """The method on a small network with a reservoir of six images."""
     buffer = Reservoir(capacity=6, context=buffer_context())
-    return method(net=mlp(), buffer=buffer, scenario=TwoTasks(), **keys)
+    scenario = {"scenario": TwoTasks()} if "scenario" in inspect.signature(method).parameters else {}
+    return method(net=mlp(), buffer=buffer, **scenario, **keys)
 
 
 def remember(method, labels: list[int], task: int, seed: int = 8) -> torch.Tensor:
@@ -170,3 +174,34 @@ def test_the_network_of_gdumb():
 def test_supsup_refuses_a_head_that_is_not_linear(keys):
     with pytest.raises(ConfigError, match="a network whose last layer is linear"):
         build(configure("scenario=digits", "method=supsup", "buffer=none", *keys))
+
+
+# ER-ACE
+
+
+def test_er_ace_compares_the_stream_over_its_own_classes_and_later_ones(three_images):
+    raw, _ = three_images
+    y = torch.tensor([2, 2, 2])
+    method = make(ERACE, replay_size=3)
+    old = remember(method, [0, 1, 0], task=0)
+    losses = method.observe(batch_of(raw, y, task=1))
+    z = logits(method, raw)
+    assert losses["ce"].item() == pytest.approx(cross_entropy(z[:, 2:], y - 2), rel=1e-5)  # 3 is to come
+    assert losses["replay_ce"].item() == pytest.approx(cross_entropy(logits(method, old), [0, 1, 0]), rel=1e-5)
+    method = make(ERACE, replay_size=3)
+    method.observe(batch_of(raw, torch.tensor([0, 2, 3]), task=1))
+    again = method.observe(batch_of(raw, torch.tensor([1, 1, 1]), task=1))["ce"]  # the newest is 3, and 2 is absent
+    assert again.item() == pytest.approx(cross_entropy(z[:, [1, 3]], [0, 0, 0]), rel=1e-5)
+
+
+def test_er_ace_sends_no_gradient_of_new_images_to_old_outputs(three_images):
+    raw, _ = three_images
+    method = make(ERACE, replay_size=3)
+    remember(method, [0, 1, 0], task=0)
+    losses = method.observe(batch_of(raw, torch.tensor([2, 3, 2]), task=1))
+    of_stream, of_memory = (
+        torch.autograd.grad(losses[name], method.net.head.weight, retain_graph=True)[0] for name in ("ce", "replay_ce")
+    )
+    assert not of_stream[:2].any()
+    assert (of_stream[2:].abs().sum(dim=1) > 0).all()
+    assert (of_memory.abs().sum(dim=1) > 0).all()
