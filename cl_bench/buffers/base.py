@@ -37,6 +37,7 @@ class Context:
         transform: augments sampled images.
         generator: CPU generator of slots and draws.
         device: the device of the images.
+        pairs: number of pairs of a task and one of its classes; None for K, if tasks share no class.
     """
 
     image_shape: tuple[int, int, int]
@@ -44,6 +45,7 @@ class Context:
     transform: Transform
     generator: Generator
     device: torch.device
+    pairs: int | None = None
 
 
 class Buffer(nn.Module, ABC):
@@ -179,6 +181,14 @@ class OnlineBuffer(Buffer):
         kept = {name: values.index_select(0, images) for name, values in columns.items()}
         self.write(slots, batch.raw.index_select(0, images), batch.y.index_select(0, images), kept)
 
+    def take_slot(self, uniform: float) -> int:
+        """A free slot; if there is none, a random one of the class with most images, for ``uniform`` in [0, 1)."""
+        if self.filled < self.capacity:
+            self.filled += 1
+            return self.filled - 1
+        slots = torch.nonzero(self.slot_class == torch.bincount(self.slot_class).argmax()).flatten()
+        return int(slots[int(uniform * len(slots))])
+
     def offer(self, data: Data, task: int) -> None:
         """Offer all images of a set once, in random order, e.g. by a method that does not train on the stream."""
         for part in torch.randperm(len(data), generator=self.generator).split(CHUNK):
@@ -214,13 +224,7 @@ class PerClassBuffer(Buffer):
     """
 
     def __init__(self, *, capacity: int, context: Context) -> None:
-        require(
-            capacity >= context.num_classes,
-            "capacity",
-            expected=f"at least {context.num_classes} images, one per class: a class has a quota of capacity / classes",
-            got=capacity,
-            fix="Raise buffer.capacity, or use buffer=reservoir, which has no quota per class.",
-        )
+        check_quota(capacity, context.num_classes)
         super().__init__(capacity=capacity, context=context)
 
     @abstractmethod
@@ -249,6 +253,17 @@ class PerClassBuffer(Buffer):
         self.filled = len(old) + len(new)
         slots = torch.arange(len(old), self.filled)
         self.write(slots, chosen.images, chosen.labels, {name: described[name] for name in keep})
+
+
+def check_quota(capacity: int, num_classes: int) -> None:
+    """Refuse a capacity of less than one image per class."""
+    require(
+        capacity >= num_classes,
+        "capacity",
+        expected=f"at least {num_classes} images, one per class: a class has a quota of capacity / classes",
+        got=capacity,
+        fix="Raise buffer.capacity, or use buffer=reservoir, which has no quota per class.",
+    )
 
 
 def _find_class(labels: Tensor, c: int) -> Tensor:

@@ -111,7 +111,8 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     net = make_net(image_mean=transform.mean, image_std=transform.std, **shared).to(device)
     if settings.batch_size == 1:
         check_single_images(net, scenario.image_shape, "trainer.batch_size")
-    context = Context(transform=transform, generator=generators["buffer"], device=device, **shared)
+    pairs = sum(len(task.classes) for task in scenario.tasks)
+    context = Context(transform=transform, generator=generators["buffer"], device=device, pairs=pairs, **shared)
     buffer = make_buffer(context=context)
     _refuse_unsuitable(config, allow, net, buffer)
     method = make_method(net=net, buffer=buffer, scenario=scenario).to(device)
