@@ -5,16 +5,28 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from helpers import TwoTasks, array, batch_of, buffer_context, configure, cross_entropy, network_of
+from helpers import (
+    TwoTasks,
+    array,
+    batch_of,
+    buffer_context,
+    configure,
+    cross_entropy,
+    network_of,
+    parts_of,
+    softmax,
+)
 
 from cl_bench.backbones.mlp import MLP
 from cl_bench.buffers.reservoir import Reservoir
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Batch
+from cl_bench.methods.agem import AGEM
 from cl_bench.methods.base import ClassLoss
 from cl_bench.methods.er import ER
 from cl_bench.methods.er_ace import ERACE
+from cl_bench.methods.mir import MIR
 
 pytestmark = pytest.mark.arithmetic
 
@@ -45,11 +57,25 @@ def logits(method, raw: torch.Tensor) -> np.ndarray:
     return array(method.net(raw.float() / 255))
 
 
+def numpy_step(net: MLP, x: np.ndarray, y: np.ndarray, lr: float) -> list[np.ndarray]:
+    """The weights of a network with one hidden layer after a step of gradient descent."""
+    w1, b1, w2, b2 = (array(p) for p in net.parameters())
+    h = np.maximum(x @ w1.T + b1, 0)
+    dz = (softmax(h @ w2.T + b2) - np.eye(4)[y]) / len(y)
+    dh = (dz @ w2) * (h > 0)
+    return [w1 - lr * dh.T @ x, b1 - lr * dh.sum(axis=0), w2 - lr * dz.T @ h, b2 - lr * dz.sum(axis=0)]
+
+
+def numpy_losses(weights: list[np.ndarray], x: np.ndarray, y: list[int]) -> np.ndarray:
+    w1, b1, w2, b2 = weights
+    z = np.maximum(x @ w1.T + b1, 0) @ w2.T + b2
+    return np.array([cross_entropy(z[i : i + 1], [label]) for i, label in enumerate(y)])
+
+
 # the outputs that a loss compares
 
 
-def test_masked_cross_entropies(three_images):
-    raw, _ = three_images
+def test_masked_cross_entropies():
     y = torch.tensor([0, 1, 3])
     z = torch.tensor([[1.0, -1.0, 0.5, 2.0], [0.0, 3.0, -2.0, 1.0], [0.3, 0.2, 0.1, 0.0]])
     numbers = z.double().numpy()
@@ -170,7 +196,9 @@ def test_the_network_of_gdumb():
     torch.testing.assert_close(net(x).mean(dim=0), torch.zeros(10), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("keys", [["backbone=mlp", "backbone.norm=batch"], ["backbone=resnet18_slim", "backbone.head=cosine"]])
+@pytest.mark.parametrize(
+    "keys", [["backbone=mlp", "backbone.norm=batch"], ["backbone=resnet18_slim", "backbone.head=cosine"]]
+)
 def test_supsup_refuses_a_head_that_is_not_linear(keys):
     with pytest.raises(ConfigError, match="a network whose last layer is linear"):
         build(configure("scenario=digits", "method=supsup", "buffer=none", *keys))
@@ -205,3 +233,97 @@ def test_er_ace_sends_no_gradient_of_new_images_to_old_outputs(three_images):
     assert not of_stream[:2].any()
     assert (of_stream[2:].abs().sum(dim=1) > 0).all()
     assert (of_memory.abs().sum(dim=1) > 0).all()
+
+
+# A-GEM
+
+
+def flat(tensors) -> np.ndarray:
+    return np.concatenate(
+        [np.asarray(t.detach().double() if isinstance(t, torch.Tensor) else t).ravel() for t in tensors]
+    )
+
+
+@pytest.mark.parametrize("against", [True, False])
+def test_agem_projects_a_gradient_that_points_against_the_reference(against, three_images):
+    raw, y = three_images
+    method = make(AGEM, replay_size=6, loss_classes="all")
+    old = remember(method, [0, 1, 0], task=0)
+    remember(method, [2], task=1, seed=9)  # not an earlier task's
+    new_y = torch.tensor([2, 3, 2]) if against else y  # the same images with other labels
+    images = old if against else raw
+    losses = method.observe(batch_of(images, new_y, task=1))
+    net = method.net
+    reference = flat(numpy_step(net, old.flatten(1).double().numpy() / 255, [0, 1, 0], -1.0)) - flat(net.parameters())
+    losses["ce"].backward()
+    g = flat(p.grad for p in net.parameters())
+    method.after_backward()
+    found = flat(p.grad for p in net.parameters())
+    dot = g @ reference
+    assert (dot < 0) == against
+    if against:
+        np.testing.assert_allclose(found, g - dot / (reference @ reference) * reference, rtol=1e-4, atol=1e-7)
+        assert abs(found @ reference) < 1e-6 * np.linalg.norm(g) * np.linalg.norm(reference)
+    else:
+        np.testing.assert_array_equal(found, g)
+
+
+def test_agem_is_plain_in_the_first_task(three_images):
+    raw, y = three_images
+    method = make(AGEM, replay_size=6, loss_classes="all")
+    remember(method, [0, 1, 0], task=0)
+    method.observe(batch_of(raw, y, task=0))["ce"].backward()
+    g = flat(p.grad for p in method.net.parameters())
+    method.after_backward()
+    np.testing.assert_array_equal(flat(p.grad for p in method.net.parameters()), g)
+
+
+# MIR
+
+
+MIR_KEYS = {"loss_classes": "all", "replay_current_task": True, "virtual_lr": 0.5}
+
+
+def test_mir_replays_the_candidates_whose_loss_a_virtual_step_raises_most(three_images):
+    raw, y = three_images
+    method = make(MIR, replay_size=2, candidates=6, **MIR_KEYS)
+    labels = [2, 3, 2, 0, 1, 3]
+    old = remember(method, labels, task=0)
+    before = [p.clone() for p in method.net.parameters()]
+    batch = batch_of(raw, y, task=1)
+    inputs = method.inputs(batch)
+    pixels, stored = raw.flatten(1).double().numpy() / 255, old.flatten(1).double().numpy() / 255
+    weights = [array(p) for p in method.net.parameters()]
+    moved = numpy_step(method.net, pixels, y.numpy(), 0.5)
+    scores = numpy_losses(moved, stored, labels) - numpy_losses(weights, stored, labels)
+    whole = Batch(x=old.float() / 255, y=torch.tensor(labels), raw=old, task=-1)
+    np.testing.assert_allclose(array(method.score(batch, whole)), scores, rtol=1e-3, atol=1e-5)
+    best = np.argsort(-scores)[:2]
+    torch.testing.assert_close(inputs["x'"], old[best].float() / 255)
+    assert inputs["y'"].tolist() == [labels[i] for i in best]
+    assert all(torch.equal(p, q) for p, q in zip(before, method.net.parameters()))
+    assert all(p.grad is None for p in method.net.parameters())
+
+
+def test_mir_without_a_choice_is_er_summed(three_images):
+    raw, y = three_images
+    found = []
+    for method in (make(ER, loss="summed", **REPLAY), make(MIR, replay_size=3, candidates=3, **MIR_KEYS)):
+        remember(method, [2, 3, 2, 0, 1, 3], task=0)
+        found.append(method.observe(batch_of(raw, y, task=1)))
+    assert found[0] == found[1]
+
+
+def test_mir_scores_by_the_candidates_statistics_and_the_virtual_network_leaves_none():
+    parts = parts_of("mir", "backbone=mlp", "backbone.norm=batch", "method.replay_size=4", "method.candidates=8")
+    method, task = parts.method.train(), parts.scenario.tasks[0]
+    raw, y = task.train.images, task.train.labels
+    method.buffer.add(batch_of(raw[:10], y[:10]))
+    norm = method.net.trunk[1][1]
+    seen = []
+    norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].mean(dim=0)))
+    before = norm.running_mean.clone()
+    method.inputs(batch_of(raw[10:16], y[10:16]))
+    assert len(seen) == 3  # the stream, the virtual network, the real one
+    torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * seen[2])
+    assert norm.num_batches_tracked == 1

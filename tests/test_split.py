@@ -325,8 +325,11 @@ def test_what_counts_on_new_classes_is_refused_where_labels_are_shared(overrides
         build(configure("scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", *overrides, "device=cpu"))
 
 
-@pytest.mark.parametrize("method", ["finetune", "joint", "er", "derpp", "ewc", "supsup", "supsup_nns", "er_ace"])
+ONLINE = ["er_ace", "agem", "mir"]
+
+
+@pytest.mark.parametrize("method", ["finetune", "joint", "er", "derpp", "ewc", "supsup", "supsup_nns", *ONLINE])
 def test_what_does_not_is_built(method):
-    buffer = "reservoir" if method in ("er", "derpp", "er_ace") else "none"
+    buffer = "reservoir" if method in ("er", "derpp", *ONLINE) else "none"
     keys = ["scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", f"method={method}", f"buffer={buffer}"]
     assert build(configure(*keys, "device=cpu")).describe()["tasks"] == [list(range(10))] * 2

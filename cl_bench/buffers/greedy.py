@@ -9,8 +9,8 @@ class Greedy(OnlineBuffer):
     """The first images of every class: one is taken if its class has fewer than M / classes seen.
 
     If the buffer is full, a random image of the largest class makes room. So the classes of a full buffer differ by one
-    image at most, if enough images of each were offered. Which of several largest classes is not said in the paper; here
-    it is the one that stands first in the class order.
+    image at most, if enough images of each were offered. Of several largest classes it is the one that stands first in
+    the class order; the paper does not say which.
     """
 
     def __init__(self, *, capacity: int, context: Context) -> None:

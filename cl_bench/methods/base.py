@@ -5,12 +5,13 @@ Shapes: B images of a batch, C channels, H x W pixels, K classes of the scenario
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cl_bench.backbones.base import Backbone, check_single_images
 from cl_bench.buffers.base import Buffer, Columns
@@ -165,8 +166,8 @@ class ClassLoss(nn.Module):
     ``all``: over every output. ``seen``: over the classes of the tasks up to the current one. ``task``: for each image,
     over the classes of its own task, so that the rows of a task are a head of its own (multi-head).
 
-    An output that is left out gets no gradient. So ``seen`` gives the gradients of a head that grows with each task, and
-    those of one whose other outputs are set to -1000, where exp underflows to 0.
+    An output that is left out gets no gradient. So ``seen`` gives the gradients of a head that grows with each task,
+    and those of one whose other outputs are set to -1000, where exp underflows to 0.
 
     Args:
         classes: which outputs.
@@ -184,7 +185,7 @@ class ClassLoss(nn.Module):
         self.register_buffer("task_of", task_of, persistent=False)
 
     def mask(self, logits: Tensor, y: Tensor, task: int) -> Tensor:
-        """(B, K) logits of images with labels (B,), while ``task`` is learned -> (B, k), only the outputs that count."""
+        """(B, K) logits of images with labels (B,), while ``task`` is learned -> (B, k), those that are compared."""
         if self.classes == "seen":
             return logits[:, : self._ends[task]]
         if self.classes == "task":
@@ -282,9 +283,37 @@ class ParameterSnapshot:
         return sum(t.nbytes for t in self.values + self.importance)
 
 
+def compute_gradients(
+    net: Backbone, x: Tensor, loss: Callable[[Tensor], Tensor], *, keep_statistics: bool
+) -> dict[str, Tensor]:
+    """The gradient of ``loss(net(x))``, a scalar, for images (B, C, H, W), by the name of each parameter.
+
+    Parameters and their gradients are not touched. Nor is their place in an autograd graph, so that a step of them can
+    still be captured as a CUDA graph.
+
+    Args:
+        keep_statistics: whether BatchNorm's running statistics stay as they are.
+    """
+    leaves = {name: p.detach().requires_grad_() for name, p in net.named_parameters()}
+    state = copy_buffers(net) if keep_statistics else {}
+    value = loss(functional_call(net, {**leaves, **state}, (x,)))
+    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found))
+
+
+def copy_buffers(net: Backbone) -> dict[str, Tensor]:
+    """Copies of BatchNorm's running statistics and other buffers, by name."""
+    return {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+
 def check_replay_size(replay_size: int) -> None:
     """Refuse a rehearsal step that replays nothing."""
     require_positive(fix="32 is usual at batch size 32.", replay_size=replay_size)
+
+
+def is_filled_between_tasks(values: Mapping[str, Any]) -> bool:
+    """Whether the configured buffer has images of earlier tasks only, see :func:`~cl_bench.core.errors.void`."""
+    return values["config"].choices.buffer in ("fixed_memory", "confidence_aware", "herding")
 
 
 def check_draws(net: Backbone, buffer: Buffer, replay_size: int) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer
+from cl_bench.core.errors import void
 from cl_bench.core.types import Batch, Phase, Task
 from cl_bench.methods.base import (
     ClassLoss,
@@ -27,10 +28,12 @@ from cl_bench.methods.base import (
     Terms,
     check_draws,
     check_replay_size,
+    is_filled_between_tasks,
 )
 from cl_bench.scenarios.base import Scenario
 
 
+@void("replay_current_task", when=is_filled_between_tasks, why="this buffer takes its images at the end of a task")
 class ER(RehearsalMethod):
     """Trains on the stream and on stored images together.
 

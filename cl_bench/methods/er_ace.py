@@ -3,12 +3,12 @@ ICLR 2022, Eq. 4).
 
     L = CE( f(x), y; C_in ) + CE( f(x'), y' ),   one mean each, from two forward passes
 
-The stream (x, y) is compared over C_in only: the classes of its batch, and the outputs from the newest class seen so far
-on. So it sends no gradient to the outputs of old classes, and its images do not push old features away. The draw (x', y')
-from the buffer is compared over all outputs.
+The stream (x, y) is compared over C_in only: the classes of its batch, and the outputs from the newest class seen so
+far on. So it sends no gradient to the outputs of old classes, and its images do not push old features away. The draw
+(x', y') from the buffer is compared over all outputs.
 
-Departures: none with ``buffer=reservoir``. "From the newest class on" is in the released code and not in the paper; with
-``backbone.head=linear`` (the released code has a cosine head, scale 10) the method is the same.
+Departures: none with ``buffer=reservoir``. "From the newest class on" is in the released code and not in the paper. The
+released code has a cosine head of scale 10, ``backbone.head=cosine``.
 """
 
 from collections.abc import Iterator

@@ -205,8 +205,8 @@ class Probe:
         self._offered = self.drawn = 0
         sample = parts.buffer.sample
 
-        def sample_and_count(size: int, **options: Any) -> Batch:
-            batch = sample(size, **options)
+        def sample_and_count(size: int, without: int | None = None) -> Batch:
+            batch = sample(size, without)
             self.drawn += len(batch)
             return batch
 
