@@ -93,6 +93,7 @@ SUITS = {
     "lwf": ["backbone=mlp", "backbone.hidden=[32]"],
     "ewc": ["backbone=mlp", "backbone.hidden=[32]"],
     "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
+    "gdumb": ["backbone=mlp", "backbone.hidden=[32]", "buffer=greedy", "buffer.capacity=20"],
     "lvt": ["backbone=lvt_digits", "buffer.capacity=20"],
     # class means answer: a trunk that knows only the first task's digits favours their head over the second one's
     "memory_vit": [

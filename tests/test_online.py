@@ -26,7 +26,9 @@ from cl_bench.methods.agem import AGEM
 from cl_bench.methods.base import ClassLoss
 from cl_bench.methods.er import ER
 from cl_bench.methods.er_ace import ERACE
+from cl_bench.methods.gdumb import mix_boxes
 from cl_bench.methods.mir import MIR
+from cl_bench.optim import WarmRestarts
 
 pytestmark = pytest.mark.arithmetic
 
@@ -327,3 +329,72 @@ def test_mir_scores_by_the_candidates_statistics_and_the_virtual_network_leaves_
     assert len(seen) == 3  # the stream, the virtual network, the real one
     torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * seen[2])
     assert norm.num_batches_tracked == 1
+
+
+# GDumb
+
+
+def test_cutmix_puts_a_box_of_another_image_into_each():
+    x = torch.arange(3.0).view(3, 1, 1, 1) + torch.zeros(3, 2, 8, 6)
+    shares, whole = [], 0
+    for seed in range(200):
+        mixed, order, share = mix_boxes(x, 0.5, torch.Generator().manual_seed(seed))
+        assert sorted(order.tolist()) == [0, 1, 2]
+        box = np.zeros((8, 6), dtype=bool)
+        for image, other in enumerate(order.tolist()):
+            replaced = (mixed[image] == other).numpy() & (other != image)
+            assert (mixed[image].numpy() == np.where(replaced, other, image)).all()
+            box |= replaced.any(axis=0)
+        rows, columns = np.flatnonzero(box.any(axis=1)), np.flatnonzero(box.any(axis=0))
+        if box.any():
+            assert box.sum() == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+            assert share.item() == pytest.approx(1 - box.sum() / 48)
+            shares.append(share.item())
+        whole += not box.any()
+    assert 60 < whole < 140  # half of the batches, and boxes of no pixel
+    assert 0 < min(shares) < 0.6
+    assert (x == torch.arange(3.0).view(3, 1, 1, 1)).all()  # the batch itself is as it was
+
+
+def test_gdumb_weights_both_labels_by_their_pixels(three_images):
+    raw, y = three_images
+    method = parts_of("gdumb").method
+    other, x = torch.tensor([3, 2, 1]), raw.float() / 255
+    given = {"x": x, "y": y, "y'": other, "share": torch.tensor(0.7)}
+    z = array(method.net(x))
+    losses, _ = method.terms(given, 0)
+    assert losses["ce"].item() == pytest.approx(0.7 * cross_entropy(z, y) + 0.3 * cross_entropy(z, other), rel=1e-5)
+    losses, _ = method.terms({"x": x, "y": y}, 0)
+    assert losses["ce"].item() == pytest.approx(cross_entropy(z, y), rel=1e-5)
+
+
+@pytest.mark.parametrize("train_after", ["each_task", "last_task"])
+def test_gdumb_trains_from_scratch_on_the_buffer_alone(train_after):
+    parts = parts_of("gdumb", f"method.train_after={train_after}")
+    method, weights = parts.method, []
+    first = array(method.net.head.weight)
+    for task in parts.scenario.tasks:
+        for phase in method.learn(task):
+            weights.append(array(method.net.head.weight))
+            assert phase.data.labels.tolist() == method.buffer.data().labels.tolist()
+            assert len(method.buffer) == 20
+            assert set(phase.data.labels.tolist()) <= set(range(task.classes.stop))
+        answers = method.predict(parts.scenario.transform.normalise(task.test.images), None)
+        assert answers.isfinite().all() == (train_after == "each_task" or task.id == 1)
+    assert len(weights) == (2 if train_after == "each_task" else 1)
+    assert all((w != first).all() for w in weights)
+    assert train_after == "last_task" or (weights[0] != weights[1]).all()
+    assert sorted(torch.bincount(method.buffer.labels).tolist()) == [2] * 10
+
+
+def test_warm_restarts_are_those_of_gdumb():
+    schedule = WarmRestarts(warmup_epochs=1, warmup_factor=0.1, cycle=1, growth=2, min_factor=0.01)
+    net = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    torchs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=1, T_mult=2, eta_min=0.0005)
+    expected = [0.005, 0.05]
+    for _ in range(2, 40):
+        optimizer.step()
+        torchs.step()
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert [0.05 * schedule(epoch, 40) for epoch in range(40)] == pytest.approx(expected)

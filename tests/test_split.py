@@ -325,7 +325,7 @@ def test_what_counts_on_new_classes_is_refused_where_labels_are_shared(overrides
         build(configure("scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", *overrides, "device=cpu"))
 
 
-ONLINE = ["er_ace", "agem", "mir"]
+ONLINE = ["er_ace", "agem", "mir", "gdumb"]
 
 
 @pytest.mark.parametrize("method", ["finetune", "joint", "er", "derpp", "ewc", "supsup", "supsup_nns", *ONLINE])
