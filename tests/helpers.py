@@ -92,6 +92,7 @@ SUITS = {
     "joint": ["backbone=mlp", "backbone.hidden=[32]"],
     "lwf": ["backbone=mlp", "backbone.hidden=[32]"],
     "ewc": ["backbone=mlp", "backbone.hidden=[32]"],
+    "ewc_pp": ["backbone=mlp", "backbone.hidden=[32]", "method.every=3", "method.strength=1"],
     "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
     "gdumb": ["backbone=mlp", "backbone.hidden=[32]", "buffer=greedy", "buffer.capacity=20"],
     "lvt": ["backbone=lvt_digits", "buffer.capacity=20"],

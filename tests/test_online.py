@@ -21,11 +21,12 @@ from cl_bench.backbones.mlp import MLP
 from cl_bench.buffers.reservoir import Reservoir
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
-from cl_bench.core.types import Batch
+from cl_bench.core.types import Batch, Data, Task
 from cl_bench.methods.agem import AGEM
 from cl_bench.methods.base import ClassLoss
 from cl_bench.methods.er import ER
 from cl_bench.methods.er_ace import ERACE
+from cl_bench.methods.ewc_pp import EWCpp
 from cl_bench.methods.gdumb import mix_boxes
 from cl_bench.methods.mir import MIR
 from cl_bench.optim import WarmRestarts
@@ -398,3 +399,43 @@ def test_warm_restarts_are_those_of_gdumb():
         torchs.step()
         expected.append(optimizer.param_groups[0]["lr"])
     assert [0.05 * schedule(epoch, 40) for epoch in range(40)] == pytest.approx(expected)
+
+
+# EWC++
+
+
+def test_ewc_pp_against_numpy(three_images):
+    raw, y = three_images
+    net = mlp()
+    method = EWCpp(net=net, scenario=TwoTasks(), strength=3.0, rate=0.9, every=2, loss_classes="all")
+    x, lr = raw.flatten(1).double().numpy() / 255, 0.1
+    data = Data(raw, y, torch.arange(3))
+    running, precision = [np.zeros(p.shape) for p in net.parameters()], [np.zeros(p.shape) for p in net.parameters()]
+    centre = [array(p) for p in net.parameters()]
+    for number, steps in enumerate((3, 5)):
+        recent = [np.zeros(p.shape) for p in net.parameters()]
+        for _ in method.learn(Task(number, range(4), data, data, data)):
+            for step in range(1, steps + 1):
+                weights = [array(p) for p in net.parameters()]
+                g = [moved - w for moved, w in zip(numpy_step(net, x, y.numpy(), -1.0), weights)]
+                drifts = [w - c for w, c in zip(weights, centre)]
+                losses = method.observe(batch_of(raw, y, number))
+                assert set(losses) == ({"ce", "pull"} if number else {"ce"})
+                if number:
+                    pull = 3.0 * sum((p * d**2).sum() for p, d in zip(precision, drifts))
+                    assert losses["pull"].item() == pytest.approx(pull, rel=1e-4, abs=1e-12)
+                method.zero_grad()
+                sum(losses.values()).backward()
+                method.after_backward()
+                for p, gradient, q, d in zip(net.parameters(), g, precision, drifts):
+                    np.testing.assert_allclose(array(p.grad), gradient + 6.0 * q * d, rtol=1e-4, atol=1e-6)
+                    p.data -= lr * p.grad
+                if step % 2 == 0:  # the update that is due comes before the step's own gradient
+                    running = [0.1 * f + 0.45 * r for f, r in zip(running, recent)]
+                    recent = [np.zeros_like(r) for r in recent]
+                recent = [r + gradient**2 for r, gradient in zip(recent, g)]
+        low, high = min(f.min() for f in running), max(f.max() for f in running)
+        precision, centre = [(f - low) / (high - low) for f in running], [array(p) for p in net.parameters()]
+        for found, expected in zip(method.pull.importance, precision):
+            np.testing.assert_allclose(array(found), expected, rtol=1e-3, atol=1e-6)
+        assert all(not r.any() for r in method.fisher.importance)

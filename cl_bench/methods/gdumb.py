@@ -6,8 +6,8 @@ paper's greedy sampler (Algorithm 1). Then a network with fresh weights is train
     L = s CE( f(x~), y ) + (1 - s) CE( f(x~), y' ),
 
 x~ is x with a box of another image x' of the batch, s the share of pixels that x keeps. In a batch the box is the same
-for all images; its area is 1 - l of the image before it is cut at the border, l uniform in [0, 1]. A batch is mixed with
-probability ``cutmix``, else s = 1.
+for all images; its area is 1 - l of the image before it is cut at the border, l uniform in [0, 1]. A batch is mixed
+with probability ``cutmix``, else s = 1.
 
 Departures: the network is trained after every task, each time from scratch, so that every row of the accuracy matrix
 is measured; ``train_after=last_task`` trains once, as the released code. That code stores the first images of each
