@@ -119,3 +119,29 @@ class Cosine:
             return self.warmup_factor + (1 - self.warmup_factor) * epoch / self.warmup_epochs
         progress = (epoch - self.warmup_epochs) / max(1, epochs - self.warmup_epochs)
         return self.min_factor + (1 - self.min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@void("warmup_factor", when=lambda v: not v["warmup_epochs"], why="schedule.warmup_epochs is 0")
+class WarmRestarts:
+    """``warmup_factor`` in the first epochs, then cycles, each half a cosine from 1 towards ``min_factor``.
+
+    Loshchilov and Hutter, ICLR 2017. The first cycle has ``cycle`` epochs, each later one ``growth`` times as many as
+    the one before.
+    """
+
+    def __init__(self, *, warmup_epochs: int, warmup_factor: float, cycle: int, growth: int, min_factor: float) -> None:
+        require_nonnegative(fix="0 is no warm-up.", warmup_epochs=warmup_epochs)
+        require_positive(fix="GDumb has a cycle of 1 and a growth of 2.", cycle=cycle, growth=growth)
+        fix = "0.01 is a hundredth of the learning rate."
+        require_fraction(fix=fix, warmup_factor=warmup_factor, min_factor=min_factor)
+        self.warmup_epochs, self.warmup_factor, self.min_factor = warmup_epochs, warmup_factor, min_factor
+        self.cycle, self.growth = cycle, growth
+
+    def __call__(self, epoch: int, epochs: int) -> float:
+        """Factor on the learning rate in ``epoch`` (from 0) of ``epochs``."""
+        if epoch < self.warmup_epochs:
+            return self.warmup_factor
+        position, length = epoch - self.warmup_epochs, self.cycle
+        while position >= length:
+            position, length = position - length, length * self.growth
+        return self.min_factor + (1 - self.min_factor) * 0.5 * (1 + math.cos(math.pi * position / length))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,7 +76,10 @@ DIGITS_INSTEAD = [
 
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 
-FUNCTIONAL = ["derpp", "dytox", "er", "ewc", "finetune", "icarl", "joint", "lvt", "lwf", "memory_vit"]
+FUNCTIONAL = [
+    *("agem", "derpp", "dytox", "er", "er_ace", "ewc", "ewc_pp", "finetune", "gdumb", "icarl", "joint", "lvt", "lwf"),
+    *("memory_vit", "mir"),
+]
 """The methods whose step is a function of tensors alone."""
 
 MLP_RESERVOIR = ["backbone=mlp", "backbone.hidden=[32]", "buffer=reservoir", "buffer.capacity=20"]
@@ -103,7 +107,9 @@ SUITS = {
     "joint": ["backbone=mlp", "backbone.hidden=[32]"],
     "lwf": ["backbone=mlp", "backbone.hidden=[32]"],
     "ewc": ["backbone=mlp", "backbone.hidden=[32]"],
+    "ewc_pp": ["backbone=mlp", "backbone.hidden=[32]", "method.every=3", "method.strength=1"],
     "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
+    "gdumb": ["backbone=mlp", "backbone.hidden=[32]", "buffer=greedy", "buffer.capacity=20"],
     "lvt": ["backbone=lvt_digits", "buffer.capacity=20"],
     # class means answer: a trunk that knows only the first task's digits favours their head over the second one's
     "memory_vit": [
@@ -240,6 +246,14 @@ def buffer_context(num_classes: int = 4, shape: tuple[int, int, int] = (1, 8, 8)
         generator=torch.Generator().manual_seed(seed),
         device=torch.device("cpu"),
     )
+
+
+class TwoTasks:
+    """What a method asks of a scenario: two tasks of two classes."""
+
+    num_classes = 4
+    transform = identity_transform()
+    tasks = (SimpleNamespace(classes=range(0, 2)), SimpleNamespace(classes=range(2, 4)))
 
 
 def batch_of(raw: torch.Tensor, y: torch.Tensor, task: int = 0) -> Batch:

@@ -26,7 +26,8 @@ class Honest(ER):
     """What the cheats are made of."""
 
     def __init__(self, parts: Parts) -> None:
-        super().__init__(net=parts.method.net, buffer=parts.buffer, replay_size=8)
+        keys = {"loss": "joint", "loss_classes": "all", "replay_current_task": True, "scenario": parts.scenario}
+        super().__init__(net=parts.method.net, buffer=parts.buffer, replay_size=8, **keys)
         self.scenario = parts.scenario
 
 

@@ -10,15 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_bench.buffers.base import Buffer
+from cl_bench.buffers.class_balanced import ClassBalanced
 from cl_bench.buffers.confidence_aware import ConfidenceAware
 from cl_bench.buffers.fixed_memory import FixedMemory
+from cl_bench.buffers.greedy import Greedy
 from cl_bench.buffers.herding import Herding, compute_herding_order
 from cl_bench.buffers.none import NoBuffer
 from cl_bench.buffers.reservoir import Reservoir
+from cl_bench.buffers.ring import Ring
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Data, Task
 
-POLICIES = [Reservoir, FixedMemory, ConfidenceAware, Herding]
+PER_CLASS = [FixedMemory, ConfidenceAware, Herding]
+"""Filled at the end of a task."""
+
+ONLINE = [Reservoir, ClassBalanced, Greedy, Ring]
+"""Filled while it is learned."""
+
+POLICIES = [*ONLINE, *PER_CLASS]
 
 
 def task_of(number: int, classes: range, per_class: int) -> Task:
@@ -73,13 +82,20 @@ def test_capacity_is_never_exceeded(policy, capacity, per_class, batch_size, siz
         start += size
         offered += len(task.train)
         feed(buffer, task, batch_size, check)
+        held = torch.bincount(buffer.labels[: len(buffer)], minlength=4).tolist()
+        share = min((capacity // 4) if policy is Ring else (capacity // start), per_class)
+        if policy in ONLINE:
+            assert buffer.slot_task[: len(buffer)].max() == number
+            assert (buffer.slot_task[len(buffer) :] == -1).all()
         if policy is Reservoir:
             assert len(buffer) == min(capacity, offered)
+        elif policy in (ClassBalanced, Greedy):  # what is left over belongs to some class
+            assert len(buffer) == min(capacity, offered) or all(n >= share for n in held[:start])
+            assert all(share <= n for n in held[:start])
+            if policy is Greedy and len(buffer) == capacity:
+                assert max(held[:start]) - min(held[:start]) <= 1
         else:
-            share = min(capacity // start, per_class)
-            assert torch.bincount(buffer.labels[: len(buffer)], minlength=4).tolist() == [
-                share if c < start else 0 for c in range(4)
-            ]
+            assert held == [share if c < start else 0 for c in range(4)]
 
 
 def test_confidence_aware_keeps_the_most_confident_of_each_class():
@@ -159,6 +175,7 @@ def test_state_goes_to_another_buffer(policy):
     assert torch.equal(old.images, new.images)
     assert torch.equal(old.columns["logits"], new.columns["logits"])
     assert torch.equal(old.sample(5).raw, new.sample(5).raw)
+    assert torch.equal(old.list_slots(without=1), new.list_slots(without=1))
 
 
 def test_bytes_count_images_labels_and_columns():
@@ -182,7 +199,7 @@ def test_no_capacity_is_refused(policy, capacity):
         policy(capacity=capacity, context=buffer_context())
 
 
-@pytest.mark.parametrize("policy", [FixedMemory, ConfidenceAware])
+@pytest.mark.parametrize("policy", [FixedMemory, ConfidenceAware, ClassBalanced, Greedy, Ring])
 def test_less_than_one_image_a_class_is_refused(policy):
     with pytest.raises(ConfigError, match="capacity: expected at least 4 images, one per class"):
         policy(capacity=3, context=buffer_context(num_classes=4))
@@ -209,3 +226,70 @@ def test_herding_keeps_each_classs_front():
         features = torch.nn.functional.normalize(images.flatten(1).float() / 255, dim=1)
         kept = buffer.images[:4][buffer.labels[:4] == c]
         assert torch.equal(kept, images[compute_herding_order(features)[:2]])
+
+
+def stream(buffer: Buffer, labels: list[int], task: int = 0, size: int = 7, first: int = 0) -> None:
+    """Offer images of these labels; image i is filled with the byte ``first + i``."""
+    values = torch.arange(first, first + len(labels)).to(torch.uint8)
+    for part in torch.arange(len(labels)).split(size):
+        raw = values[part].view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+        buffer.add(batch_of(raw, torch.tensor(labels)[part], task))
+
+
+def held(buffer: Buffer, label: int) -> list[int]:
+    stored = buffer.data()
+    return sorted(stored.images[stored.labels == label][:, 0, 0, 0].tolist())
+
+
+def test_a_ring_keeps_the_last_images_of_a_class_in_each_task():
+    context = replace(buffer_context(num_classes=2), pairs=4)  # two tasks that share two classes
+    buffer = Ring(capacity=12, context=context)
+    stream(buffer, [0, 1, 0, 0, 0, 1, 0])  # class 0: images 0, 2, 3, 4, 6
+    assert held(buffer, 0) == [3, 4, 6]
+    assert held(buffer, 1) == [1, 5]
+    stream(buffer, [1, 1, 1, 1, 0], task=1, first=100)
+    assert held(buffer, 0) == [3, 4, 6, 104]
+    assert held(buffer, 1) == [1, 5, 101, 102, 103]
+    assert sorted(buffer.sample(12, without=1).raw[:, 0, 0, 0].tolist()) == [1, 3, 4, 5, 6]
+    assert Ring(capacity=1105, context=buffer_context(num_classes=85)).length == 13
+
+
+def test_greedy_takes_the_first_images_and_makes_room_from_the_largest_class():
+    buffer = Greedy(capacity=6, context=buffer_context(num_classes=4))
+    stream(buffer, [0] * 9)
+    assert held(buffer, 0) == [0, 1, 2, 3, 4, 5]
+    stream(buffer, [1] * 9, first=20)
+    assert len(held(buffer, 0)) == 3
+    assert held(buffer, 1) == [20, 21, 22]
+    stream(buffer, [2] * 9, first=40)
+    assert [len(held(buffer, c)) for c in range(3)] == [2, 2, 2]
+    stream(buffer, [3] * 9, first=60)
+    assert sorted(len(held(buffer, c)) for c in range(4)) == [1, 1, 2, 2]
+    assert held(buffer, 3)[0] == 60
+
+
+def test_class_balanced_keeps_every_image_of_a_class_with_the_same_probability():
+    kept = torch.zeros(60)
+    runs = 600
+    for seed in range(runs):
+        buffer = ClassBalanced(capacity=10, context=buffer_context(num_classes=4, seed=seed))
+        stream(buffer, [0] * 20)
+        stream(buffer, [1, 0] * 20, first=20)  # class 0 goes on when its quota has fallen to 5
+        assert [len(held(buffer, c)) for c in (0, 1)] == [5, 5]
+        kept += torch.bincount(buffer.images[:, 0, 0, 0].long(), minlength=60)
+    first = torch.cat([kept[:20], kept[21::2]])  # 40 images of class 0, 20 of class 1
+    # Binomial(600, 1/8) and (600, 1/4): standard deviations 8.1 and 10.6; five of them for the farthest
+    assert (first - runs / 8).abs().max() < 41
+    assert (kept[20::2] - runs / 4).abs().max() < 53
+
+
+def test_a_whole_set_is_offered_in_random_order():
+    def taken(seed):
+        buffer = Greedy(capacity=8, context=buffer_context(seed=seed))
+        buffer.offer(task_of(0, range(4), 10).train, task=3)
+        assert (buffer.slot_task == 3).all()
+        assert buffer.offered == 40
+        return buffer.images[:, 0, 0, 0].tolist()
+
+    assert taken(0) == taken(0)
+    assert taken(0) != taken(1)

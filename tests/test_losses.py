@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import array, batch_of, buffer_context, cross_entropy, identity_transform, network_of, softmax
+from helpers import TwoTasks, array, batch_of, buffer_context, cross_entropy, network_of, softmax
 from torch import nn
 
 from cl_bench.backbones.lvt import LVT
@@ -35,7 +35,7 @@ LVT_KEYS = {
 
 def mlp() -> MLP:
     torch.manual_seed(0)
-    return MLP(hidden=[8], **SHAPE)
+    return MLP(hidden=[8], norm="none", init="default", **SHAPE)
 
 
 def small_lvt(dropout: float = 0.0) -> LVT:
@@ -65,16 +65,21 @@ STORED = torch.tensor([[1.0, -1.0, 0.5, 2.0], [0.0, 3.0, -2.0, 1.0], [0.3, 0.2, 
 
 def test_finetune(three_images):
     raw, y = three_images
-    method = Finetune(net=mlp())
+    method = Finetune(net=mlp(), scenario=TwoTasks(), loss_classes="all")
     losses = method.observe(batch_of(raw, y))
     z = array(method.net(raw.float() / 255))
     assert set(losses) == {"ce"}
     assert losses["ce"].item() == pytest.approx(cross_entropy(z, y.numpy()), rel=1e-5)
 
 
+def er(**changes) -> ER:
+    keys = {"replay_size": 3, "loss": "joint", "loss_classes": "all", "replay_current_task": True}
+    return ER(net=mlp(), buffer=reservoir(), scenario=TwoTasks(), **(keys | changes))
+
+
 def test_er(three_images):
     raw, y = three_images
-    method = ER(net=mlp(), buffer=reservoir(), replay_size=3)
+    method = er()
     old, old_y = remembered(method.buffer, STORED)
     losses = method.observe(batch_of(raw, y))
     z = array(method.net(torch.cat([raw, old]).float() / 255))
@@ -82,8 +87,9 @@ def test_er(three_images):
 
 
 def test_er_without_memory_is_finetuning(three_images):
-    method = ER(net=mlp(), buffer=reservoir(), replay_size=3)
-    assert method.observe(batch_of(*three_images))["ce"] == Finetune(net=mlp()).observe(batch_of(*three_images))["ce"]
+    method = er()
+    plain = Finetune(net=mlp(), scenario=TwoTasks(), loss_classes="all")
+    assert method.observe(batch_of(*three_images))["ce"] == plain.observe(batch_of(*three_images))["ce"]
     assert len(method.buffer) == 3  # the batch was offered
 
 
@@ -321,14 +327,6 @@ def test_parameter_counts():
 # iCaRL, LwF, EWC
 
 
-class TwoTasks:
-    """What these methods ask of a scenario: two tasks of two classes."""
-
-    num_classes = 4
-    transform = identity_transform()
-    tasks = (SimpleNamespace(classes=range(0, 2)), SimpleNamespace(classes=range(2, 4)))
-
-
 def changed(net):
     """Other weights than the teacher's."""
     with torch.no_grad():
@@ -463,7 +461,7 @@ def test_lwf_distils_each_old_task_by_itself(three_images):
 
 def ewc(net, **changes) -> EWC:
     keys = {"strength": 3.0, "online": False, "decay": 0.5, "fisher": "empirical", "fisher_images": None}
-    return EWC(net=net, scenario=TwoTasks(), **(keys | changes)).eval()
+    return EWC(net=net, scenario=TwoTasks(), **({"loss_classes": "all"} | keys | changes)).eval()
 
 
 def brute_force_fisher(net, raw, y, weighted: bool = False) -> list[np.ndarray]:
@@ -479,7 +477,7 @@ def brute_force_fisher(net, raw, y, weighted: bool = False) -> list[np.ndarray]:
 
 def small_resnet() -> ResNet18:
     torch.manual_seed(0)
-    return ResNet18(width=2, **SHAPE).eval()
+    return ResNet18(width=2, head="linear", variant="standard", **SHAPE).eval()
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "weighted"])

@@ -412,8 +412,14 @@ def test_what_counts_on_new_classes_is_refused_where_labels_are_shared(overrides
         build(configure("scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", *overrides, "device=cpu"))
 
 
-@pytest.mark.parametrize("method", ["finetune", "joint", "er", "derpp", "ewc", "supsup", "supsup_nns"])
+ONLINE = ["er_ace", "agem", "mir", "gdumb"]
+"""Methods with a buffer that is filled during a task."""
+
+
+@pytest.mark.parametrize(
+    "method", ["finetune", "joint", "er", "derpp", "ewc", "supsup", "supsup_nns", "ewc_pp", *ONLINE]
+)
 def test_what_does_not_is_built(method):
-    buffer = "reservoir" if method in ("er", "derpp") else "none"
+    buffer = "reservoir" if method in ("er", "derpp", *ONLINE) else "none"
     keys = ["scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", f"method={method}", f"buffer={buffer}"]
     assert build(configure(*keys, "device=cpu")).describe()["tasks"] == [list(range(10))] * 2

@@ -37,11 +37,11 @@ class Classes:
 
 
 def mlp() -> MLP:
-    return MLP(hidden=[12], num_classes=6, image_shape=GREY)
+    return MLP(hidden=[12], norm="none", init="default", num_classes=6, image_shape=GREY)
 
 
 def slim_resnet(shape: tuple[int, int, int] = COLOUR) -> ResNet18:
-    return ResNet18(width=4, num_classes=6, image_shape=shape)
+    return ResNet18(width=4, head="linear", variant="standard", num_classes=6, image_shape=shape)
 
 
 def small_lvt() -> LVT:
@@ -146,7 +146,7 @@ def test_a_network_without_linear_head_is_refused():
         def forward(self, x):
             return self.conv(x).flatten(1)
 
-    net = Headless(hidden=[4], num_classes=6, image_shape=GREY)
+    net = Headless(hidden=[4], norm="none", init="default", num_classes=6, image_shape=GREY)
     net.conv = nn.Conv2d(1, 6, 8)
     with pytest.raises(ConfigError, match="last layer is linear"):
         supsup(net)
@@ -566,7 +566,7 @@ def test_user_errors_without_task_id(changes, message):
     [(1, 2868, 0.11), (2, 5736, 0.23), (4, 11212, 0.45), (8, 21944, 0.88), (16, 42670, 1.71), (32, 81394, 3.26)],
 )
 def test_storage_of_20_tasks_on_the_slim_resnet18(budget, kept, megabytes):
-    net = ResNet18(width=20, num_classes=5, image_shape=(3, 32, 32))
+    net = ResNet18(width=20, head="linear", variant="standard", num_classes=5, image_shape=(3, 32, 32))
     masked = MaskedNet(
         net, image_shape=(3, 32, 32), num_tasks=1, outputs=5, rule="edge_popup", budget=budget, mean_scores=False
     )

@@ -47,6 +47,7 @@ VOID = {
     "backbone.dim": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.dim=64"],
     "backbone.depth": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.depth=3"],
     "backbone.heads": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.heads=3"],
+    "method.replay_current_task": ["method=er", "buffer=herding", "method.replay_current_task=true"],
     "backbone.mlp_ratio": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.mlp_ratio=3"],
 }
 

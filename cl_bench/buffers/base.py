@@ -6,12 +6,12 @@ Shapes: M = capacity, B images of a batch, N images of a task, K classes.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-from cl_bench.core.errors import require
+from cl_bench.core.errors import require, require_positive
 from cl_bench.core.images import send_together
 from cl_bench.core.types import Batch, Data, Task
 from cl_bench.data.transform import Transform
@@ -37,6 +37,7 @@ class Context:
         transform: augments sampled images.
         generator: CPU generator of slots and draws.
         device: the device of the images.
+        pairs: number of pairs of a task and one of its classes; None for K, if tasks share no class.
     """
 
     image_shape: tuple[int, int, int]
@@ -44,6 +45,7 @@ class Context:
     transform: Transform
     generator: Generator
     device: torch.device
+    pairs: int | None = None
 
 
 class Buffer(nn.Module, ABC):
@@ -79,9 +81,17 @@ class Buffer(nn.Module, ABC):
     def close_task(self, task: Task, describe: Describe, keep: tuple[str, ...] = ()) -> None:
         """Take images of a learned task; ``keep`` names the columns of ``describe`` to store with them."""
 
-    def sample(self, size: int) -> Batch:
-        """At most ``size`` different images, freshly augmented."""
-        drawn = torch.randperm(self.filled, generator=self.generator)[:size]
+    def list_slots(self, without: int | None = None) -> Tensor:
+        """(n,) on the CPU: the slots with images, in order; without those of the task ``without``.
+
+        By default a buffer takes its images at the end of a task, so it has none of the task that is being learned.
+        """
+        return torch.arange(self.filled)
+
+    def sample(self, size: int, without: int | None = None) -> Batch:
+        """At most ``size`` different images, freshly augmented; none of the task ``without``."""
+        slots = self.list_slots(without)
+        drawn = slots[torch.randperm(len(slots), generator=self.generator)[:size]]
         moves = self.transform.draw_moves((len(drawn), *self.images.shape[1:]), self.generator)
         which, *moves = send_together([drawn, *moves], self.labels.device)
         raw = self.images.index_select(0, which)  # copies whole images; images[which] goes pixel by pixel
@@ -126,6 +136,86 @@ class Buffer(nn.Module, ABC):
         self.columns = {name: column.clone().to(self.labels.device) for name, column in state["columns"].items()}
 
 
+class OnlineBuffer(Buffer):
+    """Filled while a task is learned: a policy decides on the CPU which of the offered images go into which slots.
+
+    Every batch of the stream is offered, so an image is offered again in every epoch (as in Mammoth).
+
+    Attributes:
+        slot_task: (M,) on the CPU, the task of the image in each slot, -1 for an empty slot.
+        slot_class: (M,) on the CPU, its class; not kept by a policy that is not ``by_class``.
+        offered_of: (K,) on the CPU, how many images of each class were offered; likewise.
+    """
+
+    by_class: ClassVar[bool] = True
+    """Whether the policy looks at labels."""
+
+    def __init__(self, *, capacity: int, context: Context) -> None:
+        require_positive(fix="buffer=none stores no images.", capacity=capacity)
+        super().__init__(capacity=capacity, context=context)
+        self.slot_task = torch.full((capacity,), -1)
+        self.slot_class = torch.full((capacity,), -1)
+        self.offered_of = torch.zeros(context.num_classes, dtype=torch.int64)
+
+    @abstractmethod
+    def choose(self, count: int, labels: list[int], task: int) -> dict[int, int]:
+        """The slots that ``count`` offered images of a task go to.
+
+        Args:
+            labels: their classes; empty for a policy that is not ``by_class``.
+
+        Returns:
+            slot -> position of the image among those offered. A later image overwrites an earlier one.
+        """
+
+    def add(self, batch: Batch, **columns: Tensor) -> None:
+        """Offer a batch of the stream after a training step on it; ``columns`` are (B, ...) each."""
+        taken = self.choose(len(batch), batch.list_labels() if self.by_class else [], batch.task)
+        self.offered += len(batch)
+        if not taken:
+            return
+        host_slots = torch.tensor([*taken])
+        self.slot_task[host_slots] = batch.task
+        self.filled = max(self.filled, int(host_slots.max()) + 1)
+        slots, images = send_together([host_slots, torch.tensor([*taken.values()])], batch.y.device)
+        kept = {name: values.index_select(0, images) for name, values in columns.items()}
+        self.write(slots, batch.raw.index_select(0, images), batch.y.index_select(0, images), kept)
+
+    def take_slot(self, uniform: float) -> int:
+        """A free slot; if there is none, a random one of the class with most images, for ``uniform`` in [0, 1)."""
+        if self.filled < self.capacity:
+            self.filled += 1
+            return self.filled - 1
+        slots = torch.nonzero(self.slot_class == torch.bincount(self.slot_class).argmax()).flatten()
+        return int(slots[int(uniform * len(slots))])
+
+    def offer(self, data: Data, task: int) -> None:
+        """Offer all images of a set once, in random order, e.g. by a method that does not train on the stream."""
+        for part in torch.randperm(len(data), generator=self.generator).split(CHUNK):
+            offered = data.take(part.to(data.labels.device))
+            self.add(Batch(x=offered.images, y=offered.labels, raw=offered.images, task=task))
+
+    def list_slots(self, without: int | None = None) -> Tensor:
+        """(n,) on the CPU: the slots with images, in order; without those of the task ``without``."""
+        tasks = self.slot_task[: self.filled]
+        return super().list_slots() if without is None else torch.nonzero(tasks != without).flatten()
+
+    def close_task(self, task: Task, describe: Describe, keep: tuple[str, ...] = ()) -> None:
+        """Do nothing: the buffer was filled during the task."""
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """That of every buffer, and what the policy knows of slots and classes."""
+        names = ("slot_task", "slot_class", "offered_of")
+        return super().get_extra_state() | {name: getattr(self, name).clone() for name in names}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`get_extra_state`."""
+        super().set_extra_state(state)
+        for name in ("slot_task", "slot_class", "offered_of"):
+            if name in state:  # checkpoints of older versions have none
+                getattr(self, name).copy_(state[name])
+
+
 class PerClassBuffer(Buffer):
     """An equal quota for every class seen, filled at the end of each task.
 
@@ -134,13 +224,7 @@ class PerClassBuffer(Buffer):
     """
 
     def __init__(self, *, capacity: int, context: Context) -> None:
-        require(
-            capacity >= context.num_classes,
-            "capacity",
-            expected=f"at least {context.num_classes} images, one per class: a class has a quota of capacity / classes",
-            got=capacity,
-            fix="Raise buffer.capacity, or use buffer=reservoir, which has no quota per class.",
-        )
+        check_quota(capacity, context.num_classes)
         super().__init__(capacity=capacity, context=context)
 
     @abstractmethod
@@ -169,6 +253,17 @@ class PerClassBuffer(Buffer):
         self.filled = len(old) + len(new)
         slots = torch.arange(len(old), self.filled)
         self.write(slots, chosen.images, chosen.labels, {name: described[name] for name in keep})
+
+
+def check_quota(capacity: int, num_classes: int) -> None:
+    """Refuse a capacity of less than one image per class."""
+    require(
+        capacity >= num_classes,
+        "capacity",
+        expected=f"at least {num_classes} images, one per class: a class has a quota of capacity / classes",
+        got=capacity,
+        fix="Raise buffer.capacity, or use buffer=reservoir, which has no quota per class.",
+    )
 
 
 def _find_class(labels: Tensor, c: int) -> Tensor:

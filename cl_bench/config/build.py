@@ -109,13 +109,18 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
         )
     shared: dict[str, Any] = {"num_classes": scenario.num_classes, "image_shape": scenario.image_shape}
     transform = scenario.transform
-    net = make_net(image_mean=transform.mean, image_std=transform.std, **shared).to(device)
+
+    def make_network() -> Backbone:
+        return make_net(image_mean=transform.mean, image_std=transform.std, **shared).to(device)
+
+    net = make_network()
     if settings.batch_size == 1:
         check_single_images(net, scenario.image_shape, "trainer.batch_size")
-    context = Context(transform=transform, generator=generators["buffer"], device=device, **shared)
+    pairs = sum(len(task.classes) for task in scenario.tasks)
+    context = Context(transform=transform, generator=generators["buffer"], device=device, pairs=pairs, **shared)
     buffer = make_buffer(context=context)
     _refuse_unsuitable(config, allow, net, buffer)
-    method = make_method(net=net, buffer=buffer, scenario=scenario).to(device)
+    method = make_method(net=net, buffer=buffer, scenario=scenario, make_net=make_network).to(device)
     if scenario.shared_labels:
         _refuse_disjoint(config, method, buffer)
     _refuse_graphs(settings, method, device)
@@ -196,7 +201,7 @@ RUNTIME: dict[str, tuple[str, ...]] = {
     "scenario": ("run_seed",),
     "backbone": ("num_classes", "image_shape", "image_mean", "image_std"),
     "buffer": ("context",),
-    "method": ("net", "buffer", "scenario"),
+    "method": ("net", "buffer", "scenario", "make_net"),
     "optimizer": ("params",),
 }
 """The constructor arguments of each group that are runtime objects."""
@@ -326,7 +331,9 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
             "buffer",
             expected=f"a buffer of kind {kind.__name__}, which method={config.choices.method} needs",
             got=config.choices.buffer,
-            fix="Use buffer=herding or buffer=fixed_memory, which keep images of every class.",
+            fix="Use buffer=herding or buffer=fixed_memory, which keep images of every class."
+            if kind is PerClassBuffer
+            else "Use buffer=greedy, class_balanced or reservoir, which are filled while a task is learned.",
         )
     if "buffer" not in signature and buffer.capacity > 0:
         raise ConfigError(

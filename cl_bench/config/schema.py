@@ -58,6 +58,9 @@ LATER_KEYS = {
     "method.finetune_steps": None,
     "method.batch_size": "${trainer.batch_size}",
     "method.mean_over": "seen",
+    "method.loss": "joint",
+    "method.loss_classes": "all",
+    "method.replay_current_task": True,
     "trainer.cudnn_benchmark": False,
     "trainer.keep_tasks": False,
     "trainer.steps_per_batch": 1,
@@ -69,6 +72,10 @@ LATER_KEYS = {
     "scenario.normalisation": "standard",
     "scenario.disjoint.val_choice": "random",
     "scenario.disjoint.normalisation": "standard",
+    "backbone.head": "linear",
+    "backbone.variant": "standard",
+    "backbone.norm": "none",
+    "backbone.init": "default",
 }
 """Keys that were added after runs had been recorded, with the value that keeps the old behaviour. A fingerprint leaves
 out a key with this value, and a ``config.yaml`` without the key gets it. So older runs stay in their row and can be

@@ -91,6 +91,7 @@ class Batch:
         columns: what a buffer stores beside its images, by name, each (B, ...); empty for the stream.
         offered: whether the buffer is offered the batch after this step; with ``trainer.steps_per_batch`` only after
             the last step on it.
+        host_y: (B,) ``y`` on the CPU, if it is known there; see :meth:`list_labels`.
     """
 
     x: Tensor
@@ -99,6 +100,11 @@ class Batch:
     task: int
     columns: dict[str, Tensor] = field(default_factory=dict)
     offered: bool = True
+    host_y: Tensor | None = None
+
+    def list_labels(self) -> list[int]:
+        """The labels as plain numbers; only without ``host_y`` this waits for the device."""
+        return (self.y if self.host_y is None else self.host_y).tolist()
 
     def __len__(self) -> int:
         return len(self.y)

@@ -31,6 +31,7 @@ class Feed:
     def __init__(self, data: Data, order: Tensor, size: int, repeats: int, pool: ThreadPoolExecutor | None) -> None:
         self.data, self.size, self.repeats, self._pool = data, size, repeats, pool
         self._cpu, self._positions = order, order.to(data.labels.device)
+        self._labels = data.labels.cpu()
         self._coming: dict[int, Future[Tensor]] = {}
         self._loaded: tuple[int, tuple[Tensor, Tensor]] | None = None
 
@@ -51,6 +52,11 @@ class Feed:
                 which = self._cpu[ahead * self.size : (ahead + 1) * self.size]
                 self._coming[ahead] = self._pool.submit(self.data.images.__getitem__, which)
         return self._coming.pop(number).result(), self.data.labels.index_select(0, positions)
+
+    def list_labels(self, step: int) -> Tensor:
+        """(B,) labels of a step on the CPU."""
+        number = step // self.repeats
+        return self._labels[self._cpu[number * self.size : (number + 1) * self.size]]
 
 
 @contextmanager

@@ -254,7 +254,8 @@ class Trainer:
                 group["lr"] = lr * schedule(epoch, epochs)
             with open_feed(phase.data, order, size, repeats) as images:
                 while done < num_steps:
-                    batch = self.make_batch(*images.load_batch(done), task, offered=(done + 1) % repeats == 0)
+                    offered = (done + 1) % repeats == 0
+                    batch = self.make_batch(*images.load_batch(done), task, images.list_labels(done), offered)
                     losses = yield Step(context, batch), self.executor
 
                     # sums stay on the device: the epoch waits for it once, at its end
@@ -282,10 +283,12 @@ class Trainer:
                 break
             epoch, done, order, sums = epoch + 1, 0, None, {}
 
-    def make_batch(self, raw: Tensor, y: Tensor, task: Task, offered: bool = True) -> Batch:
+    def make_batch(
+        self, raw: Tensor, y: Tensor, task: Task, host_y: Tensor | None = None, offered: bool = True
+    ) -> Batch:
         """A stream batch of images (B, C, H, W) uint8 with labels (B,), freshly augmented."""
         x = self.scenario.transform.augment(raw, self.generators["augment"])
-        return Batch(x, y, raw, task.id, offered=offered)
+        return Batch(x, y, raw, task.id, host_y=host_y, offered=offered)
 
     def _count_training_time(self) -> None:
         """Count the time since the last call, or since the task began, as training."""

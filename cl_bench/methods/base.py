@@ -5,23 +5,28 @@ Shapes: B images of a batch, C channels, H x W pixels, K classes of the scenario
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cl_bench.backbones.base import Backbone, check_single_images
 from cl_bench.buffers.base import Buffer, Columns
 from cl_bench.core.errors import require_positive
 from cl_bench.core.types import Batch, Losses, Phase, Task
+from cl_bench.scenarios.base import Scenario
 
 Predict = Callable[[Tensor, Tensor | None], Tensor]
 """(B, C, H, W) images, (B,) task ids or None -> (B, K) scores, see :meth:`Method.predict`."""
 
 Inputs = dict[str, Tensor]
 """What a step is computed from, by name; ``x`` (B, C, H, W) and ``y`` (B,) are the stream's."""
+
+LossClasses = Literal["all", "seen", "task"]
+"""The outputs that a training loss compares, see :class:`ClassLoss`."""
 
 Terms = tuple[Losses, Columns]
 """Named loss terms, and what the buffer stores with each image of the stream, (B, ...) each."""
@@ -138,9 +143,17 @@ class RehearsalMethod(FunctionalMethod):
 
     buffer: Buffer
 
+    replay_current_task: bool = True
+    """Whether :meth:`draw` may give images of the task that is being learned."""
+
     def __init__(self, *, net: Backbone, buffer: Buffer) -> None:
         super().__init__()
         self.net, self.buffer = net, buffer
+
+    def draw(self, size: int, task: int) -> Batch | None:
+        """At most ``size`` images of the buffer while ``task`` is learned; None if it has none to give."""
+        without = None if self.replay_current_task else task
+        return self.buffer.sample(size, without=without) if len(self.buffer.list_slots(without)) else None
 
     def remember(self, batch: Batch, columns: Columns) -> None:
         """Offer a batch of the stream to the buffer, with the columns that :meth:`terms` returned."""
@@ -150,6 +163,43 @@ class RehearsalMethod(FunctionalMethod):
         """What a buffer may rank by or store: confidence, logits and features of images (B, C, H, W), labels (B,)."""
         logits = self.net(x)
         return {"confidence": true_class_probability(logits, y), "logits": logits, "features": self.net.features(x)}
+
+
+class ClassLoss(nn.Module):
+    """Cross-entropy over some of the K outputs; the others are left out, as if they were -inf.
+
+    ``all``: over every output. ``seen``: over the classes of the tasks up to the current one. ``task``: for each image,
+    over the classes of its own task, so that the rows of a task are a head of its own (multi-head).
+
+    An output that is left out gets no gradient. So ``seen`` gives the gradients of a head that grows with each task,
+    and those of one whose other outputs are set to -1000, where exp underflows to 0.
+
+    Args:
+        classes: which outputs.
+    """
+
+    task_of: Tensor
+
+    def __init__(self, scenario: Scenario, classes: LossClasses) -> None:
+        super().__init__()
+        self.classes = classes
+        self._ends = [task.classes.stop for task in scenario.tasks]
+        task_of = torch.zeros(scenario.num_classes, dtype=torch.int64)  # (K,); if tasks share classes, the last one
+        for number, task in enumerate(scenario.tasks):
+            task_of[task.classes.start : task.classes.stop] = number
+        self.register_buffer("task_of", task_of, persistent=False)
+
+    def mask(self, logits: Tensor, y: Tensor, task: int) -> Tensor:
+        """(B, K) logits of images with labels (B,), while ``task`` is learned -> (B, k), those that are compared."""
+        if self.classes == "seen":
+            return logits[:, : self._ends[task]]
+        if self.classes == "task":
+            return logits.masked_fill(self.task_of[y][:, None] != self.task_of, -torch.inf)
+        return logits
+
+    def forward(self, logits: Tensor, y: Tensor, task: int, reduction: str = "mean") -> Tensor:
+        """(B, K), (B,) -> the cross-entropy: a scalar, or (B,) with ``reduction="none"``."""
+        return F.cross_entropy(self.mask(logits, y, task), y, reduction=reduction)
 
 
 class Teacher(nn.Module):
@@ -238,9 +288,37 @@ class ParameterSnapshot:
         return sum(t.nbytes for t in self.values + self.importance)
 
 
+def compute_gradients(
+    net: Backbone, x: Tensor, loss: Callable[[Tensor], Tensor], *, keep_statistics: bool
+) -> dict[str, Tensor]:
+    """The gradient of ``loss(net(x))``, a scalar, for images (B, C, H, W), by the name of each parameter.
+
+    Parameters and their gradients are not touched. Nor is their place in an autograd graph, so that a step of them can
+    still be captured as a CUDA graph.
+
+    Args:
+        keep_statistics: whether BatchNorm's running statistics stay as they are.
+    """
+    leaves = {name: p.detach().requires_grad_() for name, p in net.named_parameters()}
+    state = copy_buffers(net) if keep_statistics else {}
+    value = loss(functional_call(net, {**leaves, **state}, (x,)))
+    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found))
+
+
+def copy_buffers(net: Backbone) -> dict[str, Tensor]:
+    """Copies of BatchNorm's running statistics and other buffers, by name."""
+    return {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+
 def check_replay_size(replay_size: int) -> None:
     """Refuse a rehearsal step that replays nothing."""
     require_positive(fix="32 is usual at batch size 32.", replay_size=replay_size)
+
+
+def is_filled_between_tasks(values: Mapping[str, Any]) -> bool:
+    """Whether the configured buffer has images of earlier tasks only, see :func:`~cl_bench.core.errors.void`."""
+    return values["config"].choices.buffer in ("fixed_memory", "confidence_aware", "herding")
 
 
 def check_draws(net: Backbone, buffer: Buffer, replay_size: int) -> None:

@@ -19,14 +19,21 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.core.errors import require_fraction, require_nonnegative, require_positive, void
 from cl_bench.core.types import Phase, Task
-from cl_bench.methods.base import FunctionalMethod, Inputs, ParameterSnapshot, Terms, true_class_probability
+from cl_bench.methods.base import (
+    ClassLoss,
+    FunctionalMethod,
+    Inputs,
+    LossClasses,
+    ParameterSnapshot,
+    Terms,
+    true_class_probability,
+)
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.memory import get_pass_bytes
 
@@ -44,6 +51,7 @@ class EWC(FunctionalMethod):
         decay: gamma of online EWC; not used otherwise.
         fisher: the label in log p(y | x): ``sampled`` from the network's softmax, ``empirical`` for the image's label,
             or ``weighted`` for the image's label with each squared gradient times p(y | x).
+        loss_classes: the outputs that the loss and log p(y | x) compare.
         fisher_images: images of a task that the Fisher information is measured on, evenly spaced; None for all.
     """
 
@@ -59,12 +67,14 @@ class EWC(FunctionalMethod):
         decay: float,
         fisher: Literal["sampled", "empirical", "weighted"],
         fisher_images: int | None,
+        loss_classes: LossClasses,
     ) -> None:
         super().__init__()
         require_nonnegative(fix="0 is fine-tuning.", strength=strength)
         require_fraction(fix="1 forgets no task.", decay=decay)
         require_positive(fix="Set method.fisher_images=null to use every image.", fisher_images=fisher_images)
         self.net, self.transform = net, scenario.transform
+        self.classify = ClassLoss(scenario, loss_classes)
         self.strength, self.online, self.decay = strength, online, decay
         self.fisher, self.fisher_images = fisher, fisher_images
         self.snapshot = ParameterSnapshot(self, net.parameters(), values="centre", importance="precision")  # C, P
@@ -76,7 +86,7 @@ class EWC(FunctionalMethod):
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
         """Cross-entropy of the stream, and the penalty."""
-        losses = {"ce": F.cross_entropy(self.net(inputs["x"]), inputs["y"])}
+        losses = {"ce": self.classify(self.net(inputs["x"]), inputs["y"], task)}
         if task > 0:
             losses["pull"] = self.strength / 2 * self.compute_penalty()
         return losses, {}
@@ -100,7 +110,7 @@ class EWC(FunctionalMethod):
 
         def log_likelihood(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             logits = functional_call(self.net, {**weights, **fixed}, (x[None],))
-            return -F.cross_entropy(logits, y[None])
+            return -self.classify(logits, y[None], task.id)
 
         # one gradient per image; in evaluation mode, so that BatchNorm treats each image separately
         gradients = vmap(grad(log_likelihood), in_dims=(None, 0, 0))
@@ -112,9 +122,13 @@ class EWC(FunctionalMethod):
         at_once = max(1, get_pass_bytes(data.labels.device, GRADIENT_BYTES) // sum(p.nbytes for p in weights.values()))
         for chunk in data.split(at_once):
             x, y = self.transform.normalise(chunk.images), chunk.labels
-            if self.fisher == "sampled":
-                y = torch.multinomial(torch.softmax(self.net(x).float(), dim=1), 1).squeeze(1)
-            likelihood = true_class_probability(self.net(x), y) if self.fisher == "weighted" else None
+            likelihood = None
+            if self.fisher != "empirical":
+                logits = self.classify.mask(self.net(x), y, task.id)
+                if self.fisher == "sampled":
+                    y = torch.multinomial(torch.softmax(logits.float(), dim=1), 1).squeeze(1)
+                else:
+                    likelihood = true_class_probability(logits, y)
             for name, gradient in gradients(weights, x, y).items():
                 square = gradient.square()
                 totals[name] += square.sum(dim=0) if likelihood is None else torch.tensordot(likelihood, square, dims=1)

@@ -209,8 +209,8 @@ class Probe:
         self._offered = self.drawn = 0
         sample = parts.buffer.sample
 
-        def sample_and_count(size: int) -> Batch:
-            batch = sample(size)
+        def sample_and_count(size: int, without: int | None = None) -> Batch:
+            batch = sample(size, without)
             self.drawn += len(batch)
             return batch
 

@@ -211,7 +211,7 @@ class MaskedNet(nn.Module):
             parameter.requires_grad_(False)
         names = find_called_layers(net, image_shape)
         head = net.get_submodule(names[-1])
-        if not isinstance(head, nn.Linear):
+        if not isinstance(head, nn.Linear) or getattr(net, "head", head) is not head:
             raise ConfigError(
                 "backbone",
                 expected="a network whose last layer is linear",

@@ -1,0 +1,441 @@
+"""The methods and protocol keys of online continual learning, each equation in numpy on three samples."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    TwoTasks,
+    array,
+    batch_of,
+    buffer_context,
+    configure,
+    cross_entropy,
+    network_of,
+    parts_of,
+    softmax,
+)
+
+from cl_bench.backbones.mlp import MLP
+from cl_bench.buffers.reservoir import Reservoir
+from cl_bench.config.build import build
+from cl_bench.core.errors import ConfigError
+from cl_bench.core.types import Batch, Data, Task
+from cl_bench.methods.agem import AGEM
+from cl_bench.methods.base import ClassLoss
+from cl_bench.methods.er import ER
+from cl_bench.methods.er_ace import ERACE
+from cl_bench.methods.ewc_pp import EWCpp
+from cl_bench.methods.gdumb import mix_boxes
+from cl_bench.methods.mir import MIR
+from cl_bench.optim import WarmRestarts
+
+pytestmark = pytest.mark.arithmetic
+
+REPLAY = {"replay_size": 3, "loss_classes": "all", "replay_current_task": True}
+
+
+def mlp() -> MLP:
+    torch.manual_seed(0)
+    return MLP(hidden=[8], norm="none", init="default", num_classes=4, image_shape=(1, 8, 8))
+
+
+def make(method: type, **keys):
+    """The method on a small network with a reservoir of six images."""
+    buffer = Reservoir(capacity=6, context=buffer_context())
+    scenario = {"scenario": TwoTasks()} if "scenario" in inspect.signature(method).parameters else {}
+    return method(net=mlp(), buffer=buffer, **scenario, **keys)
+
+
+def remember(method, labels: list[int], task: int, seed: int = 8) -> torch.Tensor:
+    """Put images of their own into the buffer; returns them."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(256, (len(labels), 1, 8, 8), dtype=torch.uint8, generator=generator)
+    method.buffer.add(batch_of(raw, torch.tensor(labels), task))
+    return raw
+
+
+def logits(method, raw: torch.Tensor) -> np.ndarray:
+    return array(method.net(raw.float() / 255))
+
+
+def numpy_step(net: MLP, x: np.ndarray, y: np.ndarray, lr: float) -> list[np.ndarray]:
+    """The weights of a network with one hidden layer after a step of gradient descent."""
+    w1, b1, w2, b2 = (array(p) for p in net.parameters())
+    h = np.maximum(x @ w1.T + b1, 0)
+    dz = (softmax(h @ w2.T + b2) - np.eye(4)[y]) / len(y)
+    dh = (dz @ w2) * (h > 0)
+    return [w1 - lr * dh.T @ x, b1 - lr * dh.sum(axis=0), w2 - lr * dz.T @ h, b2 - lr * dz.sum(axis=0)]
+
+
+def numpy_losses(weights: list[np.ndarray], x: np.ndarray, y: list[int]) -> np.ndarray:
+    w1, b1, w2, b2 = weights
+    z = np.maximum(x @ w1.T + b1, 0) @ w2.T + b2
+    return np.array([cross_entropy(z[i : i + 1], [label]) for i, label in enumerate(y)])
+
+
+# the outputs that a loss compares
+
+
+def test_masked_cross_entropies():
+    y = torch.tensor([0, 1, 3])
+    z = torch.tensor([[1.0, -1.0, 0.5, 2.0], [0.0, 3.0, -2.0, 1.0], [0.3, 0.2, 0.1, 0.0]])
+    numbers = z.double().numpy()
+    own = [numbers[:2, :2], numbers[2:, 2:]]
+    by_task = np.array([cross_entropy(own[0][:1], [0]), cross_entropy(own[0][1:], [1]), cross_entropy(own[1], [1])])
+    assert ClassLoss(TwoTasks(), "task")(z, y, 1, reduction="none").tolist() == pytest.approx(by_task, rel=1e-5)
+    assert ClassLoss(TwoTasks(), "task")(z, y, 1).item() == pytest.approx(by_task.mean(), rel=1e-5)
+    assert ClassLoss(TwoTasks(), "seen")(z, y, 1).item() == pytest.approx(cross_entropy(numbers, y), rel=1e-5)
+    assert ClassLoss(TwoTasks(), "seen")(z[:2], y[:2], 0).item() == pytest.approx(
+        cross_entropy(numbers[:2, :2], y[:2]), rel=1e-5
+    )
+
+
+def test_a_head_over_seen_classes_is_one_that_grows_and_one_with_unseen_outputs_at_minus_1000(three_images):
+    raw, y = three_images
+    net = mlp().double()
+    x = raw.double() / 255
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(net.parameters()))
+
+    seen = gradients(ClassLoss(TwoTasks(), "seen")(net(x), y, 0))
+    low = net(x).clone()
+    low[:, 2:] = -1000
+    grown = torch.nn.functional.linear(net.features(x), net.head.weight[:2], net.head.bias[:2])
+    for other in (gradients(torch.nn.functional.cross_entropy(z, y)) for z in (low, grown)):
+        for a, b in zip(seen, other):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+    assert not seen[-2][2:].any()
+    assert not seen[-1][2:].any()
+
+
+# ER
+
+
+def test_er_summed_is_two_means_from_two_passes(three_images):
+    raw, y = three_images
+    method = make(ER, loss="summed", **REPLAY)
+    old = remember(method, [2, 3], task=0)
+    passes = []
+    method.net.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    losses = method.observe(batch_of(raw, y, task=1))
+    assert passes == [3, 2]  # so BatchNorm sees each batch by itself
+    assert losses["ce"].item() == pytest.approx(cross_entropy(logits(method, raw), y), rel=1e-5)
+    assert losses["replay_ce"].item() == pytest.approx(cross_entropy(logits(method, old), [2, 3]), rel=1e-5)
+
+
+def test_er_summed_is_joint_at_twice_the_rate_for_batches_of_one_size(three_images):
+    raw, y = three_images
+    totals = []
+    for loss in ("joint", "summed"):
+        method = make(ER, loss=loss, **REPLAY)
+        remember(method, [2, 3, 2], task=0)
+        totals.append(sum(method.observe(batch_of(raw, y, task=1)).values()).item())
+    assert totals[1] == pytest.approx(2 * totals[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("current", [True, False])
+def test_er_replays_the_current_task_or_leaves_it_out(current, three_images):
+    raw, y = three_images
+    method = make(ER, loss="summed", **(REPLAY | {"replay_current_task": current, "replay_size": 6}))
+
+    def replayed(task) -> list[int]:
+        return sorted(method.inputs(batch_of(raw, y, task)).get("y'", torch.tensor([])).tolist())
+
+    assert replayed(0) == []
+    remember(method, [0, 1, 0], task=0)
+    assert replayed(0) == ([0, 0, 1] if current else [])
+    remember(method, [2, 3], task=1)
+    assert replayed(1) == ([0, 0, 1, 2, 3] if current else [0, 0, 1])
+    resumed = make(ER, loss="summed", **(REPLAY | {"replay_current_task": current, "replay_size": 6}))
+    resumed.load_state_dict(method.state_dict())  # the task of a stored image is part of the state
+    assert sorted(resumed.draw(6, 1).y.tolist()) == replayed(1)
+
+
+def test_labels_on_the_host_are_those_of_the_batch(three_images):
+    raw, y = three_images
+    assert Batch(x=raw, y=y, raw=raw, task=0, host_y=y + 1).list_labels() == (y + 1).tolist()
+    assert batch_of(raw, y).list_labels() == y.tolist()
+
+
+# networks
+
+
+def test_a_cosine_head_is_ten_cosines_without_a_bias():
+    net = network_of("backbone=resnet18_slim", "backbone.head=cosine", "backbone.width=2")
+    x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    features, weight = array(net.eval().features(x)), array(net.head.weight)
+    assert weight.shape == (100, 16)
+    assert set(dict(net.head.named_parameters())) == {"weight"}
+    lengths = np.linalg.norm(features, axis=1)[:, None] * np.linalg.norm(weight, axis=1)
+    np.testing.assert_allclose(array(net(x)), 10 * features @ weight.T / lengths, rtol=1e-4, atol=1e-5)
+
+
+def test_the_networks_of_agem():
+    resnet = network_of("backbone=resnet18_agem")
+    convolutions = [m for m in resnet.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [c.out_channels for c in convolutions[:5]] == [20] * 5
+    assert len(convolutions) == 20
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in resnet.modules()) == 17  # not on the three shortcuts
+    for c in convolutions[1:]:  # the first one has few weights
+        bound = (c.kernel_size[0] * c.in_channels) ** -0.5
+        assert 0.9 * bound < c.weight.abs().max().item() <= bound * (1 + 1e-6)
+    mlp = network_of("backbone=mlp_agem", num_classes=10, image_shape=(1, 28, 28))
+    linear = [m for m in mlp.modules() if isinstance(m, torch.nn.Linear)]
+    assert [m.out_features for m in linear] == [256, 256, 10]
+    for m in linear:
+        assert (m.bias == 0.1).all()
+        assert 0.17 < m.weight.abs().max().item() <= 0.2
+        assert m.weight.std().item() == pytest.approx(0.088, abs=0.004)  # a normal distribution cut at two deviations
+
+
+def test_the_network_of_gdumb():
+    net = network_of("backbone=mlp_gdumb", num_classes=10, image_shape=(1, 28, 28))
+    assert [name for name, _ in net.head.named_parameters()] == ["0.weight", "1.weight", "1.bias"]
+    assert sum(p.numel() for p in net.parameters()) == 784 * 100 + 100 * 100 + 100 * 10 + 2 * (100 + 100 + 10)
+    x = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(net(x).mean(dim=0), torch.zeros(10), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "keys", [["backbone=mlp", "backbone.norm=batch"], ["backbone=resnet18_slim", "backbone.head=cosine"]]
+)
+def test_supsup_refuses_a_head_that_is_not_linear(keys):
+    with pytest.raises(ConfigError, match="a network whose last layer is linear"):
+        build(configure("scenario=digits", "method=supsup", "buffer=none", *keys))
+
+
+# ER-ACE
+
+
+def test_er_ace_compares_the_stream_over_its_own_classes_and_later_ones(three_images):
+    raw, _ = three_images
+    y = torch.tensor([2, 2, 2])
+    method = make(ERACE, replay_size=3)
+    old = remember(method, [0, 1, 0], task=0)
+    losses = method.observe(batch_of(raw, y, task=1))
+    z = logits(method, raw)
+    assert losses["ce"].item() == pytest.approx(cross_entropy(z[:, 2:], y - 2), rel=1e-5)  # 3 is to come
+    assert losses["replay_ce"].item() == pytest.approx(cross_entropy(logits(method, old), [0, 1, 0]), rel=1e-5)
+    method = make(ERACE, replay_size=3)
+    method.observe(batch_of(raw, torch.tensor([0, 2, 3]), task=1))
+    again = method.observe(batch_of(raw, torch.tensor([1, 1, 1]), task=1))["ce"]  # the newest is 3, and 2 is absent
+    assert again.item() == pytest.approx(cross_entropy(z[:, [1, 3]], [0, 0, 0]), rel=1e-5)
+
+
+def test_er_ace_sends_no_gradient_of_new_images_to_old_outputs(three_images):
+    raw, _ = three_images
+    method = make(ERACE, replay_size=3)
+    remember(method, [0, 1, 0], task=0)
+    losses = method.observe(batch_of(raw, torch.tensor([2, 3, 2]), task=1))
+    of_stream, of_memory = (
+        torch.autograd.grad(losses[name], method.net.head.weight, retain_graph=True)[0] for name in ("ce", "replay_ce")
+    )
+    assert not of_stream[:2].any()
+    assert (of_stream[2:].abs().sum(dim=1) > 0).all()
+    assert (of_memory.abs().sum(dim=1) > 0).all()
+
+
+# A-GEM
+
+
+def flat(tensors) -> np.ndarray:
+    return np.concatenate(
+        [np.asarray(t.detach().double() if isinstance(t, torch.Tensor) else t).ravel() for t in tensors]
+    )
+
+
+@pytest.mark.parametrize("against", [True, False])
+def test_agem_projects_a_gradient_that_points_against_the_reference(against, three_images):
+    raw, y = three_images
+    method = make(AGEM, replay_size=6, loss_classes="all")
+    old = remember(method, [0, 1, 0], task=0)
+    remember(method, [2], task=1, seed=9)  # not an earlier task's
+    new_y = torch.tensor([2, 3, 2]) if against else y  # the same images with other labels
+    images = old if against else raw
+    losses = method.observe(batch_of(images, new_y, task=1))
+    net = method.net
+    reference = flat(numpy_step(net, old.flatten(1).double().numpy() / 255, [0, 1, 0], -1.0)) - flat(net.parameters())
+    losses["ce"].backward()
+    g = flat(p.grad for p in net.parameters())
+    method.after_backward()
+    found = flat(p.grad for p in net.parameters())
+    dot = g @ reference
+    assert (dot < 0) == against
+    if against:
+        np.testing.assert_allclose(found, g - dot / (reference @ reference) * reference, rtol=1e-4, atol=1e-7)
+        assert abs(found @ reference) < 1e-6 * np.linalg.norm(g) * np.linalg.norm(reference)
+    else:
+        np.testing.assert_array_equal(found, g)
+
+
+def test_agem_is_plain_in_the_first_task(three_images):
+    raw, y = three_images
+    method = make(AGEM, replay_size=6, loss_classes="all")
+    remember(method, [0, 1, 0], task=0)
+    method.observe(batch_of(raw, y, task=0))["ce"].backward()
+    g = flat(p.grad for p in method.net.parameters())
+    method.after_backward()
+    np.testing.assert_array_equal(flat(p.grad for p in method.net.parameters()), g)
+
+
+# MIR
+
+
+MIR_KEYS = {"loss_classes": "all", "replay_current_task": True, "virtual_lr": 0.5}
+
+
+def test_mir_replays_the_candidates_whose_loss_a_virtual_step_raises_most(three_images):
+    raw, y = three_images
+    method = make(MIR, replay_size=2, candidates=6, **MIR_KEYS)
+    labels = [2, 3, 2, 0, 1, 3]
+    old = remember(method, labels, task=0)
+    before = [p.clone() for p in method.net.parameters()]
+    batch = batch_of(raw, y, task=1)
+    inputs = method.inputs(batch)
+    pixels, stored = raw.flatten(1).double().numpy() / 255, old.flatten(1).double().numpy() / 255
+    weights = [array(p) for p in method.net.parameters()]
+    moved = numpy_step(method.net, pixels, y.numpy(), 0.5)
+    scores = numpy_losses(moved, stored, labels) - numpy_losses(weights, stored, labels)
+    whole = Batch(x=old.float() / 255, y=torch.tensor(labels), raw=old, task=-1)
+    np.testing.assert_allclose(array(method.score(batch, whole)), scores, rtol=1e-3, atol=1e-5)
+    best = np.argsort(-scores)[:2]
+    torch.testing.assert_close(inputs["x'"], old[best].float() / 255)
+    assert inputs["y'"].tolist() == [labels[i] for i in best]
+    assert all(torch.equal(p, q) for p, q in zip(before, method.net.parameters()))
+    assert all(p.grad is None for p in method.net.parameters())
+
+
+def test_mir_without_a_choice_is_er_summed(three_images):
+    raw, y = three_images
+    found = []
+    for method in (make(ER, loss="summed", **REPLAY), make(MIR, replay_size=3, candidates=3, **MIR_KEYS)):
+        remember(method, [2, 3, 2, 0, 1, 3], task=0)
+        found.append(method.observe(batch_of(raw, y, task=1)))
+    assert found[0] == found[1]
+
+
+def test_mir_scores_by_the_candidates_statistics_and_the_virtual_network_leaves_none():
+    parts = parts_of("mir", "backbone=mlp", "backbone.norm=batch", "method.replay_size=4", "method.candidates=8")
+    method, task = parts.method.train(), parts.scenario.tasks[0]
+    raw, y = task.train.images, task.train.labels
+    method.buffer.add(batch_of(raw[:10], y[:10]))
+    norm = method.net.trunk[1][1]
+    seen = []
+    norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].mean(dim=0)))
+    before = norm.running_mean.clone()
+    method.inputs(batch_of(raw[10:16], y[10:16]))
+    assert len(seen) == 3  # the stream, the virtual network, the real one
+    torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * seen[2])
+    assert norm.num_batches_tracked == 1
+
+
+# GDumb
+
+
+def test_cutmix_puts_a_box_of_another_image_into_each():
+    x = torch.arange(3.0).view(3, 1, 1, 1) + torch.zeros(3, 2, 8, 6)
+    shares, whole = [], 0
+    for seed in range(200):
+        mixed, order, share = mix_boxes(x, 0.5, torch.Generator().manual_seed(seed))
+        assert sorted(order.tolist()) == [0, 1, 2]
+        box = np.zeros((8, 6), dtype=bool)
+        for image, other in enumerate(order.tolist()):
+            replaced = (mixed[image] == other).numpy() & (other != image)
+            assert (mixed[image].numpy() == np.where(replaced, other, image)).all()
+            box |= replaced.any(axis=0)
+        rows, columns = np.flatnonzero(box.any(axis=1)), np.flatnonzero(box.any(axis=0))
+        if box.any():
+            assert box.sum() == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+            assert share.item() == pytest.approx(1 - box.sum() / 48)
+            shares.append(share.item())
+        whole += not box.any()
+    assert 60 < whole < 140  # half of the batches, and boxes of no pixel
+    assert 0 < min(shares) < 0.6
+    assert (x == torch.arange(3.0).view(3, 1, 1, 1)).all()  # the batch itself is as it was
+
+
+def test_gdumb_weights_both_labels_by_their_pixels(three_images):
+    raw, y = three_images
+    method = parts_of("gdumb").method
+    other, x = torch.tensor([3, 2, 1]), raw.float() / 255
+    given = {"x": x, "y": y, "y'": other, "share": torch.tensor(0.7)}
+    z = array(method.net(x))
+    losses, _ = method.terms(given, 0)
+    assert losses["ce"].item() == pytest.approx(0.7 * cross_entropy(z, y) + 0.3 * cross_entropy(z, other), rel=1e-5)
+    losses, _ = method.terms({"x": x, "y": y}, 0)
+    assert losses["ce"].item() == pytest.approx(cross_entropy(z, y), rel=1e-5)
+
+
+@pytest.mark.parametrize("train_after", ["each_task", "last_task"])
+def test_gdumb_trains_from_scratch_on_the_buffer_alone(train_after):
+    parts = parts_of("gdumb", f"method.train_after={train_after}")
+    method, weights = parts.method, []
+    first = array(method.net.head.weight)
+    for task in parts.scenario.tasks:
+        for phase in method.learn(task):
+            weights.append(array(method.net.head.weight))
+            assert phase.data.labels.tolist() == method.buffer.data().labels.tolist()
+            assert len(method.buffer) == 20
+            assert set(phase.data.labels.tolist()) <= set(range(task.classes.stop))
+        answers = method.predict(parts.scenario.transform.normalise(task.test.images), None)
+        assert answers.isfinite().all() == (train_after == "each_task" or task.id == 1)
+    assert len(weights) == (2 if train_after == "each_task" else 1)
+    assert all((w != first).all() for w in weights)
+    assert train_after == "last_task" or (weights[0] != weights[1]).all()
+    assert sorted(torch.bincount(method.buffer.labels).tolist()) == [2] * 10
+
+
+def test_warm_restarts_are_those_of_gdumb():
+    schedule = WarmRestarts(warmup_epochs=1, warmup_factor=0.1, cycle=1, growth=2, min_factor=0.01)
+    net = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    torchs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=1, T_mult=2, eta_min=0.0005)
+    expected = [0.005, 0.05]
+    for _ in range(2, 40):
+        optimizer.step()
+        torchs.step()
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert [0.05 * schedule(epoch, 40) for epoch in range(40)] == pytest.approx(expected)
+
+
+# EWC++
+
+
+def test_ewc_pp_against_numpy(three_images):
+    raw, y = three_images
+    net = mlp()
+    method = EWCpp(net=net, scenario=TwoTasks(), strength=3.0, rate=0.9, every=2, loss_classes="all")
+    x, lr = raw.flatten(1).double().numpy() / 255, 0.1
+    data = Data(raw, y, torch.arange(3))
+    running, precision = [np.zeros(p.shape) for p in net.parameters()], [np.zeros(p.shape) for p in net.parameters()]
+    centre = [array(p) for p in net.parameters()]
+    for number, steps in enumerate((3, 5)):
+        recent = [np.zeros(p.shape) for p in net.parameters()]
+        for _ in method.learn(Task(number, range(4), data, data, data)):
+            for step in range(1, steps + 1):
+                weights = [array(p) for p in net.parameters()]
+                g = [moved - w for moved, w in zip(numpy_step(net, x, y.numpy(), -1.0), weights)]
+                drifts = [w - c for w, c in zip(weights, centre)]
+                losses = method.observe(batch_of(raw, y, number))
+                assert set(losses) == ({"ce", "pull"} if number else {"ce"})
+                if number:
+                    pull = 3.0 * sum((p * d**2).sum() for p, d in zip(precision, drifts))
+                    assert losses["pull"].item() == pytest.approx(pull, rel=1e-4, abs=1e-12)
+                method.zero_grad()
+                sum(losses.values()).backward()
+                method.after_backward()
+                for p, gradient, q, d in zip(net.parameters(), g, precision, drifts):
+                    np.testing.assert_allclose(array(p.grad), gradient + 6.0 * q * d, rtol=1e-4, atol=1e-6)
+                    p.data -= lr * p.grad
+                if step % 2 == 0:  # the update that is due comes before the step's own gradient
+                    running = [0.1 * f + 0.45 * r for f, r in zip(running, recent)]
+                    recent = [np.zeros_like(r) for r in recent]
+                recent = [r + gradient**2 for r, gradient in zip(recent, g)]
+        low, high = min(f.min() for f in running), max(f.max() for f in running)
+        precision, centre = [(f - low) / (high - low) for f in running], [array(p) for p in net.parameters()]
+        for found, expected in zip(method.pull.importance, precision):
+            np.testing.assert_allclose(array(found), expected, rtol=1e-3, atol=1e-6)
+        assert all(not r.any() for r in method.fisher.importance)
