@@ -78,7 +78,7 @@ METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 
 FUNCTIONAL = [
     *("agem", "derpp", "dytox", "er", "er_ace", "ewc", "ewc_pp", "finetune", "gdumb", "icarl", "joint", "lvt", "lwf"),
-    *("memory_vit", "mir"),
+    *("memory_vit", "mir", "scr"),
 ]
 """The methods whose step is a function of tensors alone."""
 

@@ -1,5 +1,6 @@
 """The methods and protocol keys of online continual learning, each equation in numpy on three samples."""
 
+import colorsys
 import inspect
 
 import numpy as np
@@ -22,13 +23,16 @@ from cl_bench.buffers.reservoir import Reservoir
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Batch, Data, Task
+from cl_bench.data.views import DRAWS, draw_view, make_view
 from cl_bench.methods.agem import AGEM
 from cl_bench.methods.base import ClassLoss
 from cl_bench.methods.er import ER
 from cl_bench.methods.er_ace import ERACE
+from cl_bench.methods.ewc import EWC
 from cl_bench.methods.ewc_pp import EWCpp
 from cl_bench.methods.gdumb import mix_boxes
 from cl_bench.methods.mir import MIR
+from cl_bench.methods.scr import supervised_contrastive_loss
 from cl_bench.optim import WarmRestarts
 
 pytestmark = pytest.mark.arithmetic
@@ -109,6 +113,25 @@ def test_a_head_over_seen_classes_is_one_that_grows_and_one_with_unseen_outputs_
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
     assert not seen[-2][2:].any()
     assert not seen[-1][2:].any()
+
+
+@pytest.mark.parametrize("classes", ["all", "task"])
+def test_ewc_compares_the_same_outputs_in_loss_and_fisher_information(classes, three_images):
+    raw, _ = three_images
+    y, net = torch.tensor([2, 3, 3]), mlp()
+    keys = {"strength": 1.0, "online": False, "decay": 1.0, "fisher": "empirical", "fisher_images": None}
+    method = EWC(net=net, scenario=TwoTasks(), loss_classes=classes, **keys).eval()
+    first = 2 if classes == "task" else 0
+    loss = method.observe(batch_of(raw, y, task=1))["ce"].item()
+    assert loss == pytest.approx(cross_entropy(logits(method, raw)[:, first:], y - first), rel=1e-5)
+    expected = [torch.zeros_like(p) for p in net.parameters()]
+    for image, label in zip(raw, y):
+        one = torch.nn.functional.cross_entropy(net(image[None].float() / 255)[:, first:], label[None] - first)
+        for total, g in zip(expected, torch.autograd.grad(one, list(net.parameters()))):
+            total += g.square() / 3
+    data = Data(raw, y, torch.arange(3))
+    for a, b in zip(method.measure_fisher_information(Task(1, range(2, 4), data, data, data)), expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
 
 
 # ER
@@ -439,3 +462,89 @@ def test_ewc_pp_against_numpy(three_images):
         for found, expected in zip(method.pull.importance, precision):
             np.testing.assert_allclose(array(found), expected, rtol=1e-3, atol=1e-6)
         assert all(not r.any() for r in method.fisher.importance)
+
+
+# SCR
+
+
+def test_the_supervised_contrastive_loss_pair_by_pair():
+    generator = torch.Generator().manual_seed(2)
+    z = torch.nn.functional.normalize(torch.randn(6, 5, generator=generator), dim=1)
+    y = torch.tensor([0, 1, 1, 0, 1, 1])  # three images in two views
+    numbers, terms = z.double().numpy(), []
+    for i in range(6):
+        others = [a for a in range(6) if a != i]
+        total = sum(np.exp(numbers[i] @ numbers[a] / 0.1) for a in others)
+        same = [a for a in others if y[a] == y[i]]
+        terms.append(-np.mean([numbers[i] @ numbers[p] / 0.1 - np.log(total) for p in same]))
+    assert supervised_contrastive_loss(z, y, 0.1).item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_scr_compares_both_views_of_stream_and_memory_and_answers_by_the_nearest_mean():
+    parts = parts_of("scr", "method.replay_size=8")
+    method, task = parts.method, parts.scenario.tasks[0]
+    raw, y = task.train.images, task.train.labels
+    method.buffer.add(batch_of(raw[:10], y[:10]))
+    batch = batch_of(raw[10:16], y[10:16])
+    inputs = method.inputs(batch)
+    assert inputs["x"].shape == inputs["view"].shape == (14, *raw.shape[1:])
+    assert inputs["y"][:6].tolist() == y[10:16].tolist()
+    losses, _ = method.terms(inputs, 0)
+    z = [method.projection(method.net.features(inputs[name])) for name in ("x", "view")]
+    z = torch.nn.functional.normalize(torch.cat(z), dim=1)
+    expected = supervised_contrastive_loss(z, torch.cat([inputs["y"]] * 2), 0.1)
+    assert losses["contrast"].item() == pytest.approx(expected.item(), rel=1e-5)
+    for _ in method.learn(task):
+        pass
+
+    def phi(images):
+        features = array(method.net.features(parts.scenario.transform.normalise(images)))
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    held = method.buffer.data()
+    scores = array(method.predict(parts.scenario.transform.normalise(raw[:3]), None))
+    for c in range(10):
+        if not (held.labels == c).any():
+            assert np.isneginf(scores[:, c]).all()
+            continue
+        mean = phi(held.images[held.labels == c]).mean(axis=0)
+        distances = np.linalg.norm(phi(raw[:3]) - mean / np.linalg.norm(mean), axis=1)
+        np.testing.assert_allclose(-scores[:, c], distances, atol=1e-4)
+
+
+def a_view(**changes: float) -> torch.Tensor:
+    """Draws of the view that is the image itself, with some changed by their position."""
+    still = [1.0, 0.5, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.0, 1.0]
+    for position, value in changes.items():
+        still[int(position[1:])] = value
+    return torch.tensor([still])
+
+
+def test_views_crop_mirror_and_change_colours():
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(make_view(image, a_view()), image, rtol=0, atol=2e-6)
+    torch.testing.assert_close(make_view(image, a_view(_4=0.0)), image.flip(3), rtol=0, atol=2e-6)
+    quarter = torch.nn.functional.interpolate(image[:, :, :4, :4], scale_factor=2, mode="bilinear")
+    found = make_view(image, a_view(_0=0.0625))  # 0.2 + 0.8 * 0.0625 = 1/4 of the area, at the top left
+    torch.testing.assert_close(found[:, :, :7, :7], quarter[:, :, :7, :7], rtol=0, atol=1e-5)
+    torch.testing.assert_close(make_view(image, a_view(_5=0.0)), 0.6 * image, rtol=0, atol=2e-6)
+    grey = 0.299 * image[:, 0] + 0.587 * image[:, 1] + 0.114 * image[:, 2]
+    torch.testing.assert_close(make_view(image, a_view(_6=0.0)), 0.6 * image + 0.4 * grey.mean(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(make_view(image, a_view(_7=0.0)), 0.6 * image + 0.4 * grey[:, None], rtol=0, atol=2e-6)
+    torch.testing.assert_close(make_view(image, a_view(_10=0.1)), grey[:, None].expand(1, 3, 8, 8), rtol=0, atol=2e-6)
+    turned = make_view(image, a_view(_8=0.75))  # by 0.05 of the circle
+    for row, column in ((0, 0), (3, 5), (7, 2)):
+        h, s, v = colorsys.rgb_to_hsv(*image[0, :, row, column].tolist())
+        assert turned[0, :, row, column].tolist() == pytest.approx(colorsys.hsv_to_rgb((h + 0.05) % 1, s, v), abs=1e-5)
+
+
+def test_views_are_drawn_for_each_image():
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(4)).expand(64, 3, 8, 8)
+    views = draw_view(image, torch.Generator().manual_seed(0))
+    assert torch.equal(views, draw_view(image, torch.Generator().manual_seed(0)))
+    assert len({tuple(view.flatten().tolist()) for view in views}) == 64
+    assert 0 <= views.min() <= views.max() <= 1
+    colourless = (views.amax(dim=1) - views.amin(dim=1)).flatten(1).amax(dim=1) < 1e-6
+    assert 4 <= colourless.sum() <= 24  # a fifth
+    assert draw_view(image[:, :1], torch.Generator().manual_seed(0)).shape == (64, 1, 8, 8)
+    assert a_view().shape == (1, DRAWS)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cl_bench.backbones.base import Backbone, check_single_images
-from cl_bench.buffers.base import Buffer, Columns
+from cl_bench.buffers.base import CHUNK, Buffer, Columns
 from cl_bench.core.errors import require_positive
 from cl_bench.core.types import Batch, Losses, Phase, Task
 from cl_bench.scenarios.base import Scenario
@@ -286,6 +286,31 @@ class ParameterSnapshot:
     def nbytes(self) -> int:
         """Bytes of old values and importance."""
         return sum(t.nbytes for t in self.values + self.importance)
+
+
+@torch.no_grad()
+def measure_class_means(
+    buffer: Buffer, features: Callable[[Tensor], Tensor], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """The mean feature of the stored images of each class, un-augmented and scaled to unit length, and which have one.
+
+    Args:
+        features: (B, C, H, W) -> (B, D).
+
+    Returns:
+        (K, D), 0 for a class without images, and (K,) bool.
+    """
+    stored = buffer.data()
+    found = torch.cat([features(buffer.transform.normalise(chunk.images)) for chunk in stored.split(CHUNK)])
+    sums = found.new_zeros(num_classes, found.shape[1]).index_add_(0, stored.labels, found)
+    known = torch.zeros(num_classes, dtype=torch.bool, device=found.device)
+    known[stored.labels] = True
+    return F.normalize(sums, dim=1), known
+
+
+def score_by_nearest_mean(features: Tensor, means: Tensor, known: Tensor) -> Tensor:
+    """(B, D), (K, D), (K,) -> (B, K): minus the distance to each class's mean, -inf for a class without one."""
+    return -torch.cdist(features, means).masked_fill(~known, torch.inf)
 
 
 def compute_gradients(

@@ -22,9 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.buffers.base import CHUNK, PerClassBuffer
+from cl_bench.buffers.base import PerClassBuffer
 from cl_bench.core.types import Data, Phase, Task
-from cl_bench.methods.base import Inputs, Predict, RehearsalMethod, Teacher, Terms
+from cl_bench.methods.base import (
+    Inputs,
+    Predict,
+    RehearsalMethod,
+    Teacher,
+    Terms,
+    measure_class_means,
+    score_by_nearest_mean,
+)
 from cl_bench.scenarios.base import Scenario
 
 
@@ -55,7 +63,9 @@ class ICaRL(RehearsalMethod):
         self.teacher.take(self.net)
         yield Phase(Data.concatenate([task.train, self.buffer.data()]), self.observe, self.net.parameters())
         self.buffer.close_task(task, self.describe)
-        self._measure_means()
+        means, known = measure_class_means(self.buffer, self._normalise_features, len(self.means))
+        self.means.copy_(means)
+        self.known.copy_(known)
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
         """Binary cross-entropy on the task's classes, with ``all`` also those to come; distillation on the old ones."""
@@ -74,8 +84,7 @@ class ICaRL(RehearsalMethod):
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K), minus the distance to each class's mean."""
-        distances = torch.cdist(self._normalise_features(x), self.means)
-        return -distances.masked_fill(~self.known, torch.inf)
+        return score_by_nearest_mean(self._normalise_features(x), self.means, self.known)
 
     def alternatives(self) -> dict[str, Predict]:
         """``head``: the network's own scores."""
@@ -88,13 +97,3 @@ class ICaRL(RehearsalMethod):
     def _normalise_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D) of unit length."""
         return F.normalize(self.net.features(x).to(self.means.dtype), dim=1)
-
-    @torch.no_grad()
-    def _measure_means(self) -> None:
-        exemplars = self.buffer.data()
-        features = torch.cat(
-            [self._normalise_features(self.buffer.transform.normalise(c.images)) for c in exemplars.split(CHUNK)]
-        )
-        sums = torch.zeros_like(self.means).index_add_(0, exemplars.labels, features)
-        self.means.copy_(F.normalize(sums, dim=1))
-        self.known[exemplars.labels] = True
