@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,12 @@ def run(monkeypatch, tmp_path, capsys):
     return call
 
 
-def terminate_at_call(number: int, owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """SIGTERM at the given call of a function -> the calls, of which there should be none after it."""
+def terminate_at_call(number: int, owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """SIGTERM at the given call of a function -> the calls, where each came from; there should be none after it."""
     function, calls = getattr(owner, name), []
 
     def counted(*arguments, **named):
-        calls.append(len(calls))
+        calls.append("".join(traceback.format_stack(limit=8)))
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return function(*arguments, **named)
@@ -72,7 +73,9 @@ def test_a_run_stopped_while_it_measures_or_sums_up_ends_the_same(run, tmp_path,
         assert ("is finished" in error) == (name == "write_report")
         saved = list(tmp_path.glob("stopped/**/last.pt"))
         steps = [torch.load(path, weights_only=True)["counters"][0] for path in saved]
-        assert steps == ([trained] if saved or trained else []), (moment, saved, error)
+        events = [path.read_text() for path in tmp_path.glob("stopped/**/metrics.jsonl")]
+        what = "\n".join([moment, error, *map(str, tmp_path.glob("stopped/**/*")), *events, *calls])
+        assert steps == ([trained] if saved or trained else []), what
     assert run(*arguments, "results_dir=stopped")[0] == 0
     assert_equal_results(find_run(tmp_path / "straight"), find_run(tmp_path / "stopped"))
 
