@@ -52,8 +52,8 @@ graph has the kernels of the eager step, but some of them add up in an order of 
 the first weights moves a score by 2e-4 at most (memory_vit)."""
 
 SUITED = {"lvt": ["optimizer.lr=0.01"], "gdumb": ["buffer.capacity=60"]}
-"""At the rate of the other runs any noise in LVT's weights grows by five orders of magnitude in 40 steps. GDumb learns only
-what it stores: 20 images would be 20 steps."""
+"""At the rate of the other runs any noise in LVT's weights grows by five orders of magnitude in 40 steps. GDumb
+learns only what it stores: 20 images would be 20 steps."""
 
 SOME_EAGER = {"lwf", "memory_vit"}
 """Methods that have a phase with a step of its own beside the functional one."""

@@ -66,7 +66,7 @@ CHOICES = {group: sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 PLAIN = [
     0, 1, 2, 3, -1, -7, 0.5, 1.0, 1e30, -1e30, 1e-30, math.nan, math.inf, -math.inf, 10**12, 10**26, True, False, None,
     "", "abc", "größe", "日本語", [], [1], [0], [-1, 2], [1, [2]], [None], ["a", "b"], [1e30], [10**12], {}, {"a": 1},
-    {"_target_": "os.system"}, "/dev/null/no", "/dev/null", "../..", "a\0b", "cl_bench.runs.run.run", "cl_bench.optim.sgd",
+    {"_target_": "os.system"}, "/dev/null/no", "../..", "a\0b", "cl_bench.runs.run.run", "cl_bench.optim.sgd",
 ]  # fmt: skip
 
 choice = st.sampled_from(GROUPS).flatmap(lambda group: st.sampled_from(CHOICES[group]).map(f"{group}={{}}".format))
