@@ -188,6 +188,14 @@ def test_a_wrong_file_is_refused(kind, tmp_path):
     assert "\n" not in message
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["supsup", "supsup_nns"])
+def test_a_method_that_draws_its_weights_takes_no_file(method, tmp_path):
+    torch.save(parts_of("finetune", "backbone=mlp", "backbone.hidden=[64]").method.net.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match=r"backbone\.weights: expected null, since this method draws the weights"):
+        parts_of(method, f"backbone.weights={tmp_path / 'w.pt'}")
+
+
 def test_a_missing_file_is_told_before_the_data_are_read(monkeypatch):
     monkeypatch.setattr("cl_bench.config.build.build_scenario", None)
     with pytest.raises(ConfigError, match=r"backbone\.weights"):

@@ -121,6 +121,14 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     buffer = make_buffer(context=context)
     _refuse_unsuitable(config, allow, net, buffer)
     method = make_method(net=net, buffer=buffer, scenario=scenario, make_net=make_network).to(device)
+    weights = config.backbone.get("weights")
+    require(
+        weights is None or not method.draws_weights,
+        "backbone.weights",
+        expected="null, since this method draws the weights of its network itself",
+        got=weights,
+        fix="Leave it out.",
+    )
     if scenario.shared_labels:
         _refuse_disjoint(config, method, buffer)
     _refuse_graphs(settings, method, device)

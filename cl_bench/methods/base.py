@@ -50,6 +50,10 @@ class Method(nn.Module, ABC):
     """Whether it can learn tasks that share their classes. A method cannot if it needs new classes in each task, e.g.
     for a new head, for distillation on the old ones, or for a quota of the buffer."""
 
+    draws_weights: ClassVar[bool] = False
+    """Whether the method draws the weights of its network itself. Then ``backbone.weights`` would have no effect, so
+    it is refused."""
+
     test_batches: Literal["mixed", "single_task"] = "mixed"
     """How :meth:`predict` gets the test images if it gets no task id: all tasks shuffled together, or batches of one
     task each, which tell it more than an image does. The summary and the report say so, and the audit fails

@@ -68,6 +68,7 @@ class Superposition(Method):
     """
 
     shared_labels = True
+    draws_weights = True
 
     def __init__(
         self,
