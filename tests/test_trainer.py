@@ -1,9 +1,11 @@
 """The loop: schedules, clipping, order, logs, and what stops it."""
 
+import contextlib
 import math
 import signal
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -13,6 +15,7 @@ from helpers import (
     configure,
     find_run,
     network_of,
+    parts_of,
     run_in_process,
     trainer_of,
 )
@@ -20,9 +23,10 @@ from helpers import (
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Batch, Phase, Task
-from cl_bench.engine.trainer import Trainer
+from cl_bench.engine.trainer import Interrupted, Trainer
 from cl_bench.methods.base import Method
 from cl_bench.optim import Constant, Cosine, MultiStep, adamw, sgd
+from cl_bench.report.page import Run
 
 
 class Probe(Method):
@@ -221,6 +225,70 @@ def test_a_run_stopped_between_two_steps_on_a_batch_ends_the_same(tmp_path, monk
         stops += status == 143
     assert stops >= 4
     assert_equal_results(find_run(tmp_path / "straight"), find_run(tmp_path / "stopped"))
+
+
+# -- phases of a number of steps, and what is measured -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(3, [3]), (4, [4]), (9, [4, 4, 1]), (30, [4, 4, 4, 4])])
+def test_a_phase_ends_after_its_steps_or_its_epochs(tmp_path, steps, epochs):
+    """50 images in batches of 16: 4 steps an epoch, 4 epochs at most."""
+    parts = build(configure(*TINY, "method=finetune", "trainer.epochs=4", f"trainer.max_steps={steps}"))
+    trainer = trainer_of(parts, tmp_path)
+    trainer.logger = Events()
+    trainer.run()
+    assert trainer.steps_done == 2 * sum(epochs)
+    assert trainer.record.cost.samples_seen == 2 * sum({4: 50, 3: 48, 1: 16}[n] for n in epochs)
+    ended = [e["step"] for e in trainer.logger.events if e["event"] == "epoch" and e["task"] == 0]
+    assert ended == [sum(epochs[: i + 1]) for i in range(len(epochs))]
+    means = [e["loss"] for e in trainer.logger.events if e["event"] == "epoch"]
+    assert all(0 < mean < 10 for mean in means)  # means over the images that were visited
+
+
+def test_a_limited_phase_resumes_where_it_was(tmp_path):
+    overrides = [*TINY, "method=ewc", "trainer.epochs=4", "trainer.max_steps=9", "backbone.hidden=[4]"]
+    whole = trainer_of(build(configure(*overrides)), tmp_path / "whole")
+    whole.run()
+    for _ in range(8):
+        parts = build(configure(*overrides))
+        stopped = trainer_of(parts, tmp_path / "stopped")
+        begun = []
+        stopped.stop = lambda begun=begun: begun.append(0) or len(begun) > 4
+        with contextlib.suppress(Interrupted):
+            stopped.run()
+            break
+    assert stopped.steps_done == 2 * 9
+    state = whole.method.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in stopped.method.state_dict().items())
+
+
+def test_a_limit_of_half_a_batch_is_refused():
+    with pytest.raises(ConfigError, match=r"max_steps: expected a multiple of trainer\.steps_per_batch=3; got 10"):
+        build(configure(*TINY, *ONLINE, "trainer.max_steps=10"))
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_other_rules_are_measured_unless_they_are_left_out(tmp_path, measured):
+    parts = parts_of("supsup", f"trainer.alternatives={measured}", "trainer.epochs=1")
+    trainer = trainer_of(parts, tmp_path)
+    trainer.run()
+    assert bool(trainer.alternatives) == bool(parts.method.alternatives()) * measured
+    assert parts.method.alternatives()
+
+
+def test_only_the_last_row_is_measured(tmp_path, monkeypatch):
+    arguments = [*TINY, "backbone.hidden=[4]", "logger=none"]
+    for after in ("each_task", "last_task"):
+        call = [*arguments, f"trainer.evaluate_after={after}", f"results_dir={after}"]
+        assert run_in_process(*call, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    each, last = (Run.read(find_run(tmp_path / after)) for after in ("each_task", "last_task"))
+    ours, theirs = (run.record.get_matrix("task_il") for run in (last, each))
+    assert np.isnan(ours.correct[[0, 2]]).all()
+    assert np.array_equal(ours.correct[1], theirs.correct[1])
+    assert last.summary["class_il"]["average_accuracy"] == each.summary["class_il"]["average_accuracy"]
+    assert last.summary["task_il"]["forgetting"] is None
+    assert last.summary["task_il"]["forward_transfer"] is None
+    assert last.summary["cost"]["capacity"] == each.summary["cost"]["capacity"] == 1
 
 
 # -- batches of one image ------------------------------------------------------------------------------------------

@@ -49,13 +49,17 @@ class Settings:
     Attributes:
         epochs: passes over a phase's data.
         batch_size: images of the stream per step; the last batch of an epoch may be smaller.
+        max_steps: optimizer steps after which a phase ends, also in the middle of an epoch; None for by epochs only.
         steps_per_batch: optimizer steps on each batch, each with new crops and flips and a new draw from the buffer.
             The buffer is offered the batch once, after the last of them.
         clip_norm: largest norm of the whole gradient; None for no clipping.
         evaluate_on: ``test``, or ``val`` for a search, which then never reads a test image.
+        evaluate_after: ``each_task``, or ``last_task``: of the accuracy matrices only the last row is measured, and not
+            the untrained network. It saves most of the time of a run of hundreds of tasks.
         evaluate_every: number of optimizer steps after which the tasks begun are measured on a sample of their images
             (:class:`~cl_bench.core.record.Curve`); None for no such measurement. It does not change the training.
         evaluate_sample: images of each task in the sample; all of them, if a task has fewer.
+        alternatives: whether the method's other rules to answer by are measured, too (:meth:`Method.alternatives`).
         linear_probe: whether a linear classifier of the features is fitted after the last task
             (:mod:`cl_bench.engine.probe`). It sees the training images of all tasks.
         checkpoint_seconds: a checkpoint is written at the end of each task, and after this time within a task.
@@ -70,11 +74,14 @@ class Settings:
 
     epochs: int
     batch_size: int
+    max_steps: int | None
     steps_per_batch: int
     clip_norm: float | None
     evaluate_on: Literal["test", "val"]
+    evaluate_after: Literal["each_task", "last_task"]
     evaluate_every: int | None
     evaluate_sample: int
+    alternatives: bool
     linear_probe: bool
     checkpoint_seconds: float
     checkpoint_steps: int | None
@@ -84,12 +91,19 @@ class Settings:
     cudnn_benchmark: bool
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "steps_per_batch", "clip_norm", "evaluate_every", "evaluate_sample")
-        for key in (*positive, "checkpoint_seconds", "checkpoint_steps", "replicas"):
+        positive = ("epochs", "batch_size", "max_steps", "steps_per_batch", "clip_norm", "evaluate_every")
+        for key in (*positive, "evaluate_sample", "checkpoint_seconds", "checkpoint_steps", "replicas"):
             value = getattr(self, key)
             require(
                 value is None or value > 0, key, expected="above 0", got=value, fix="See configs/trainer/default.yaml."
             )
+        require(
+            self.max_steps is None or self.max_steps % self.steps_per_batch == 0,
+            "max_steps",
+            expected=f"a multiple of trainer.steps_per_batch={self.steps_per_batch}",
+            got=self.max_steps,
+            fix="Or leave it out.",
+        )
 
 
 class Trainer:
@@ -164,7 +178,8 @@ class Trainer:
         first = self._restore(saved) if saved else 0
         if not saved:
             self.record.cost.energy_joules = self._meter.start()
-            self._measure(BASELINE)
+            if self._is_measured(BASELINE):
+                self._measure(BASELINE)
         for task in self.scenario.tasks[first:]:
             ends, now = (saved["phase_ends"], saved["now"]) if saved else ([], None)
             self.task_start, self.phase_ends, saved = self._copy_state(), [], None
@@ -193,13 +208,16 @@ class Trainer:
                 self.checkpoint.keep_network(task.id, self.method.get_submodule("net"))
             if self.settings.evaluate_every is not None:
                 self._measure_sample(task)
-            self._measure(task.id)
+            if task.id == 0:
+                self.parameters_after_first_task = count_parameters(self.method)
+            if self._is_measured(task.id):
+                self._measure(task.id)
         self.task_start, self.phase_ends = self._copy_state(), []
         self._save(len(self.scenario.tasks), None)
         if self.answers is None:  # all was learned before the interruption; only the results are missing
             self.answers = self._evaluate(len(self.scenario.tasks))
         self._fill_costs()
-        for name, rule in self.method.alternatives().items():
+        for name, rule in self.method.alternatives().items() if self.settings.alternatives else ():
             self.alternatives[name] = self._average_accuracies(self._evaluate(len(self.scenario.tasks), rule))
         if self.settings.linear_probe:
             self.alternatives[LINEAR_PROBE] = self._measure_linear_probe()
@@ -227,11 +245,13 @@ class Trainer:
         epochs = phase.epochs or self.settings.epochs
         size, repeats = self.settings.batch_size, self.settings.steps_per_batch
         epoch, done, order, sums = 0, 0, None, {}  # done: steps of this epoch
+        left = self.settings.max_steps  # steps of this phase from the beginning of this epoch on; None for any number
         if now:
             self._load(now["state"])
             optimizer.load_state_dict(now["optimizer"])
             epoch, done, order, sums = now["epoch"], now["step"], now["order"], _move(now["sums"], phase.data)
             num_images, num_steps = _measure_epoch(len(order), size, repeats)
+            left = now.get("left")  # checkpoints of older versions have none
 
         self.method.train()
         context = PhaseContext(
@@ -249,6 +269,7 @@ class Trainer:
             if order is None:
                 shuffle = self.generators["batches"]
                 order = phase.order(shuffle) if phase.order else torch.randperm(len(phase.data), generator=shuffle)
+                order = order if left is None else order[: math.ceil(left / repeats) * size]
                 num_images, num_steps = _measure_epoch(len(order), size, repeats)
             for group, lr in zip(optimizer.param_groups, peak):
                 group["lr"] = lr * schedule(epoch, epochs)
@@ -272,14 +293,15 @@ class Trainer:
                     if stopping or self._is_checkpoint_due(saved_at):
                         self._count_training_time()
                         self._average_losses(task, number, epoch, sums, num_images)  # a diverged run is never saved
-                        reached = {"epoch": epoch, "step": done, "order": order, "sums": sums}
+                        reached = {"epoch": epoch, "step": done, "order": order, "sums": sums, "left": left}
                         state = self._copy_finite_state(task, number)
                         self._save(task.id, {"state": state, "optimizer": optimizer.state_dict()} | reached)
                         if stopping:
                             raise Interrupted
                         saved_at = time.monotonic()
             self._log_epoch(task, number, epoch, optimizer.param_groups[0]["lr"], sums, num_images)
-            if phase.after_epoch and phase.after_epoch(epoch):
+            left = None if left is None else left - num_steps
+            if (phase.after_epoch and phase.after_epoch(epoch)) or left == 0:
                 break
             epoch, done, order, sums = epoch + 1, 0, None, {}
 
@@ -352,14 +374,15 @@ class Trainer:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             self._raise_diverged(f"the method is not finite {where}: {', '.join(found[:3])}{more}")
 
+    def _is_measured(self, after_task: int) -> bool:
+        return self.settings.evaluate_after == "each_task" or after_task == len(self.scenario.tasks) - 1
+
     def _measure(self, after_task: int) -> None:
         """Measure one row of the accuracy matrix, or the untrained network's baseline."""
         self.answers = answers = self._evaluate(after_task + 1)
         num_tasks = len(self.scenario.tasks)
         for setting in SETTINGS:
             self.record.add(after_task, setting, answers.count_correct(setting, num_tasks), self._count_asked())
-        if after_task == 0:
-            self.parameters_after_first_task = count_parameters(self.method)
         if after_task != BASELINE:
             seen = {s: self.record.get_matrix(s).accuracy[after_task, : after_task + 1] for s in SETTINGS}
             averages = {f"{s}_average": float(row.mean()) for s, row in seen.items()}

@@ -230,7 +230,7 @@ class Probe:
                     pass
             if len(self.probed) == 3:
                 break
-        for rule in self.method.alternatives().values():
+        for rule in self.method.alternatives().values() if self.parts.settings.alternatives else ():
             spare = self.budget.get_left() > 0
             self.alternatives.append(self._time_answers(len(self.tasks), rule) if spare else self.probed[-1].answer)
 
@@ -248,10 +248,11 @@ class Probe:
         return sum((self._interpolate(t, self._estimate_task) for t in range(len(self.tasks))), np.zeros(3))
 
     def estimate_evaluation(self) -> Span:
-        """Seconds of all evaluations: before the first task, after each task, and with the other rules at the end."""
+        """Seconds of all evaluations: of the rows of the accuracy matrices, and with the other rules at the end."""
         sizes = [len(task.get_split(self.parts.settings.evaluate_on)) for task in self.tasks]
-        seconds = sum(sizes) * self.probed[0].answer
-        for t in range(len(sizes)):
+        each = self.parts.settings.evaluate_after == "each_task"
+        seconds = each * sum(sizes) * self.probed[0].answer
+        for t in range(len(sizes)) if each else [len(sizes) - 1]:
             seconds = seconds + sum(sizes[: t + 2]) * self._interpolate(t, lambda probed, t: probed.answer)
         if self.parts.settings.linear_probe:
             seconds = (
@@ -331,7 +332,8 @@ class Probe:
         """
         steps = self._count_images(phase, t) * phase.visited / phase.step.full * self.parts.settings.steps_per_batch
         epochs = np.array([1 if phase.may_end else phase.epochs, phase.epochs, phase.epochs])
-        return epochs * np.array([steps, steps, math.ceil(steps)])
+        limit = self.parts.settings.max_steps or math.inf
+        return np.minimum(epochs * np.array([steps, steps, math.ceil(steps)]), limit)
 
     def _count_images(self, phase: ProbedPhase, t: int) -> int:
         """Images of a phase if it belongs to task ``t``."""
