@@ -41,6 +41,7 @@ rows:
   er:
     what: replay
     experiment: digits
+    seeds: 1
     numbers:
       - {metric: class_il.average_accuracy, published: 60.0, spread: SD 1.1, n: 3, tolerance: 2.0, kind: gate,
          source: a table}
@@ -199,6 +200,15 @@ def test_verdicts(toy, tmp_path):
         assert main == ["er", "60.00 (SD 1.1, n = 3)", f"{accuracy:.2f} (1)", difference, verdict]
         assert beside == ["er", "94.60", "94.60 (1)", "+0.00", "not judged"]
         assert first == ["er", "-", "95.00 (1)", "-", "-"]  # GOLDEN[0][0]
+
+
+def test_a_verdict_before_the_last_run_says_so(toy, tmp_path):
+    make_run(tmp_path, accuracy=61.0)
+    toy["toy"].rows["er"].seeds = 3
+    assert cells(toy, tmp_path)[0][4] == "PASS so far, 1 of 3 runs"
+    for seed in (1, 2):
+        make_run(tmp_path, accuracy=61.0, seed=seed)
+    assert cells(toy, tmp_path)[0][4] == "PASS"
 
 
 def test_a_recalled_number_is_not_judged(toy, tmp_path):

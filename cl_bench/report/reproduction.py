@@ -79,7 +79,9 @@ class Line:
             return "not judged"
         if self.number.kind is Kind.recalled:
             return "not judged (recalled)"
-        return "PASS" if compared.within else f"FAIL ({'above' if compared.difference > 0 else 'below'})"
+        words = "PASS" if compared.within else f"FAIL ({'above' if compared.difference > 0 else 'below'})"
+        planned = self.row.seeds * max(1, len(self.row.orders))
+        return words if len(self.runs) >= planned else f"{words} so far, {len(self.runs)} of {planned} runs"
 
     @property
     def minutes(self) -> float | None:
