@@ -9,6 +9,7 @@ import torch
 from helpers import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
+from cl_bench.engine import evaluate
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.group import Loggers
 
@@ -102,7 +103,9 @@ def test_a_twin_in_mid_sequence_is_the_method_itself(monkeypatch):
 
 
 def test_memory_is_noted_after_each_task():
+    before = evaluate.MAX_BATCH, torch.get_num_threads()
     held = sequence._measure_held_bytes("er", tasks=4)
+    assert (evaluate.MAX_BATCH, torch.get_num_threads()) == before  # else later tests measure with batches of 12 images
     assert list(held) == [1, 2, 3, 4]
     assert all(2**20 < size < 2**36 for size in held.values())
 

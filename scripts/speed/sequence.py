@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Generator, Tensor
@@ -181,7 +182,9 @@ def measure_memory(options: Options) -> Iterator[Row]:
     tasks, early = (4, 2) if options.small else (TASKS, 5)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cl_bench.config.build", "torch._dynamo"])  # once, not in every process
-    with context.Pool(2, maxtasksperchild=1) as pool:  # a second process does not change memory
+    with context.Pool(
+        2, torch.set_num_threads, (1,), maxtasksperchild=1
+    ) as pool:  # a second process does not change memory
         for name in CASES:
             options.tell(f"{name}, {options.repetitions} runs of {tasks} tasks")
             runs = pool.map(partial(_measure_held_bytes, tasks=tasks), [name] * options.repetitions, chunksize=1)
@@ -194,14 +197,13 @@ def measure_memory(options: Options) -> Iterator[Row]:
 
 def _measure_held_bytes(name: str, tasks: int) -> dict[int, int]:
     """Bytes that this process holds after each of ``tasks`` tasks, counted from 1."""
-    torch.set_num_threads(1)
-    # In this process only: with so few test images an evaluation's batch, and with it the memory of its activations,
-    # would grow from 12 images to 100; on CIFAR-100 it is 500 from the first tasks on.
-    evaluation.MAX_BATCH = EVALUATED
     case = CASES[name]
     scale = [] if "+scale=mini" in case.overrides else ["+scale=mini"]
     overrides = [*case.overrides, *scale, f"scenario.num_tasks={tasks}", "trainer.epochs=1", *case.brief]
     clock = Clock()
-    with open_loop(build_parts(*choose_random_pixels(PER_CLASS), *overrides), clock) as trainer:
+    parts = build_parts(*choose_random_pixels(PER_CLASS), *overrides)
+    # With so few test images an evaluation's batch, and with it the memory of its activations, would grow from 12
+    # images to 100; on CIFAR-100 it is 500 from the first tasks on.
+    with mock.patch.object(evaluation, "MAX_BATCH", EVALUATED), open_loop(parts, clock) as trainer:
         trainer.run()
         return {note["task"] + 1: note["resident_bytes"] for note in clock.notes if note["event"] == "task"}
