@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import (
     CLASS_IL,
     DIGITS_INSTEAD,
@@ -34,6 +35,7 @@ from cl_bench.core.types import Data
 from cl_bench.data.digits import digits
 from cl_bench.report.rows import Run, make_rows
 from cl_bench.runs.audit import check_contents, hash_images, scramble_test_images
+from cl_bench.scenarios.base import Scenario
 from cl_bench.scenarios.domains import Domains
 
 KEYS = {
@@ -265,7 +267,13 @@ COMMANDS = [line.split()[3:] for line in PAGE.splitlines() if line.startswith(" 
 def test_the_commands_of_the_page_are_right(words):
     config = configure(*words)
     built = import_target(config.scenario, "scenario", [])
-    refuse_void(config.scenario, "scenario", built, read_arguments(config.scenario, "scenario", built, ("run_seed",)))
+    values = read_arguments(config.scenario, "scenario", built, ("run_seed",))
+    refuse_void(config.scenario, "scenario", built, values)
+    assert issubclass(built, Scenario)
+    typed = dict(word.split("=", 1) for word in words if word.startswith("scenario."))
+    own = {key.removeprefix("scenario."): yaml.safe_load(value) for key, value in typed.items() if key.count(".") == 1}
+    assert {key: values[key] for key in own} == own
+    assert f"scenario={config.choices.scenario}" in words
 
 
 def test_the_page_has_every_scenario():

@@ -90,7 +90,10 @@ class Buffer(nn.Module, ABC):
 
     def sample(self, size: int, without: int | None = None) -> Batch:
         """At most ``size`` different images, freshly augmented; none of the task ``without``."""
-        slots = self.list_slots(without)
+        return self.sample_from(self.list_slots(without), size)
+
+    def sample_from(self, slots: Tensor, size: int) -> Batch:
+        """At most ``size`` different images of these ``slots`` (n,) on the CPU, freshly augmented."""
         drawn = slots[torch.randperm(len(slots), generator=self.generator)[:size]]
         moves = self.transform.draw_moves((len(drawn), *self.images.shape[1:]), self.generator)
         which, *moves = send_together([drawn, *moves], self.labels.device)
@@ -148,9 +151,11 @@ class OnlineBuffer(Buffer):
     """
 
     by_class: ClassVar[bool] = True
-    """Whether the policy looks at labels."""
+    """Whether the policy looks at labels; it then has room for one image per class at least."""
 
     def __init__(self, *, capacity: int, context: Context) -> None:
+        if self.by_class:
+            check_quota(capacity, context.num_classes)
         require_positive(fix="buffer=none stores no images.", capacity=capacity)
         super().__init__(capacity=capacity, context=context)
         self.slot_task = torch.full((capacity,), -1)

@@ -3,7 +3,7 @@ class-balanced buffer of Avalanche)."""
 
 import torch
 
-from cl_bench.buffers.base import Context, OnlineBuffer, check_quota
+from cl_bench.buffers.base import OnlineBuffer
 
 
 class ClassBalanced(OnlineBuffer):
@@ -13,10 +13,6 @@ class ClassBalanced(OnlineBuffer):
     room is needed, so the buffer stays full; Avalanche drops these images at once. What M / classes leaves over stays
     with the classes that have it; in Avalanche the first classes have one image more.
     """
-
-    def __init__(self, *, capacity: int, context: Context) -> None:
-        check_quota(capacity, context.num_classes)
-        super().__init__(capacity=capacity, context=context)
 
     def choose(self, count: int, labels: list[int], task: int) -> dict[int, int]:
         """An image takes a slot if its class is below its quota, else it is offered to the reservoir of its class."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from cl_bench.buffers.base import Context, OnlineBuffer, check_quota
+from cl_bench.buffers.base import OnlineBuffer
 
 
 class Greedy(OnlineBuffer):
@@ -12,10 +12,6 @@ class Greedy(OnlineBuffer):
     image at most, if enough images of each were offered. Of several largest classes it is the one that stands first in
     the class order; the paper does not say which.
     """
-
-    def __init__(self, *, capacity: int, context: Context) -> None:
-        check_quota(capacity, context.num_classes)
-        super().__init__(capacity=capacity, context=context)
 
     def choose(self, count: int, labels: list[int], task: int) -> dict[int, int]:
         """One image at a time."""

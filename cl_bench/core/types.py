@@ -91,7 +91,7 @@ class Batch:
         columns: what a buffer stores beside its images, by name, each (B, ...); empty for the stream.
         offered: whether the buffer is offered the batch after this step; with ``trainer.steps_per_batch`` only after
             the last step on it.
-        host_y: (B,) ``y`` on the CPU, if it is known there; see :meth:`list_labels`.
+        host_y: (B,) ``y`` on the CPU, if ``y`` is on another device and known there; see :meth:`list_labels`.
     """
 
     x: Tensor

@@ -31,7 +31,7 @@ class Feed:
     def __init__(self, data: Data, order: Tensor, size: int, repeats: int, pool: ThreadPoolExecutor | None) -> None:
         self.data, self.size, self.repeats, self._pool = data, size, repeats, pool
         self._cpu, self._positions = order, order.to(data.labels.device)
-        self._labels = data.labels.cpu()
+        self._labels = None if data.labels.device.type == "cpu" else data.labels.cpu()
         self._coming: dict[int, Future[Tensor]] = {}
         self._loaded: tuple[int, tuple[Tensor, Tensor]] | None = None
 
@@ -53,8 +53,10 @@ class Feed:
                 self._coming[ahead] = self._pool.submit(self.data.images.__getitem__, which)
         return self._coming.pop(number).result(), self.data.labels.index_select(0, positions)
 
-    def list_labels(self, step: int) -> Tensor:
-        """(B,) labels of a step on the CPU."""
+    def get_host_labels(self, step: int) -> Tensor | None:
+        """(B,) labels of a step on the CPU; None if the batch has them there already."""
+        if self._labels is None:
+            return None
         number = step // self.repeats
         return self._labels[self._cpu[number * self.size : (number + 1) * self.size]]
 

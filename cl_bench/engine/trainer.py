@@ -276,7 +276,7 @@ class Trainer:
             with open_feed(phase.data, order, size, repeats) as images:
                 while done < num_steps:
                     offered = (done + 1) % repeats == 0
-                    batch = self.make_batch(*images.load_batch(done), task, images.list_labels(done), offered)
+                    batch = self.make_batch(*images.load_batch(done), task, images.get_host_labels(done), offered)
                     losses = yield Step(context, batch), self.executor
 
                     # sums stay on the device: the epoch waits for it once, at its end

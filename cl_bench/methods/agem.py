@@ -9,14 +9,12 @@ Departures: none with ``buffer=ring``. The forward pass of (x', y') moves BatchN
 the stream, as in the released code.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer
-from cl_bench.core.types import Batch, Phase, Task
+from cl_bench.core.types import Batch
 from cl_bench.methods.base import (
     ClassLoss,
     Inputs,
@@ -49,11 +47,6 @@ class AGEM(RehearsalMethod):
         check_draws(net, buffer, replay_size)
         self.replay_size, self.classify = replay_size, ClassLoss(scenario, loss_classes)
         self._reference: dict[str, Tensor] = {}  # of the present step only
-
-    def learn(self, task: Task) -> Iterator[Phase]:
-        """One phase, then the buffer closes the task."""
-        yield Phase(task.train, self.observe, self.net.parameters())
-        self.buffer.close_task(task, self.describe)
 
     def inputs(self, batch: Batch) -> Inputs:
         """The stream's batch; the reference gradient is measured."""

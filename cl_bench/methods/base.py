@@ -154,10 +154,15 @@ class RehearsalMethod(FunctionalMethod):
         super().__init__()
         self.net, self.buffer = net, buffer
 
+    def learn(self, task: Task) -> Iterator[Phase]:
+        """One phase, then the buffer closes the task."""
+        yield Phase(task.train, self.observe, self.net.parameters())
+        self.buffer.close_task(task, self.describe)
+
     def draw(self, size: int, task: int) -> Batch | None:
         """At most ``size`` images of the buffer while ``task`` is learned; None if it has none to give."""
-        without = None if self.replay_current_task else task
-        return self.buffer.sample(size, without=without) if len(self.buffer.list_slots(without)) else None
+        slots = self.buffer.list_slots(without=None if self.replay_current_task else task)
+        return self.buffer.sample_from(slots, size) if len(slots) else None
 
     def remember(self, batch: Batch, columns: Columns) -> None:
         """Offer a batch of the stream to the buffer, with the columns that :meth:`terms` returned."""
@@ -279,6 +284,11 @@ class ParameterSnapshot:
     def drifts(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """Each parameter minus its old values."""
         return [p - old for p, old in zip(parameters, self.values, strict=True)]
+
+    def compute_pull(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Sum over all entries of importance times squared drift, a scalar."""
+        pairs = zip(self.importance, self.drifts(parameters))
+        return torch.stack([(importance * drift.square()).sum() for importance, drift in pairs]).sum()
 
     @torch.no_grad()
     def take(self, values: Iterable[Tensor], importance: Iterable[Tensor] = ()) -> None:

@@ -11,7 +11,6 @@ Departures: none with a buffer that is filled during the task. A per-class buffe
 so the current task is not replayed while it is learned, as with ``replay_current_task=false``.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -19,7 +18,7 @@ import torch
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer
 from cl_bench.core.errors import void
-from cl_bench.core.types import Batch, Phase, Task
+from cl_bench.core.types import Batch
 from cl_bench.methods.base import (
     ClassLoss,
     Inputs,
@@ -63,11 +62,6 @@ class ER(RehearsalMethod):
             check_draws(net, buffer, replay_size)
         self.replay_size, self.loss, self.replay_current_task = replay_size, loss, replay_current_task
         self.classify = ClassLoss(scenario, loss_classes)
-
-    def learn(self, task: Task) -> Iterator[Phase]:
-        """One phase, then the buffer closes the task."""
-        yield Phase(task.train, self.observe, self.net.parameters())
-        self.buffer.close_task(task, self.describe)
 
     def inputs(self, batch: Batch) -> Inputs:
         """The stream's batch (x, y) and a draw from the buffer: in the same batch, or as (x', y')."""

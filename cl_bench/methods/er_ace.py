@@ -11,15 +11,13 @@ Departures: none with ``buffer=reservoir``. "From the newest class on" is in the
 released code has a cosine head of scale 10, ``backbone.head=cosine``.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer
-from cl_bench.core.types import Batch, Phase, Task
+from cl_bench.core.types import Batch
 from cl_bench.methods.base import Inputs, RehearsalMethod, Terms, check_draws, check_replay_size
 
 
@@ -39,11 +37,6 @@ class ERACE(RehearsalMethod):
         check_draws(net, buffer, replay_size)
         self.replay_size = replay_size
         self.register_buffer("newest", torch.tensor(0))  # the largest label seen so far
-
-    def learn(self, task: Task) -> Iterator[Phase]:
-        """One phase, then the buffer closes the task."""
-        yield Phase(task.train, self.observe, self.net.parameters())
-        self.buffer.close_task(task, self.describe)
 
     def inputs(self, batch: Batch) -> Inputs:
         """(x, y) of the stream with the newest class, and (x', y') of a draw."""

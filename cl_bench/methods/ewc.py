@@ -88,14 +88,8 @@ class EWC(FunctionalMethod):
         """Cross-entropy of the stream, and the penalty."""
         losses = {"ce": self.classify(self.net(inputs["x"]), inputs["y"], task)}
         if task > 0:
-            losses["pull"] = self.strength / 2 * self.compute_penalty()
+            losses["pull"] = self.strength / 2 * self.snapshot.compute_pull(self.net.parameters())
         return losses, {}
-
-    def compute_penalty(self) -> Tensor:
-        """Sum of P (theta - C)^2 over all weights."""
-        drifts = self.snapshot.drifts(self.net.parameters())
-        pulls = [(precision * drift.square()).sum() for precision, drift in zip(self.snapshot.importance, drifts)]
-        return torch.stack(pulls).sum()
 
     def memory_bytes(self) -> int:
         """Precision and centre."""

@@ -71,8 +71,7 @@ class EWCpp(FunctionalMethod):
         """Cross-entropy of the stream, and the pull."""
         losses = {"ce": self.classify(self.net(inputs["x"]), inputs["y"], task)}
         if task > 0:
-            pairs = zip(self.pull.importance, self.pull.drifts(self.net.parameters()))
-            losses["pull"] = self.strength * torch.stack([(p * drift.square()).sum() for p, drift in pairs]).sum()
+            losses["pull"] = self.strength * self.pull.compute_pull(self.net.parameters())
         return losses, {}
 
     @torch.no_grad()

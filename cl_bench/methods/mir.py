@@ -14,8 +14,6 @@ the released code takes it from the pass of the loss. The candidates are scored 
 the scenario augments.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -23,7 +21,7 @@ from torch.func import functional_call
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import Buffer
 from cl_bench.core.errors import require, require_positive, void
-from cl_bench.core.types import Batch, Phase, Task
+from cl_bench.core.types import Batch
 from cl_bench.methods.base import (
     ClassLoss,
     Inputs,
@@ -78,11 +76,6 @@ class MIR(RehearsalMethod):
         require_positive(fix="Leave it at ${optimizer.lr}.", virtual_lr=virtual_lr)
         self.replay_size, self.candidates, self.virtual_lr = replay_size, candidates, virtual_lr
         self.replay_current_task, self.classify = replay_current_task, ClassLoss(scenario, loss_classes)
-
-    def learn(self, task: Task) -> Iterator[Phase]:
-        """One phase, then the buffer closes the task."""
-        yield Phase(task.train, self.observe, self.net.parameters())
-        self.buffer.close_task(task, self.describe)
 
     def inputs(self, batch: Batch) -> Inputs:
         """(x, y) of the stream, and (x', y') of the candidates with the largest scores."""

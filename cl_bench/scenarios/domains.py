@@ -21,7 +21,14 @@ from cl_bench.core.types import Data, Task
 from cl_bench.data.base import ImageSet, fixed_by_settings
 from cl_bench.data.pixel_maps import draw_permutation, rotate_positions, spread_angles
 from cl_bench.scenarios.base import Scenario
-from cl_bench.scenarios.selection import Positions, ValChoice, build_transform, check_seeds, choose_images
+from cl_bench.scenarios.selection import (
+    Positions,
+    ValChoice,
+    build_transform,
+    check_seeds,
+    choose_images,
+    declare_void_choices,
+)
 
 MOST_TASKS = 1000
 
@@ -29,16 +36,7 @@ MOST_TASKS = 1000
 @fixed_by_settings
 @void("permutation_seed", when=lambda v: v["change"] != "permuted", why="rotations are not drawn")
 @void("angles", when=lambda v: v["change"] != "rotated", why="permutations have no angle")
-@void(
-    "data_seed",
-    when=lambda v: (
-        (not v["val_fraction"] or v["val_choice"] != "random")
-        and v["train_per_class"] is None
-        and v["test_per_class"] is None
-    ),
-    why="no images are drawn without val_fraction, train_per_class or test_per_class",
-)
-@void("val_choice", when=lambda v: not v["val_fraction"], why="val_fraction=0 holds out no images")
+@declare_void_choices
 class Domains(Scenario):
     """The images of ``source`` in ``num_tasks`` views; every task has the same images.
 

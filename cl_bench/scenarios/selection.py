@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cl_bench.core.errors import require, require_fraction
+from cl_bench.core.errors import Built, require, require_fraction, void
 from cl_bench.data.base import ImageSet
 from cl_bench.data.rand_augment import RandAugment
 from cl_bench.data.transform import Transform
@@ -26,6 +26,21 @@ def check_seeds(**seeds: int) -> None:
     """Raise :class:`ConfigError` for the first of ``seeds`` that numpy would refuse; its name is the key."""
     for key, seed in seeds.items():
         require(0 <= seed < 2**32, key, expected="a whole number in [0, 2^32)", got=seed, fix="Use a smaller seed.")
+
+
+def declare_void_choices(built: Built) -> Built:
+    """Declare when the keys of :func:`choose_images` have no effect, see :func:`~cl_bench.core.errors.void`."""
+    no_draw = void(
+        "data_seed",
+        when=lambda v: (
+            (not v["val_fraction"] or v["val_choice"] != "random")
+            and v["train_per_class"] is None
+            and v["test_per_class"] is None
+        ),
+        why="no images are drawn without val_fraction, train_per_class or test_per_class",
+    )
+    no_choice = void("val_choice", when=lambda v: not v["val_fraction"], why="val_fraction=0 holds out no images")
+    return no_draw(no_choice(built))
 
 
 def choose_images(

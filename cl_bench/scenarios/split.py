@@ -21,6 +21,7 @@ from cl_bench.scenarios.selection import (
     build_transform,
     check_seeds,
     choose_images,
+    declare_void_choices,
 )
 
 SEED_ORDERS = ("ocl_survey", "agem")
@@ -39,16 +40,7 @@ AGEM_SEED, AGEM_FIRST = 1234, 15
     why="classes_per_task says how many tasks there are",
 )
 @void("class_order_seed", when=lambda v: v["class_order"] != "random", why="only class_order=random is drawn")
-@void(
-    "data_seed",
-    when=lambda v: (
-        (not v["val_fraction"] or v["val_choice"] != "random")
-        and v["train_per_class"] is None
-        and v["test_per_class"] is None
-    ),
-    why="no images are drawn without val_fraction, train_per_class or test_per_class",
-)
-@void("val_choice", when=lambda v: not v["val_fraction"], why="val_fraction=0 holds out no images")
+@declare_void_choices
 class Split(Scenario):
     """The classes of ``source`` in ``class_order``, cut into tasks.
 

@@ -182,9 +182,8 @@ def measure_memory(options: Options) -> Iterator[Row]:
     tasks, early = (4, 2) if options.small else (TASKS, 5)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cl_bench.config.build", "torch._dynamo"])  # once, not in every process
-    with context.Pool(
-        2, torch.set_num_threads, (1,), maxtasksperchild=1
-    ) as pool:  # a second process does not change memory
+    # a second process does not change memory
+    with context.Pool(2, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
         for name in CASES:
             options.tell(f"{name}, {options.repetitions} runs of {tasks} tasks")
             runs = pool.map(partial(_measure_held_bytes, tasks=tasks), [name] * options.repetitions, chunksize=1)
