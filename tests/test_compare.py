@@ -15,7 +15,7 @@ from helpers import FIVE_TASKS, make_run
 from cl_bench.core.errors import ConfigError
 from cl_bench.report import plots
 from cl_bench.report.compare import compare, make_tables, show, write
-from cl_bench.report.rows import MAIN
+from cl_bench.report.rows import MAIN, LeftOut
 from cl_bench.report.statistics import Stat, correct_by_holm
 from cl_bench.report.tables import Column, format_stat
 
@@ -85,7 +85,7 @@ def test_unlike_runs_stand_in_rows_of_their_own(tmp_path):
     seeds(tmp_path, [60.0, 62.0])
     seeds(tmp_path, [70.0], fingerprint="f1", comparable={"trainer.epochs": 5, "method.alpha": 0.5})
     first, second = compare([str(tmp_path)]).rows
-    assert ([len(first.runs), len(second.runs)], first.label, second.label) == ([1, 2], "er-f1", "er-f0")
+    assert ([len(first.runs), len(second.runs)], first.label, second.label) == ([1, 2], "epochs=5", "epochs=3")
     assert (first.differs, second.differs) == ("reference", "row 1: trainer.epochs = 3 (5)")
 
 
@@ -176,7 +176,7 @@ def test_labels_are_as_short_as_they_can_be(tmp_path):
     make_run(tmp_path, experiment="b", name="lwf", accuracy=2.0)
     make_run(tmp_path, experiment="b", name="er", fingerprint="f1", accuracy=1.0)
     labels = [row.label for row in compare([str(tmp_path)]).rows]
-    assert labels == ["a/er", "b/er-f0", "lwf", "er-f1"]
+    assert labels == ["a/er", "b/er (f0)", "lwf", "b/er (f1)"]
 
 
 # ---- paired tests
@@ -390,7 +390,7 @@ def test_written_files(tmp_path, monkeypatch, capsys):
     assert {file.name for file in out.iterdir()} == names
     markdown = (out / "table.md").read_text().splitlines()
     assert markdown[0] == "Made by `python scripts/compare.py runs --out out`."
-    cells = ["1", "new", "3", "63.03 ± 3.66 (3)", "80.72 ± 0.00 (3)", "28.25 ± 0.00 (3)", "94.60 ± 0.00 (3)"]
+    cells = ["1", "new", "3", "**63.03 ± 3.66 (3)**", "80.72 ± 0.00 (3)", "28.25 ± 0.00 (3)", "94.60 ± 0.00 (3)"]
     assert f"| {' | '.join([*cells, '2.50 ± 0.00 (3)', 'reference'])} |" in markdown
     cells = ["1", "new", "3", "1.000 ± 0.000 (3)", "3.00 ± 0.00 (3)", "0.50 ± 0.00 (3)", "100.0 ± 0.0 (3)"]
     assert f"| {' | '.join([*cells, '50.0 ± 0.0 (3)', '', ''])} |" in markdown  # no peak, no energy
@@ -433,11 +433,11 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path, capsys):
     unfinished = make_run(tmp_path, seed=1)
     (unfinished / "summary.json").unlink()
     comparison = compare([str(tmp_path)])
-    assert (len(comparison.rows[0].runs), comparison.unfinished) == (1, [unfinished])
+    assert (len(comparison.rows[0].runs), comparison.left_out) == (1, [LeftOut(unfinished, "interrupted")])
     show(comparison)
-    assert f"has not finished: {unfinished}" in capsys.readouterr().out.replace("\n", "")
+    assert f"Left out, interrupted: {unfinished}" in capsys.readouterr().out.replace("\n", "")
     write(comparison, tmp_path / "out", "command")
-    assert f"has not finished: {unfinished}" in (tmp_path / "out" / "table.md").read_text()
+    assert f"Left out, interrupted: {unfinished}" in (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.mark.parametrize(

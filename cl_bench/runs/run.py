@@ -157,7 +157,7 @@ def _generate_steps(
         with allow_interruption():
             parts = build(config, scenario)
         chosen = {name: logger for name, logger in build_loggers(config).items() if terminal or name != "console"}
-        with files.lock_run_dir(run_dir), files.explain_write_errors(run_dir):
+        with files.lock_run_dir(run_dir), files.note_failure(run_dir), files.explain_write_errors(run_dir):
             if values["overwrite"]:
                 _clear(run_dir)
                 again = f"the same command without overwrite=true goes on from here: {run_dir}"
