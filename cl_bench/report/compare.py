@@ -224,9 +224,8 @@ def make_json(comparison: Comparison) -> str:
 
 
 def _list_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [
-        {key: None if pd.isna(value) else value for key, value in record.items()} for record in frame.to_dict("records")
-    ]
+    records = frame.to_dict("records")
+    return [{str(k): None if pd.isna(value) else value for k, value in record.items()} for record in records]
 
 
 FORMATS = {"markdown": make_markdown, "latex": make_latex, "csv": make_csv, "json": make_json}

@@ -48,6 +48,10 @@ COSTS = (
 """Columns of the table of costs."""
 
 
+MOST_LINES_SHOWN = 100
+"""Of a longer table the terminal shows the first lines only."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table as text, for the terminal, Markdown and HTML alike.
@@ -76,7 +80,9 @@ def show_tables(shown: Sequence[Table], notes: Sequence[str], common: str = "") 
     if common:
         console.print(Text(common), end="\n\n")
     for table in shown:
-        console.print(_to_rich(table))
+        console.print(_to_rich(replace(table, lines=table.lines[:MOST_LINES_SHOWN])))
+        if len(table.lines) > MOST_LINES_SHOWN:
+            console.print(Text(f"{len(table.lines) - MOST_LINES_SHOWN} more lines: see --format, --out or --where."))
         console.print(Text(table.note, style="dim"), end="\n\n")
     for line in notes:
         console.print(Text(line))
