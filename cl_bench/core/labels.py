@@ -17,10 +17,10 @@ def shorten_keys(keys: Iterable[str], among: Iterable[str] = ()) -> dict[str, st
     return {key: _get_last_part(key) if counts[_get_last_part(key)] == 1 else key for key in keys}
 
 
-def format_settings(settings: Mapping[str, Any], among: Iterable[str] = ()) -> str:
-    """``capacity=100, lr=0.05``; ``among`` as in :func:`shorten_keys`."""
+def format_settings(settings: Mapping[str, Any], among: Iterable[str] = (), most: int = _LONGEST) -> str:
+    """``capacity=100, lr=0.05``; ``among`` as in :func:`shorten_keys`, ``most`` characters of each value."""
     short = shorten_keys(settings, among)
-    return ", ".join(f"{short[key]}={shorten_text(format_value(value))}" for key, value in settings.items())
+    return ", ".join(f"{short[key]}={shorten_text(format_value(value), most)}" for key, value in settings.items())
 
 
 def format_value(value: Any) -> str:
@@ -28,10 +28,10 @@ def format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def shorten_text(text: str) -> str:
-    """At most 32 characters of a text, in one line."""
+def shorten_text(text: str, most: int = _LONGEST) -> str:
+    """The first characters of a text, in one line."""
     text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def parse_overrides(text: str | None) -> dict[str, str]:

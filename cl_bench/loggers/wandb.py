@@ -128,7 +128,7 @@ class Wandb(Logger):
             mode=self._mode,  # type: ignore[arg-type]  # one of MODES
             tags=self._tags,
             id=name,
-            name=_join(info.name, info.label, end=f"seed {info.seed}"),
+            name=make_name(info),
             group=make_group(info),
             job_type=info.name,
             dir=str(info.folder),
@@ -146,6 +146,11 @@ def compute_run_id(info: RunInfo) -> str:
     """
     identity = json.dumps([info.experiment, info.name, info.fingerprint, info.seed])
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
+def make_name(info: RunInfo) -> str:
+    """The name of a run in W&B: what was typed, and its seed."""
+    return _join(info.name, info.label, end=f"seed {info.seed}")
 
 
 def make_group(info: RunInfo) -> str:

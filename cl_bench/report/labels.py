@@ -58,7 +58,7 @@ def describe_common(rows: Sequence[Summary], seeds: Sequence[Sequence[int]]) -> 
     common |= {key: value for key, value in typed[0].items() if _is_one(others.get(key) for others in typed)}
     if _is_one(map(tuple, seeds)):
         common["seed"] = ",".join(map(str, seeds[0]))
-    return f"In all rows: {format_settings(common)}." if common else ""
+    return f"In all rows: {format_settings(common, most=100)}." if common else ""
 
 
 def list_settings(row: Summary) -> dict[str, Any]:
