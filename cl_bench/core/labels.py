@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_LONGEST = 32  # characters of a value
+_LONGEST = 24  # characters of a value
 _OVERRIDE = re.compile(r"(?:^|\s+)[+~]*([\w./@-]+)=")
 
 
