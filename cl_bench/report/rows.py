@@ -168,7 +168,7 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
 
 def describe_differences(rows: Sequence[Row], reference: int = 0) -> list[Row]:
     """The rows, saying how each differs from the reference and from the first row of its experiment and name."""
-    firsts: dict[tuple[str, str], int] = {identify(rows[reference].runs[0])[:2]: reference}
+    firsts = {identify(row.runs[0])[:2]: reference for row in rows[reference : reference + 1]}
     described = []
     for i, row in enumerate(rows):
         namesake = firsts.setdefault(identify(row.runs[0])[:2], i)
