@@ -1,6 +1,9 @@
 """Table, order robustness, paired tests, published numbers and pictures over finished runs.
 
-python scripts/compare.py RUN_OR_FOLDER ... [--out DIR]
+python scripts/compare.py RUN_OR_FOLDER ... [--out DIR] [--format markdown] [--where method=er] [--metrics forgetting]
+
+A KEY is any key of the configuration (its last part is enough if no other key ends so), or experiment, name, method,
+backbone, scenario, buffer, scale, seed, fingerprint or label.
 """
 
 import argparse
@@ -10,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cl_bench.core.errors import ConfigError
-from cl_bench.report.compare import compare, show, write
+from cl_bench.report.compare import FORMATS, compare, show, write
+from cl_bench.report.selection import Selection
 from cl_bench.system.streams import outlive_readers
 
 
@@ -22,12 +26,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write table.md, table.csv, pairs.csv, compare.html"
     )
+    parser.add_argument("--format", choices=["text", *FORMATS], default="text", help="of what is printed")
+    parser.add_argument(
+        "--where", metavar="KEY=VALUE[,VALUE]", action="append", default=[], help="only such runs; may be repeated"
+    )
+    parser.add_argument("--group", metavar="KEY", help="group the rows by this key, and mark the best of each group")
+    parser.add_argument(
+        "--metrics", metavar="NAME[,NAME]", action="append", default=[], help="the columns, e.g. class_il.forgetting"
+    )
+    parser.add_argument("--reference", metavar="ROW", help="show differences from this row: its label or its number")
+    parser.add_argument("--sort", metavar="METRIC_OR_KEY", help="by a metric, best first, or by a key")
     options = parser.parse_args(arguments)
+    metrics = [name for text in options.metrics for name in text.split(",")]
     try:
-        comparison = compare(options.paths)
+        selection = Selection(options.where, options.group, metrics, options.reference, options.sort)
+        comparison = compare(options.paths, selection)
         if options.out is not None:  # first, so that the files are there even if the terminal goes away
             write(comparison, options.out, shlex.join(["python", "scripts/compare.py", *arguments]))
-        show(comparison)
+        show(comparison, options.format)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ ORDER = {
     "core": ["images", "types"],
     "engine": ["checkpoint evaluate probe step", "trainer", "replicas"],
     "config": ["schema", "build command_line", "explain"],
-    "report": ["plots published statistics", "page", "rows", "tables", "compare", "reproduction"],
+    "report": ["labels plots published statistics", "page", "rows", "selection", "tables", "compare", "reproduction"],
     "runs": ["run_dir sweep timing", "dry_run audit", "run", "add_metrics load"],
 }
 """Inside these folders a file imports from the earlier ones."""

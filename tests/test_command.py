@@ -560,6 +560,12 @@ def test_a_run_has_a_label(monkeypatch, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["label"] is None
 
 
+def test_a_logger_gets_what_was_typed_with_short_keys(monkeypatch):
+    typed = ["method=er", "buffer.capacity=20", "optimizer.lr=0.1", "+scale=mini", "seed=3"]
+    monkeypatch.setattr(run_module, "list_typed_overrides", lambda: typed)
+    assert run_module._label_run() == "capacity=20, lr=0.1"
+
+
 @pytest.mark.slow
 def test_threads_are_set_for_a_run_and_noted(monkeypatch, tmp_path):
     """For this run only; a run with another number is the same run."""

@@ -1,10 +1,13 @@
 """The comparison of runs: rows, statistics, tests, published numbers, files, and the command."""
 
 import importlib.util
+import io
 import json
 import math
 import re
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,15 @@ import pytest
 from helpers import FIVE_TASKS, make_run
 
 from cl_bench.core.errors import ConfigError
-from cl_bench.report import plots
-from cl_bench.report.compare import compare, make_tables, show, write
-from cl_bench.report.rows import MAIN
+from cl_bench.report import compare as compare_module
+from cl_bench.report import plots, tables
+from cl_bench.report.compare import compare, make_csv, make_frame, make_tables, show, write
+from cl_bench.report.rows import MAIN, LeftOut
+from cl_bench.report.selection import Selection
 from cl_bench.report.statistics import Stat, correct_by_holm
-from cl_bench.report.tables import Column, format_stat
+from cl_bench.report.tables import Column, Table, format_latex, format_markdown, format_stat
+from cl_bench.runs.run_dir import note_failure
+from cl_bench.system.atomic import hold_lock
 
 
 def command():
@@ -85,7 +92,7 @@ def test_unlike_runs_stand_in_rows_of_their_own(tmp_path):
     seeds(tmp_path, [60.0, 62.0])
     seeds(tmp_path, [70.0], fingerprint="f1", comparable={"trainer.epochs": 5, "method.alpha": 0.5})
     first, second = compare([str(tmp_path)]).rows
-    assert ([len(first.runs), len(second.runs)], first.label, second.label) == ([1, 2], "er-f1", "er-f0")
+    assert ([len(first.runs), len(second.runs)], first.label, second.label) == ([1, 2], "epochs=5", "epochs=3")
     assert (first.differs, second.differs) == ("reference", "row 1: trainer.epochs = 3 (5)")
 
 
@@ -176,7 +183,309 @@ def test_labels_are_as_short_as_they_can_be(tmp_path):
     make_run(tmp_path, experiment="b", name="lwf", accuracy=2.0)
     make_run(tmp_path, experiment="b", name="er", fingerprint="f1", accuracy=1.0)
     labels = [row.label for row in compare([str(tmp_path)]).rows]
-    assert labels == ["a/er", "b/er-f0", "lwf", "er-f1"]
+    assert labels == ["a/er", "b/er (f0)", "lwf", "b/er (f1)"]
+
+
+BASE = {"trainer.epochs": 3, "method.alpha": 0.5, "buffer.capacity": 20, "optimizer.lr": 0.1}
+
+
+def labels_of(root: Path, *rows: dict) -> list[str]:
+    """The labels of rows with one seed each, in the order given."""
+    for i, row in enumerate(rows):
+        row = {"comparable": BASE | row.pop("keys", {}), **row}
+        make_run(root, fingerprint=f"f{i}", accuracy=90.0 - i, **row)
+    return [row.label for row in compare([str(root)]).rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels"),
+    {
+        "one row": ([{}], ["er"]),
+        "untyped": ([{}, {"keys": {"optimizer.lr": 0.05}}], ["lr=0.1", "lr=0.05"]),
+        "typed, and what follows from it is not said": (
+            [
+                {"label": "buffer.capacity=100", "keys": {"buffer.capacity": 100, "method.batch": 100}},
+                {"label": "buffer.capacity=200", "keys": {"buffer.capacity": 200, "method.batch": 200}},
+            ],
+            ["capacity=100", "capacity=200"],
+        ),
+        "two typed": (
+            [
+                {"label": f"optimizer.lr={lr} buffer.capacity={n}", "keys": {"optimizer.lr": lr, "buffer.capacity": n}}
+                for lr, n in [(0.1, 20), (0.1, 100), (0.05, 20)]
+            ],
+            ["capacity=20, lr=0.1", "capacity=100, lr=0.1", "capacity=20, lr=0.05"],
+        ),
+        "a default that was typed in one row only": (
+            [{"label": "optimizer.lr=0.1"}, {"label": "optimizer.lr=0.2", "keys": {"optimizer.lr": 0.2}}],
+            ["lr=0.1", "lr=0.2"],
+        ),
+        "typed alike, but not all is told by it": (
+            [{"label": "buffer.capacity=20"}, {"label": "buffer.capacity=20", "keys": {"trainer.epochs": 9}}],
+            ["epochs=3", "epochs=9"],
+        ),
+        "an ambiguous short key": (
+            [{"keys": {"method.lr": 1}}, {"keys": {"method.lr": 1, "optimizer.lr": 0.2}}],
+            ["optimizer.lr=0.1", "optimizer.lr=0.2"],
+        ),
+        "a key of later runs": (
+            [{}, {"label": "backbone.norm=layer", "keys": {"backbone.norm": "layer"}}],
+            ["norm=default", "norm=layer"],
+        ),
+        "another optimizer": (
+            [
+                {"keys": {"optimizer._target_": "cl_bench.optim.sgd", "optimizer.momentum": 0.9}},
+                {"keys": {"optimizer._target_": "torch.optim.AdamW", "optimizer.betas": [0.9, 0.99]}},
+            ],
+            ["optimizer=sgd", "optimizer=AdamW"],
+        ),
+        "names": ([{"name": "er"}, {"name": "lwf", "keys": {"optimizer.lr": 0.2}}], ["er", "lwf"]),
+        "names and settings": (
+            [{"name": "er"}, {"name": "er", "keys": {"optimizer.lr": 0.2}}, {"name": "lwf"}],
+            ["er lr=0.1", "er lr=0.2", "lwf"],
+        ),
+        "experiments": ([{"experiment": "a"}, {"experiment": "b"}], ["a", "b"]),
+        "a text of one's own": (
+            [{"label": "my  idea"}, {"label": "optimizer.lr=0.2", "keys": {"optimizer.lr": 0.2}}],
+            ["my idea", "lr=0.2"],
+        ),
+        "one text of several rows": (
+            [{"label": "mine"}, {"label": "mine", "keys": {"optimizer.lr": 0.2}}],
+            ["lr=0.1", "lr=0.2"],
+        ),
+        "the scale": (
+            [{"scale": None}, {"scale": "mini", "keys": {"trainer.epochs": 1}}],
+            ["scale=null", "scale=mini"],
+        ),
+        "nothing that is listed": ([{}, {}], ["er (f0)", "er (f1)"]),
+    }.values(),
+)
+def test_a_label_is_what_differs(tmp_path, rows, labels):
+    assert labels_of(tmp_path, *(dict(row) for row in rows)) == labels
+
+
+def test_what_all_rows_have_in_common_stands_once_above_the_table(tmp_path, capsys):
+    typed = "trainer.epochs=3 optimizer.lr="
+    labels_of(
+        tmp_path,
+        {"label": f"{typed}0.1", "scale": "mini"},
+        {"label": f"{typed}0.2", "scale": "mini", "keys": {"optimizer.lr": 0.2}},
+    )
+    common = "In all rows: experiment=digits, method=er, backbone=mlp, scenario=digits, buffer=reservoir, scale=mini, "
+    common += "epochs=3, seed=0."
+    comparison = compare([str(tmp_path)])
+    assert comparison.common == common
+    write(comparison, tmp_path / "out", "command")
+    for file, first in {"table.md": "## Accuracy", "compare.html": "<h2>Accuracy"}.items():
+        text = (tmp_path / "out" / file).read_text()
+        assert text.count(common) == 1
+        assert text.index(common) < text.index(first)
+    show(comparison)
+    assert capsys.readouterr().out.startswith(common)
+
+
+def test_plots_and_all_tables_use_the_label(tmp_path, monkeypatch):
+    for lr in (0.1, 0.2):
+        seeds(tmp_path, [60 + lr, 61 + lr, 63 + lr], fingerprint=f"f{lr}", comparable=BASE | {"optimizer.lr": lr})
+    drawn = []
+    monkeypatch.setattr(plots, "draw_dots", lambda values, *_: drawn.extend(values))
+    monkeypatch.setattr(plots, "draw_accuracy_by_row", lambda curves: drawn.extend(curves["class_il"]))
+    comparison = compare([str(tmp_path)])
+    write(comparison, tmp_path / "out", "command")
+    assert drawn == ["lr=0.2", "lr=0.1"] * 2
+    assert "f0.1" not in json.dumps([table.lines for table in make_tables(comparison, interval=True)])
+
+
+# ---- which runs, in which order, and which metrics
+
+
+def sweep(root: Path) -> list[str]:
+    """Six rows: methods er and lwf with three rates each, two seeds; returns the argument for the command."""
+    means = {"er": (50.0, 70.0, 60.0), "lwf": (30.0, 10.0, 20.0)}
+    for name, row in means.items():
+        for rate, accuracy in zip((0.1, 0.01, 0.02), row):
+            keys = BASE | {"optimizer.lr": rate}
+            for seed in range(2):
+                metrics = {"average_accuracy": accuracy + seed, "forgetting": 100 - accuracy - seed}
+                make_run(root, name=name, method=name, fingerprint=f"{name}{rate}", seed=seed, comparable=keys)
+                folder = root / "digits" / f"{name}-{name}{rate}" / f"seed{seed}"
+                rewrite(folder, class_il=metrics, label=f"optimizer.lr={rate}")
+    return [str(root)]
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ({}, ["er lr=0.01", "er lr=0.02", "er lr=0.1", "lwf lr=0.1", "lwf lr=0.02", "lwf lr=0.01"]),
+        ({"where": ["method=er"]}, ["lr=0.01", "lr=0.02", "lr=0.1"]),
+        ({"where": ["lr=0.10,1e-2", "method=lwf"]}, ["lr=0.1", "lr=0.01"]),
+        ({"where": ["optimizer.lr=0.1"], "sort": "name"}, ["er", "lwf"]),
+        ({"where": ["method=er"], "sort": "lr"}, ["lr=0.01", "lr=0.02", "lr=0.1"]),
+        ({"where": ["method=er"], "sort": "class_il.forgetting"}, ["lr=0.01", "lr=0.02", "lr=0.1"]),
+        (
+            {"group": "lr"},
+            ["er lr=0.01", "lwf lr=0.01", "er lr=0.02", "lwf lr=0.02", "er lr=0.1", "lwf lr=0.1"],
+        ),
+    ],
+)
+def test_runs_are_chosen_sorted_and_grouped(tmp_path, options, labels):
+    assert [row.label for row in compare(sweep(tmp_path), Selection(**options)).rows] == labels
+
+
+def test_one_seed_can_be_chosen(tmp_path):
+    rows = compare(sweep(tmp_path), Selection(where=["seed=1"])).rows
+    assert {run.summary["seed"] for row in rows for run in row.runs} == {1}
+
+
+def test_metrics_are_chosen_and_the_best_is_marked(tmp_path):
+    metrics = ["average_accuracy", "class_il/forgetting", "cost.parameters"]
+    comparison = compare(sweep(tmp_path), Selection(where=["method=er"], metrics=metrics))
+    (table,) = make_tables(comparison, interval=False)
+    assert table.header[3:] == [
+        "Class-IL accuracy [%]",
+        "Task-IL accuracy [%]",
+        "Class-IL forgetting [points]",
+        "parameters [millions]",
+        "differs in",
+    ]
+    assert sorted(table.best) == [(0, 3), (0, 5)]  # most accuracy, least forgetting; the others are all alike
+    assert "| 1 | lr=0.01 | 2 | **70.50 ± 0.71 (2)** | 94.60 ± 0.00 (2) | **29.50" in format_markdown(table)
+
+
+def test_the_best_of_each_group_is_marked(tmp_path):
+    table = make_tables(compare(sweep(tmp_path), Selection(group="method", sort="lr")), interval=False)[0]
+    assert table.header[:4] == ["row", "method", "run", "n"]
+    best = [(table.lines[line][1], table.lines[line][2]) for line, column in sorted(table.best) if column == 4]
+    assert best == [("er", "er lr=0.01"), ("lwf", "lwf lr=0.1")]
+
+
+def test_values_that_look_alike_are_all_the_best(tmp_path):
+    for name, accuracy in [("a", 50.001), ("b", 50.002), ("c", 40.0), ("d", None)]:
+        make_run(tmp_path, name=name, accuracy=accuracy)
+    table = make_tables(compare([str(tmp_path)]), interval=False)[0]
+    assert sorted(table.best) == [(0, 3), (1, 3)]
+
+
+@pytest.mark.parametrize("reference", ["er lr=0.1", "3", "ER LR=0.1"])
+def test_differences_from_a_reference_row(tmp_path, reference):
+    comparison = compare(sweep(tmp_path), Selection(reference=reference))
+    table = make_tables(comparison, interval=False)[1]
+    assert table.title == "Differences from er lr=0.1"
+    assert [line[3] for line in table.lines][:4] == [
+        "+20.00 ± 0.00 (2)",
+        "+10.00 ± 0.00 (2)",
+        "reference",
+        "-20.00 ± 0.00 (2)",
+    ]
+    assert comparison.rows[2].differs == "reference"
+    assert comparison.rows[0].differs == "row 3: optimizer.lr = 0.01 (0.1)"
+    assert make_frame(comparison)[f"{MAIN}_difference"].tolist() == [20, 10, 0, -20, -30, -40]
+
+
+def test_paired_tests_are_against_the_reference_or_of_many_rows_the_first(tmp_path, monkeypatch):
+    for name, accuracy in [("a", 50.0), ("b", 40.0), ("c", 30.0)]:
+        seeds(tmp_path, [accuracy, accuracy + 1.5, accuracy + 3], name=name)
+    assert len(compare([str(tmp_path)]).pairs) == 3
+    pairs = compare([str(tmp_path)], Selection(reference="b")).pairs
+    assert pairs[["first", "second"]].to_numpy().tolist() == [["a", "b"], ["c", "b"]]
+    assert pairs["mean_difference"].tolist() == [10.0, -10.0]
+    monkeypatch.setattr(compare_module, "MOST_ROWS_PAIRED", 2)
+    many = compare([str(tmp_path)])
+    assert many.pairs["second"].tolist() == ["a", "a"]
+    assert "Of more than 2 rows each is tested against the first only." in make_tables(many, interval=False)[-1].note
+
+
+def test_long_tables_are_cut_on_the_terminal_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "MOST_LINES_SHOWN", 2)
+    comparison = compare(sweep(tmp_path))
+    show(comparison)
+    printed = capsys.readouterr().out
+    assert "er lr=0.02" in printed
+    assert "lwf lr=0.01" not in printed
+    assert "4 more lines" in printed
+    show(comparison, "markdown")
+    assert "lwf lr=0.01" in capsys.readouterr().out
+
+
+def test_latex_csv_and_json(tmp_path, capsys):
+    paths = sweep(tmp_path)
+    rewrite(tmp_path / "digits" / "er-er0.1" / "seed1", label="optimizer.lr=0.1")
+    assert command()([*paths, "--where", "method=er", "--reference", "lr=0.1", "--format", "latex"]) == 0
+    latex = capsys.readouterr().out
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == latex.count(r"\begin{tabular}") == 3
+    assert r"1 & lr=0.01 & 2 & \textbf{70.50 $\pm$ 0.71 (2)} & " in latex
+    assert r"Class-IL accuracy [\%]" in latex
+    assert "differs in" not in latex
+    rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert {line.count(" & ") for line in rows} == {7, 9}  # as many cells as columns: accuracy, differences; cost
+
+    assert command()([*paths, "--format", "csv", "--group", "lr"]) == 0
+    frame = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert frame["lr"].tolist() == [0.01, 0.01, 0.02, 0.02, 0.1, 0.1]
+    assert frame[f"{MAIN}_seed1"].tolist()[:2] == [71.0, 11.0]
+
+    assert command()([*paths, "--format", "json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["common"].startswith("In all rows: experiment=digits")
+    assert [row["label"] for row in content["rows"]][:2] == ["er lr=0.01", "er lr=0.02"]
+    assert content["rows"][0][f"{MAIN}_mean"] == 70.5
+    assert content["rows"][0]["cost.energy_joules_mean"] is None
+    assert content["left_out"] == []
+
+
+def test_latex_escapes_what_has_a_meaning_there():
+    table = Table("a_b", "50 % & more", ["run", "x"], [[r"{c}$^~#\d", "1 ± 2\n3"]], [1], {(0, 1)})
+    assert [line for line in format_latex(table).splitlines() if line.endswith(r"\\")] == [
+        r"run & x \\",
+        r"\{c\}\$\textasciicircum{}\textasciitilde{}\#\textbackslash{}d & \textbf{1 $\pm$ 2 3} \\",
+    ]
+    assert r"\caption{a\_b. 50 \% \& more}" in format_latex(table)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--where", "lrr=0.1"], "--where: expected a key of these runs; got lrr. Did you mean optimizer.lr?"),
+        (["--where", "lr"], "--where: expected KEY=VALUE; got lr."),
+        (["--where", "lr=7"], "--where: expected a value of optimizer.lr that a run has; got lr=7. There is 0.01, "),
+        (["--group", "metod"], "--group: expected a key of these runs; got metod. Did you mean method?"),
+        (["--group", "seed"], "--group: expected a key that a row has once; got seed."),
+        (["--sort", "acuracy"], "--sort: expected a key of these runs; got acuracy."),
+        (["--metrics", "forgeting"], "--metrics: expected a metric of these runs; got forgeting. Did you mean "),
+        (
+            ["--reference", "lr=0.1"],
+            "--reference: expected the label of one row or its number, 1 to 6; got 'lr=0.1'",
+        ),
+        (
+            ["--reference", "9"],
+            "--reference: expected the label of one row or its number, 1 to 6; got '9', which ",
+        ),
+    ],
+)
+def test_a_wrong_option_gives_one_message_and_status_2(tmp_path, capsys, options, message):
+    assert command()([*sweep(tmp_path), *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(message)
+    assert printed.err.count("\n") == 1
+
+
+def test_a_short_key_of_two_is_refused(tmp_path, capsys):
+    labels_of(tmp_path, {"keys": {"method.lr": 1}})
+    assert command()([str(tmp_path), "--where", "lr=1"]) == 2
+    assert capsys.readouterr().err == "--where: expected the whole key; got lr. Use method.lr or optimizer.lr.\n"
+
+
+def test_a_reference_without_a_seed_in_common_is_refused(tmp_path, capsys):
+    make_run(tmp_path, name="a", seed=0)
+    make_run(tmp_path, name="b", seed=1)
+    make_run(tmp_path, name="c", seed=1)
+    assert command()([str(tmp_path), "--reference", "a"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "--reference: expected a row that has a seed in common with another one; got a with the seeds 0. "
+    )
+    table = make_tables(compare([str(tmp_path)], Selection(reference="b")), interval=False)[1]
+    assert [line[2:4] for line in table.lines] == [["0", ""], ["1", "reference"], ["1", "+0.00 (1)"]]
 
 
 # ---- paired tests
@@ -390,7 +699,7 @@ def test_written_files(tmp_path, monkeypatch, capsys):
     assert {file.name for file in out.iterdir()} == names
     markdown = (out / "table.md").read_text().splitlines()
     assert markdown[0] == "Made by `python scripts/compare.py runs --out out`."
-    cells = ["1", "new", "3", "63.03 ± 3.66 (3)", "80.72 ± 0.00 (3)", "28.25 ± 0.00 (3)", "94.60 ± 0.00 (3)"]
+    cells = ["1", "new", "3", "**63.03 ± 3.66 (3)**", "80.72 ± 0.00 (3)", "28.25 ± 0.00 (3)", "94.60 ± 0.00 (3)"]
     assert f"| {' | '.join([*cells, '2.50 ± 0.00 (3)', 'reference'])} |" in markdown
     cells = ["1", "new", "3", "1.000 ± 0.000 (3)", "3.00 ± 0.00 (3)", "0.50 ± 0.00 (3)", "100.0 ± 0.0 (3)"]
     assert f"| {' | '.join([*cells, '50.0 ± 0.0 (3)', '', ''])} |" in markdown  # no peak, no energy
@@ -433,11 +742,57 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path, capsys):
     unfinished = make_run(tmp_path, seed=1)
     (unfinished / "summary.json").unlink()
     comparison = compare([str(tmp_path)])
-    assert (len(comparison.rows[0].runs), comparison.unfinished) == (1, [unfinished])
+    assert (len(comparison.rows[0].runs), comparison.left_out) == (1, [LeftOut(unfinished, "interrupted")])
     show(comparison)
-    assert f"has not finished: {unfinished}" in capsys.readouterr().out.replace("\n", "")
+    assert f"Left out, interrupted: {unfinished}" in capsys.readouterr().out.replace("\n", "")
     write(comparison, tmp_path / "out", "command")
-    assert f"has not finished: {unfinished}" in (tmp_path / "out" / "table.md").read_text()
+    assert f"Left out, interrupted: {unfinished}" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_runs_left_out_are_told_apart(tmp_path):
+    make_run(tmp_path)
+    folders = [make_run(tmp_path, seed=seed) for seed in (1, 2, 3)]
+    for folder in folders:
+        (folder / "summary.json").unlink()
+    (folders[0] / "failure.txt").write_text("a loss that is not finite\n")
+    with hold_lock(folders[1] / ".lock"):
+        left_out = compare([str(tmp_path)]).left_out
+    assert [(run.folder, run.state, run.why) for run in left_out] == [
+        (folders[0], "failed", "a loss that is not finite"),
+        (folders[1], "running", ""),
+        (folders[2], "interrupted", ""),
+    ]
+    assert not (folders[2] / ".lock").exists()
+    write(compare([str(tmp_path)]), tmp_path / "out", "command")
+    line = f"Left out, failed (a loss that is not finite): {folders[0]}"
+    for file in ("table.md", "compare.html"):
+        assert line in (tmp_path / "out" / file).read_text()
+
+
+def test_failure_txt_lasts_until_the_run_goes_on(tmp_path):
+    with pytest.raises(ValueError, match="odd"), note_failure(tmp_path):
+        raise ValueError("an odd error")
+    assert (tmp_path / "failure.txt").read_text() == "ValueError: an odd error\n"
+    with pytest.raises(SystemExit), note_failure(tmp_path):  # stopped by a signal
+        sys.exit(143)
+    assert not (tmp_path / "failure.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_are_compared_in_seconds(tmp_path):
+    """A tenth of what issue 17 asks for. The bound is on processor time, ten times what was measured."""
+    source = make_run(tmp_path / "one")
+    summary = json.loads((source / "summary.json").read_text())
+    for i in range(1000):
+        folder = tmp_path / "many" / f"f{i // 3}" / f"seed{i % 3}"
+        folder.mkdir(parents=True)
+        keys = BASE | {"optimizer.lr": i // 3}
+        content = summary | {"seed": i % 3, "fingerprint": f"f{i // 3}", "comparable": keys}
+        (folder / "summary.json").write_text(json.dumps(content))
+    began = time.process_time()
+    comparison = compare([str(tmp_path / "many")])
+    assert len(make_csv(comparison).splitlines()) == 335
+    assert time.process_time() - began < 15
 
 
 @pytest.mark.parametrize(
@@ -448,6 +803,8 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path, capsys):
         ("empty", "no run at all"),
         ("unfinished", "1 unfinished, the first being unfinished"),
         ("damaged", "breaks off or is damaged"),
+        ("list", "expected a JSON object; got list"),
+        ("half", "expected a whole summary; got one without seed"),
     ],
 )
 def test_a_wrong_path_gives_one_message_and_status_2(tmp_path, monkeypatch, capsys, path, message):
@@ -459,6 +816,11 @@ def test_a_wrong_path_gives_one_message_and_status_2(tmp_path, monkeypatch, caps
     Path("unfinished/summary.json").unlink()
     shutil.copytree(good, "damaged")
     Path("damaged/summary.json").write_text("{")
+    shutil.copytree(good, "list")
+    Path("list/summary.json").write_text("[]")
+    shutil.copytree(good, "half")
+    summary = json.loads(Path("half/summary.json").read_text())
+    Path("half/summary.json").write_text(json.dumps({key: summary[key] for key in summary if key != "seed"}))
     assert command()(["good", path, "--out", "out"]) == 2  # one good path does not hide a wrong one
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -31,7 +31,15 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
 from cl_bench.loggers.tensorboard import TensorBoard
-from cl_bench.loggers.wandb import Wandb, compute_run_id, flatten_summary, has_api_key, resolve_mode
+from cl_bench.loggers.wandb import (
+    Wandb,
+    compute_run_id,
+    flatten_summary,
+    has_api_key,
+    make_group,
+    make_name,
+    resolve_mode,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -377,7 +385,8 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
 
     before, after = map(wandb_records, wandb_files(folder))
     [run] = select_kind(before, "run")
-    assert (run.run_id, run.run_group, run.job_type) == (compute_run_id(info(folder)), "some_Experiment", "er")
+    assert (run.run_id, run.job_type) == (compute_run_id(info(folder)), "er")
+    assert (run.display_name, run.run_group) == ("er seed 0", "some_Experiment er 0a1b2c")
     assert list(run.tags) == ["t"]
     assert {run.run_id for run in select_kind(after, "run")} == {run.run_id}
     assert [metric.step_metric for metric in select_kind(before, "metric") if metric.glob_name == "*"] == ["step"]
@@ -585,6 +594,15 @@ def test_run_ids_are_plain_and_no_two_runs_share_one(tmp_path):
     assert compute_run_id(replace(base, folder=tmp_path / "moved")) == ids[0]
 
 
+def test_wandb_names_say_what_was_typed_and_a_group_is_a_row(tmp_path):
+    runs = [replace(info(tmp_path, seed), label="capacity=100, lr=0.05") for seed in (0, 1)]
+    assert [make_name(run) for run in runs] == [f"er capacity=100, lr=0.05 seed {seed}" for seed in (0, 1)]
+    assert {make_group(run) for run in runs} == {"some_Experiment er capacity=100, lr=0.05 0a1b2c"}
+    other = replace(runs[0], fingerprint="ff", label="x" * 200)
+    assert (len(make_group(other)), make_group(other)[-4:]) == (128, "x ff")
+    assert (len(make_name(other)), make_name(other)[-8:]) == (128, "x seed 0")
+
+
 def test_summary_values_leave_out_the_unknown():
     summary = {"class_il": {"forgetting": None, "average_accuracy": 1.0}, "task_il": None, "seed": 3}
     assert flatten_summary(summary) == {"class_il/average_accuracy": 1.0}
@@ -636,6 +654,18 @@ def test_console_lines_without_a_terminal(tmp_path, capsys, clock, min_seconds, 
         "task 2/2 done: Class-IL  55.00 %, Task-IL        - [0:00:40]",
     ]
     assert rest[-1] == "finished after 0:00:40"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_each_line_of_a_job_beside_others_says_which_job_it_is(tmp_path, capsys, clock, monkeypatch, terminal):
+    monkeypatch.setattr(console_module, "has_terminal", lambda: terminal)  # bars would draw over each other
+    console = Console(min_seconds=0.0)
+    console.start(replace(info(tmp_path), job="lr=0.05, layers=[4]"))
+    loop(console, clock)
+    console.finish("failed", None)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 8
+    assert all(line.startswith("[lr=0.05, layers=[4]] ") for line in lines)
 
 
 def test_console_says_where_it_was_interrupted(tmp_path, capsys, clock):

@@ -176,7 +176,7 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> No
 def test_a_signal_to_a_sweep_stops_its_jobs_in_other_processes(tmp_path):
     """Each after a checkpoint; a job that had failed by then is told of again, and the same command goes on."""
     call = [sys.executable, "-m", "cl_bench", "-m", *TINY, "trainer.epochs=2000", "backbone.hidden=[4]", "seed=0,-1,1"]
-    call += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=3", "logger=none", "results_dir=r"]
+    call += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=3", "logger=console", "results_dir=r"]
     environment = command_environment(TMPDIR=str(tmp_path))
     with subprocess.Popen(call, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as sweep:
         wait_until(lambda: len(list(tmp_path.glob("r/*/*/*/checkpoint/last.pt"))) == 2, sweep)
@@ -188,7 +188,10 @@ def test_a_signal_to_a_sweep_stops_its_jobs_in_other_processes(tmp_path):
         _, error = sweep.communicate(timeout=60)
     assert time.monotonic() - began < SECONDS
     assert sweep.returncode == 143, error
-    assert error.count("Stopped; the same command goes on from here") == 2
+    for seed in (0, 1):  # which job says it
+        assert error.count(f"[seed={seed}] Stopped; the same command goes on from here") == 1
+        assert f"[seed={seed}] default: finetune-mlp-none, seed {seed}, " in error
+        assert f"\n[seed={seed}] interrupted after " in error
     assert error.count("cl_bench: job 1 (seed=-1): seed: expected a whole number in [0, 2^32); got -1.") == 2
     assert "Traceback" not in error
     for last in tmp_path.glob("r/*/*/*/checkpoint/last.pt"):

@@ -17,6 +17,9 @@ TITLES = {"class_il": "Class-IL", "task_il": "Task-IL"}
 SCHEMA = 1
 """The ``schema`` of ``summary.json`` that this program writes and reads."""
 
+FAILURE = "failure.txt"
+"""The file of a run folder that says why its run failed."""
+
 BASELINE = -1
 """``after_task`` of the row measured before training."""
 

@@ -15,6 +15,8 @@ class RunInfo:
         experiment, name, seed, fingerprint: as in ``summary.json``.
         config: the whole resolved configuration as plain values.
         num_tasks: length of the sequence.
+        label: the settings that were typed, or a text of the user's own; other runs are not known here.
+        job: what tells this run from others that write on the same console; empty if it is alone there.
     """
 
     folder: Path
@@ -24,6 +26,8 @@ class RunInfo:
     fingerprint: str
     config: dict[str, Any]
     num_tasks: int
+    label: str = ""
+    job: str = ""
 
 
 class Progress(NamedTuple):

@@ -38,7 +38,8 @@ class Console(Logger):
     def start(self, run: RunInfo) -> None:
         """Print which run starts."""
         self._times = _Times()
-        self._view = _Bars(self._times) if has_terminal() else _Lines(self._times, self._min_seconds)
+        alone = has_terminal() and not run.job  # bars of several processes would draw over each other
+        self._view = _Bars(self._times) if alone else _Lines(self._times, self._min_seconds, run.job)
         self._view.start(run)
         self._look_at = 0.0
 
@@ -68,7 +69,7 @@ class Console(Logger):
             line = f"{status} after {_format_seconds(self._times.get_elapsed())}"
             if status != "finished" and self._latest is not None:
                 line += f" in {_format_position(self._latest)}"
-            _print(line)
+            view.print(line)
 
 
 def has_terminal() -> bool:
@@ -134,10 +135,14 @@ class _View(ABC):
 
     def show_task(self, event: dict[str, Any]) -> None:
         """Show a finished task."""
-        _print(_format_accuracies(event, self._num_tasks, self._times))
+        self.print(_format_accuracies(event, self._num_tasks, self._times))
 
     def stop(self) -> None:  # noqa: B027 - plain lines change nothing
         """Restore the terminal."""
+
+    def print(self, line: str) -> None:
+        """Print a line on stderr; rich puts it above the bars, if there are any."""
+        print(line, file=sys.stderr, flush=True)
 
     def __init__(self, times: _Times) -> None:
         self._times = times
@@ -145,16 +150,19 @@ class _View(ABC):
 
 
 class _Lines(_View):
-    """Plain lines, for files and pipes."""
+    """Plain lines, for files and pipes; those of a job that runs beside others begin with what tells it from them."""
 
-    def __init__(self, times: _Times, min_seconds: float) -> None:
+    def __init__(self, times: _Times, min_seconds: float, job: str) -> None:
         super().__init__(times)
-        self._min_seconds = min_seconds
+        self._min_seconds, self._job = min_seconds, job
         self._next = -math.inf
 
     def start(self, run: RunInfo) -> None:
         self._num_tasks = run.num_tasks
-        _print(f"{_format_title(run)}, in {run.folder}")
+        self.print(f"{_format_title(run)}, in {run.folder}")
+
+    def print(self, line: str) -> None:
+        super().print(f"[{self._job}] {line}" if self._job else line)
 
     def show_epoch(self, event: dict[str, Any], progress: Progress | None) -> None:
         now = time.monotonic()
@@ -165,7 +173,7 @@ class _Lines(_View):
         if progress is not None:
             position = _format_position(progress)
         times = f"{_format_seconds(self._times.get_elapsed())}, {_format_seconds(self._times.pace['run'].left)} left"
-        _print(f"{position}: {_format_losses(event)} [{times}]")
+        self.print(f"{position}: {_format_losses(event)} [{times}]")
 
 
 class _Bars(_View):
@@ -191,8 +199,8 @@ class _Bars(_View):
 
     def start(self, run: RunInfo) -> None:
         self._num_tasks = run.num_tasks
-        _print(_format_title(run))
-        _print(f"in {run.folder}")
+        self.print(_format_title(run))
+        self.print(f"in {run.folder}")
         self._live.start()
         self._terminal.show_cursor(True)  # so that the terminal keeps its cursor even after SIGKILL
 
@@ -227,11 +235,6 @@ class _Bars(_View):
             grid.add_row(Text(label), ProgressBar(total=1.0, completed=self._times.share[name]), Text(left))
         numbers = f"{_format_seconds(self._times.get_elapsed())}  {self._numbers}"
         return Group(grid, Text(numbers, no_wrap=True, overflow="ellipsis"))
-
-
-def _print(line: str) -> None:
-    """Print one line on stderr; rich puts it above the bars, if there are any."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _format_title(run: RunInfo) -> str:

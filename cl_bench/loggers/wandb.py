@@ -128,8 +128,8 @@ class Wandb(Logger):
             mode=self._mode,  # type: ignore[arg-type]  # one of MODES
             tags=self._tags,
             id=name,
-            name=f"{info.name} seed {info.seed}",
-            group=info.experiment,
+            name=make_name(info),
+            group=make_group(info),
             job_type=info.name,
             dir=str(info.folder),
             resume="allow",
@@ -146,6 +146,21 @@ def compute_run_id(info: RunInfo) -> str:
     """
     identity = json.dumps([info.experiment, info.name, info.fingerprint, info.seed])
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
+def make_name(info: RunInfo) -> str:
+    """The name of a run in W&B: what was typed, and its seed."""
+    return _join(info.name, info.label, end=f"seed {info.seed}")
+
+
+def make_group(info: RunInfo) -> str:
+    """The W&B group of a run: its row, so that W&B averages over seeds."""
+    return _join(info.experiment, info.name, info.label, end=info.fingerprint)
+
+
+def _join(*parts: str, end: str) -> str:
+    """A name of at most 128 characters, which is what W&B accepts."""
+    return " ".join(filter(None, parts))[: 127 - len(end)] + f" {end}"
 
 
 def resolve_mode(mode: str) -> str:

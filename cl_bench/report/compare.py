@@ -1,6 +1,7 @@
 """The comparison of finished runs: tables, paired tests, published numbers, pictures, one page."""
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,32 @@ from cl_bench.core.record import SETTINGS
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.order_robustness import order_disparity
 from cl_bench.report import plots
+from cl_bench.report.labels import describe_common
 from cl_bench.report.page import Picture, Verdict, judge, render
-from cl_bench.report.rows import MAIN, Orders, Row, find_runs, identify, make_orders, make_rows
+from cl_bench.report.rows import (
+    MAIN,
+    LeftOut,
+    Orders,
+    Row,
+    describe_differences,
+    find_runs,
+    identify,
+    make_orders,
+    make_rows,
+)
+from cl_bench.report.selection import Selection, arrange_rows, choose_runs, find_metrics, find_reference
 from cl_bench.report.statistics import run_paired_tests
 from cl_bench.report.tables import (
     ACCURACIES,
     COSTS,
+    Column,
     Table,
+    drop_column,
+    format_latex,
     format_markdown,
     make_accuracy_table,
+    make_column,
+    make_difference_table,
     make_orders_table,
     make_pairs_table,
     make_published_table,
@@ -30,38 +48,92 @@ from cl_bench.report.tables import (
     show_tables,
 )
 
+MOST_ROWS_PAIRED = 30
+"""With more rows each is tested against the first one only: the number of pairs grows with the square."""
+
+MOST_ROWS_DRAWN = 40
+"""With more rows the pictures show the first ones."""
+
 
 @dataclass(frozen=True)
 class Comparison:
     """What was compared.
 
     Attributes:
-        rows: best Class-IL accuracy first.
+        rows: in the order asked for; best Class-IL accuracy first by default.
         orders: runs whose order robustness is known.
         pairs: paired tests, one line per pair of rows with enough seeds in common.
         published: label of a row, and a published number beside the row's mean.
-        unfinished: run folders that were left out.
+        left_out: the runs that are not finished.
+        columns: the metrics of the first table; the accuracies unless others were asked for.
+        reference: the position of the row that the others are compared with, if one was named.
+        group: the key that the rows are grouped by.
     """
 
     rows: list[Row]
     orders: list[Orders]
     pairs: pd.DataFrame
     published: list[tuple[str, Verdict]]
-    unfinished: list[Path]
+    left_out: list[LeftOut]
+    columns: Sequence[Column] = ACCURACIES
+    reference: int | None = None
+    group: str | None = None
+
+    @property
+    def common(self) -> str:
+        """What all rows have in common, as one sentence."""
+        runs = [row.runs for row in self.rows]
+        return describe_common([first.summary for first, *_ in runs], [[r.summary["seed"] for r in of] for of in runs])
+
+    @property
+    def all_columns(self) -> Sequence[Column]:
+        """The metrics of all tables."""
+        return [*ACCURACIES, *COSTS] if self.columns is ACCURACIES else self.columns
 
 
-def compare(paths: Sequence[str]) -> Comparison:
-    """Compare every finished run under ``paths``, each a run folder or a folder of them."""
-    runs, unfinished = find_runs(paths)
-    rows = make_rows(runs)
+def compare(paths: Sequence[str], selection: Selection | None = None) -> Comparison:
+    """Compare the finished runs under ``paths``, each a run folder or a folder of them.
+
+    Args:
+        paths: as typed.
+        selection: which runs and metrics, and in which order; by default all runs, and the best first.
+
+    Raises:
+        ConfigError: there is nothing to compare, or an option names what no run has.
+    """
+    selection = selection or Selection()
+    found, left_out = find_runs(paths)
+    runs = choose_runs(found, selection.where)
+    rows = arrange_rows(make_rows(runs), selection)
+    names = find_metrics(runs, selection.metrics)
+    reference = None if selection.reference is None else find_reference(rows, selection.reference)
+    if reference is not None and len(rows) > 1:
+        _require_common_seeds(rows, reference)
+    rows = describe_differences(rows, reference or 0)
     published = [(row.label, verdict) for row in rows for verdict in judge(row.runs[0], row.mean)]
-    pairs = run_paired_tests([(row.label, row.values(MAIN)) for row in rows])
-    return Comparison(rows, make_orders(rows), pairs, published, unfinished)
+    tested_against = 0 if reference is None and len(rows) > MOST_ROWS_PAIRED else reference
+    pairs = run_paired_tests([(row.label, row.values(MAIN)) for row in rows], tested_against)
+    columns = [make_column(name) for name in names] or ACCURACIES
+    return Comparison(rows, make_orders(rows), pairs, published, left_out, columns, reference, selection.group)
 
 
-def show(comparison: Comparison) -> None:
-    """Print the comparison on standard output."""
-    show_tables(make_tables(comparison, interval=True), _list_unfinished(comparison))
+def _require_common_seeds(rows: Sequence[Row], reference: int) -> None:
+    seeds = [{run.summary["seed"] for run in row.runs} for row in rows]
+    require(
+        any(own & seeds[reference] for i, own in enumerate(seeds) if i != reference),
+        "--reference",
+        expected="a row that has a seed in common with another one",
+        got=f"{rows[reference].label} with the seeds {', '.join(map(str, sorted(seeds[reference])))}",
+        fix="Run it with the seeds of the others, or name another row.",
+    )
+
+
+def show(comparison: Comparison, form: str = "text") -> None:
+    """Print the comparison on standard output, in one of :data:`FORMATS`."""
+    if form == "text":
+        show_tables(make_tables(comparison, interval=True), _list_left_out(comparison), comparison.common)
+    else:
+        print(FORMATS[form](comparison), end="")
 
 
 def write(comparison: Comparison, out: Path, command: str) -> None:
@@ -79,18 +151,19 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
     pictures = dict(_draw_pictures(comparison))
     for name, picture in pictures.items():
         (out / f"{name}.png").write_bytes(picture.png)
-    _make_frame(comparison.rows).to_csv(out / "table.csv", index=False, lineterminator="\n")
+    make_frame(comparison).to_csv(out / "table.csv", index=False, lineterminator="\n")
     comparison.pairs.to_csv(out / "pairs.csv", index=False, lineterminator="\n")
     if comparison.orders:
         _make_orders_frame(comparison.orders).to_csv(out / "orders.csv", index=False, lineterminator="\n")
-    (out / "table.md").write_text(_make_markdown(comparison, command), encoding="utf-8")
+    (out / "table.md").write_text(f"Made by `{command}`.\n\n{make_markdown(comparison)}", encoding="utf-8")
     page = render(
         "compare.html.j2",
         runs=sum(len(row.runs) for row in comparison.rows),
         rows=len(comparison.rows),
         command=command,
         tables=make_tables(comparison, interval=True),
-        notes=_list_unfinished(comparison),
+        common=comparison.common,
+        notes=_list_left_out(comparison),
         pictures=pictures.values(),
     )
     (out / "compare.html").write_text(page, encoding="utf-8")
@@ -98,34 +171,74 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
 
 def make_tables(comparison: Comparison, interval: bool) -> list[Table]:
     """The tables of a comparison; with ``interval``, a second line in each cell holds its confidence interval."""
-    shown = [
-        make_accuracy_table(comparison.rows, interval),
-        make_stat_table(comparison.rows, "Cost", COSTS, interval),
-    ]
+    rows, group = comparison.rows, comparison.group
+    shown = [make_accuracy_table(rows, interval, comparison.columns, group)]
+    if comparison.reference is not None:
+        shown.append(make_difference_table(rows, comparison.reference, comparison.columns))
+    if comparison.columns is ACCURACIES:
+        shown.append(make_stat_table(rows, "Cost", COSTS, interval, group))
     if comparison.orders:
         shown.append(make_orders_table(comparison.orders, interval))
     if comparison.published:
         shown.append(make_published_table(comparison.published))
     if len(comparison.pairs):
-        shown.append(make_pairs_table(comparison.pairs))
+        few = comparison.reference is None and len(rows) > MOST_ROWS_PAIRED
+        note = f"Of more than {MOST_ROWS_PAIRED} rows each is tested against the first only." if few else ""
+        shown.append(make_pairs_table(comparison.pairs, note))
     return shown
 
 
-def _list_unfinished(comparison: Comparison) -> list[str]:
-    return [f"Left out because it has not finished: {folder}" for folder in comparison.unfinished]
+def _list_left_out(comparison: Comparison) -> list[str]:
+    return [
+        f"Left out, {run.state}{f' ({run.why})' if run.why else ''}: {run.folder}"
+        for run in sorted(comparison.left_out, key=lambda run: (run.state, run.folder))
+    ]
 
 
-def _make_markdown(comparison: Comparison, command: str) -> str:
-    parts = [f"Made by `{command}`."]
+def make_markdown(comparison: Comparison) -> str:
+    """The tables in Markdown."""
+    parts = [comparison.common] if comparison.common else []
     for table in make_tables(comparison, interval=False):
         parts += [f"## {table.title}", format_markdown(table), table.note]
-    return "\n\n".join(parts + _list_unfinished(comparison)) + "\n"
+    return "\n\n".join(parts + _list_left_out(comparison)) + "\n"
 
 
-def _make_frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """``table.csv``: one line per row; for each number n, mean, std, ci95 and each seed's value; empty if unknown."""
+def make_latex(comparison: Comparison) -> str:
+    """The tables for LaTeX, without the column that lists settings, which no page is wide enough for."""
+    tables = [drop_column(table, "differs in") for table in make_tables(comparison, interval=False)]
+    notes = [f"% {line}" for line in filter(None, [comparison.common, *_list_left_out(comparison)])]
+    return "\n\n".join(["% \\usepackage{booktabs}", *notes, *map(format_latex, tables)]) + "\n"
+
+
+def make_csv(comparison: Comparison) -> str:
+    """The numbers of each row, at full precision."""
+    return make_frame(comparison).to_csv(index=False, lineterminator="\n")
+
+
+def make_json(comparison: Comparison) -> str:
+    """The numbers of each row at full precision, the paired tests, and the runs left out; null if unknown."""
+    frames = {"rows": make_frame(comparison), "pairs": comparison.pairs}
+    content = {name: _list_records(frame) for name, frame in frames.items()}
+    left_out = [{"folder": str(run.folder), "state": run.state, "why": run.why} for run in comparison.left_out]
+    return json.dumps({"common": comparison.common, **content, "left_out": left_out}, indent=2) + "\n"
+
+
+def _list_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    records = frame.to_dict("records")
+    return [{str(k): None if pd.isna(value) else value for k, value in record.items()} for record in records]
+
+
+FORMATS = {"markdown": make_markdown, "latex": make_latex, "csv": make_csv, "json": make_json}
+"""What ``--format`` offers beside ``text``."""
+
+
+def make_frame(comparison: Comparison) -> pd.DataFrame:
+    """``table.csv``: one line per row; for each number n, mean, std, ci95 and each seed's value; empty if unknown.
+
+    Also the mean difference from the reference row, if one was named, and the value of the key to group by.
+    """
     lines: list[dict[str, Any]] = []
-    columns = [*ACCURACIES, *COSTS]
+    rows = comparison.rows
     seeds = sorted({run.summary["seed"] for row in rows for run in row.runs})
     for rank, row in enumerate(rows, start=1):
         experiment, name, fingerprint = identify(row.runs[0])
@@ -138,10 +251,14 @@ def _make_frame(rows: Sequence[Row]) -> pd.DataFrame:
         }
         line |= {key: row.runs[0].summary[key] for key in ("method", "backbone", "scenario", "buffer", "scale")}
         line |= {"evaluate_on": row.runs[0].summary["evaluate_on"], "n": len(row.runs), "differs_in": row.differs}
-        for key in (column.key for column in columns):
-            stat, values = row.stat(key), row.values(key)
+        if comparison.group is not None:
+            line[comparison.group] = row.group
+        for key in (column.key for column in comparison.all_columns):
+            stat, values = row.stat(key), row.values_by_seed(key)
             line |= {f"{key}_{part}": getattr(stat, part) for part in ("n", "mean", "std", "ci95")}
             line |= {f"{key}_seed{seed}": values.get(seed) for seed in seeds}
+            if comparison.reference is not None:
+                line[f"{key}_difference"] = row.stat_minus(rows[comparison.reference], key).mean
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -161,7 +278,8 @@ def _make_orders_frame(groups: Sequence[Orders]) -> pd.DataFrame:
 
 
 def _draw_pictures(comparison: Comparison) -> Iterator[tuple[str, Picture]]:
-    rows = comparison.rows
+    rows = comparison.rows[:MOST_ROWS_DRAWN]
+    few = "" if len(rows) == len(comparison.rows) else f" The first {len(rows)} rows only."
     figure = plots.draw_dots(
         {row.label: row.values(MAIN).tolist() for row in rows},
         {row.label: row.stat(MAIN).ci95 for row in rows},
@@ -170,12 +288,12 @@ def _draw_pictures(comparison: Comparison) -> Iterator[tuple[str, Picture]]:
     if figure is not None:
         caption = (
             "One dot per seed, a bar at the mean, a line over its 95 % confidence interval. "
-            "The axis does not always begin at 0."
+            f"The axis does not always begin at 0.{few}"
         )
         yield "final_accuracy", Picture.of(figure, "Final accuracy", caption)
     figure = plots.draw_accuracy_by_row({setting: _make_curves(rows, setting) for setting in SETTINGS})
     if figure is not None:
-        caption = "Mean over seeds; with several seeds, a band of one standard deviation up and down."
+        caption = f"Mean over seeds; with several seeds, a band of one standard deviation up and down.{few}"
         yield "accuracy_over_tasks", Picture.of(figure, "Accuracy over tasks", caption)
 
 

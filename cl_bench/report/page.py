@@ -1,6 +1,7 @@
 """The report of one run: pictures and one self-contained page, made only from the files of its folder."""
 
 import base64
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -34,20 +35,25 @@ class Run:
     Attributes:
         folder: its run folder.
         summary: ``summary.json``.
-        record: the accuracy matrices of ``accuracy_matrix.csv``, and the curves of ``curve.csv`` if it is there.
     """
 
     folder: Path
     summary: dict[str, Any]
-    record: Record
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """The run in ``folder``; :class:`ConfigError` if it is not finished."""
-        summary = _read_summary(folder / "summary.json")
-        record = _read_record(folder / "accuracy_matrix.csv", len(summary["tasks"]))
-        _read_curves(folder / "curve.csv", record)
-        return cls(folder, summary, record)
+        return cls(folder, _read_summary(folder / "summary.json"))
+
+    @functools.cached_property
+    def record(self) -> Record:
+        """The accuracy matrices of ``accuracy_matrix.csv``, and the curves of ``curve.csv`` if it is there.
+
+        They are read when they are first asked for: a table of thousands of runs needs none.
+        """
+        record = _read_record(self.folder / "accuracy_matrix.csv", len(self.summary["tasks"]))
+        _read_curves(self.folder / "curve.csv", record)
+        return record
 
     def value(self, section: str, name: str) -> float | None:
         """A number of the summary's ``class_il``, ``task_il`` or ``cost``; None if it is unknown."""
@@ -216,6 +222,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     summary = _read_json(path)
+    require(isinstance(summary, dict), str(path), expected="a JSON object", got=type(summary).__name__, fix=_RUN_AGAIN)
     schema, status = summary.get("schema"), summary.get("status")
     require(schema == SCHEMA, str(path), expected=f"schema {SCHEMA}", got=f"schema {schema}", fix=_RUN_AGAIN)
     require(
@@ -225,6 +232,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
         got=f"status {status}",
         fix="Finish it: the same command resumes it.",
     )
+    missing = [key for key in _NEEDED if key not in summary]
+    require(not missing, str(path), expected="a whole summary", got=f"one without {', '.join(missing)}", fix=_RUN_AGAIN)
     return summary
 
 
@@ -403,6 +412,23 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 """Field of :class:`cl_bench.core.record.Cost` -> its label and how its number is formatted."""
 
 _RUN_AGAIN = "Run the experiment again with overwrite=true, or leave this folder out."
+
+_NEEDED = (
+    *(
+        "experiment",
+        "name",
+        "method",
+        "backbone",
+        "scenario",
+        "buffer",
+        "scale",
+        "seed",
+        "class_order_seed",
+        "data_seed",
+    ),
+    *("fingerprint", "comparable", "published", "class_order", "tasks", "evaluate_on", *SETTINGS, "cost"),
+)
+"""Entries that every summary has."""
 
 _ABSENT = {
     "confusion": "There is no confusion matrix: predictions.npz is missing or has no prediction.",

@@ -5,8 +5,9 @@ A row holds runs that differ in nothing but ``seed``: equal experiment, name and
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ import numpy as np
 import pandas as pd
 
 from cl_bench.core.errors import ConfigError, require
+from cl_bench.core.record import FAILURE
 from cl_bench.metrics.order_robustness import (
     Classes,
     average_order_disparity,
     final_accuracies,
     maximum_order_disparity,
 )
+from cl_bench.report.labels import make_labels
 from cl_bench.report.page import Run
 from cl_bench.report.statistics import Stat
+from cl_bench.system.atomic import is_locked
 
 MAIN = "class_il.average_accuracy"
 """The number that orders the rows and that the paired tests compare, as ``section.name`` of ``summary.json``."""
@@ -42,25 +46,58 @@ class Row:
 
     Attributes:
         runs: by seed.
-        label: the shortest name that no other row has.
+        label: what tells it from the other rows (:func:`~cl_bench.report.labels.make_labels`).
         differs: settings that differ from rows above, with both values; ``reference`` for the first row.
+        group: its value of the key that the rows are grouped by.
     """
 
     runs: list[Run]
     label: str
     differs: str
+    group: str = ""
+    _stats: dict[str, Stat] = field(default_factory=dict, repr=False, compare=False)
 
     def values(self, key: str) -> pd.Series:
         """One number by seed, without unknown ones; ``key`` is ``section.name`` of ``summary.json``."""
+        return pd.Series(self.values_by_seed(key), dtype=float)
+
+    def values_by_seed(self, key: str) -> dict[int, float]:
+        """The same as a dictionary."""
         return _collect(self.runs, key)
 
     def stat(self, key: str) -> Stat:
         """One number over the seeds."""
-        return Stat.of(self.values(key))
+        if key not in self._stats:
+            self._stats[key] = Stat.of(list(_collect(self.runs, key).values()))
+        return self._stats[key]
+
+    def stat_minus(self, other: "Row", key: str) -> Stat:
+        """This row's number minus the other row's, over the seeds that have it in both."""
+        ours, theirs = _collect(self.runs, key), _collect(other.runs, key)
+        return Stat.of([value - theirs[seed] for seed, value in ours.items() if seed in theirs])
 
     def mean(self, section: str, name: str) -> float | None:
         """Mean of one number over the seeds that have it."""
         return self.stat(f"{section}.{name}").mean
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that is not finished: its folder; ``running``, ``failed`` or ``interrupted``; and why it failed."""
+
+    folder: Path
+    state: str
+    why: str = ""
+
+    @classmethod
+    def of(cls, folder: Path) -> "LeftOut":
+        """What the files of a run folder say. A run that was killed has been interrupted."""
+        if is_locked(folder / ".lock"):
+            return cls(folder, "running")
+        try:
+            return cls(folder, "failed", " ".join((folder / FAILURE).read_text(encoding="utf-8").split()))
+        except OSError:
+            return cls(folder, "interrupted")
 
 
 @dataclass(frozen=True)
@@ -93,8 +130,8 @@ class Orders:
         return Stat.of(pd.Series(values, dtype=float).dropna())
 
 
-def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[Path]]:
-    """The finished runs under ``paths``, each once, and the folders of the unfinished ones."""
+def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[LeftOut]]:
+    """The finished runs under ``paths``, each once, and the runs that are not finished."""
     finished: dict[Path, Path] = {}  # resolved path -> path as given: paths may overlap
     unfinished: dict[Path, Path] = {}
     for text in paths:
@@ -109,9 +146,10 @@ def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[Path]]:
         found, begun = _scan(path)
         if not found:
             raise _explain_nothing(text, begun)
-        finished |= {folder.resolve(): folder for folder in found if folder.resolve() not in finished}
-        unfinished |= {folder.resolve(): folder for folder in begun if folder.resolve() not in unfinished}
-    return [Run.read(folder) for folder in finished.values()], list(unfinished.values())
+        for folders, all_folders in ((found, finished), (begun, unfinished)):
+            for folder in folders:
+                all_folders.setdefault(folder.resolve(), folder)
+    return [Run.read(folder) for folder in finished.values()], list(map(LeftOut.of, unfinished.values()))
 
 
 def make_rows(runs: Sequence[Run]) -> list[Row]:
@@ -124,9 +162,18 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
         for first, second in itertools.pairwise(group):
             _refuse_differences(first, second)
     ordered = sorted(groups.items(), key=lambda item: (-_get_main_mean(item[1]), item[0]))
-    labels = _make_labels([identity for identity, _ in ordered])
-    members = [group for _, group in ordered]
-    return [Row(group, labels[i], _describe_differences(members, i)) for i, group in enumerate(members)]
+    labels = make_labels([group[0].summary for _, group in ordered])
+    return describe_differences([Row(group, label, "") for label, (_, group) in zip(labels, ordered)])
+
+
+def describe_differences(rows: Sequence[Row], reference: int = 0) -> list[Row]:
+    """The rows, saying how each differs from the reference and from the first row of its experiment and name."""
+    firsts = {identify(row.runs[0])[:2]: reference for row in rows[reference : reference + 1]}
+    described = []
+    for i, row in enumerate(rows):
+        namesake = firsts.setdefault(identify(row.runs[0])[:2], i)
+        described.append(replace(row, differs=_describe_differences(rows, i, reference, namesake)))
+    return described
 
 
 def make_orders(rows: Sequence[Row]) -> list[Orders]:
@@ -171,10 +218,17 @@ def find_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]
 
 
 def _scan(path: Path) -> tuple[list[Path], list[Path]]:
-    """Folders of finished and of begun runs at or below ``path``, sorted."""
-    finished = sorted(file.parent for file in path.rglob("summary.json"))
-    begun = sorted(file.parent for file in path.rglob("env.json") if (file.parent / "config.yaml").is_file())
-    return finished, [folder for folder in begun if folder not in finished]
+    """Folders of finished and of begun runs at or below ``path``, sorted; a run folder has no other inside."""
+    finished, begun = [], []
+    for folder, folders, files in os.walk(path):
+        if "summary.json" in files:
+            finished.append(Path(folder))
+        elif "env.json" in files and "config.yaml" in files:
+            begun.append(Path(folder))
+        else:
+            continue
+        folders.clear()
+    return sorted(finished), sorted(begun)
 
 
 def _explain_nothing(text: str, unfinished: Sequence[Path]) -> ConfigError:
@@ -217,40 +271,29 @@ def _list_missing_classes(summary: dict[str, Any], other: dict[str, Any]) -> str
     return f"; of one only: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
 
 
-def _collect(runs: Sequence[Run], key: str) -> pd.Series:
+def _collect(runs: Sequence[Run], key: str) -> dict[int, float]:
+    """Seed -> value, without unknown ones."""
     section, name = key.split(".")
-    seeds = [run.summary["seed"] for run in runs]
-    return pd.Series([run.value(section, name) for run in runs], index=seeds, dtype=float).dropna()
+    values = {run.summary["seed"]: run.value(section, name) for run in runs}
+    return {seed: float(value) for seed, value in values.items() if value is not None}
 
 
 def _get_main_mean(runs: Sequence[Run]) -> float:
-    mean = Stat.of(_collect(runs, MAIN)).mean
+    mean = Stat.of(list(_collect(runs, MAIN).values())).mean
     return -np.inf if mean is None else mean
 
 
-def _make_labels(identities: Sequence[tuple[str, str, str]]) -> list[str]:
-    """For each row, the shortest of its names that no other row has."""
-    forms = [
-        [name, f"{experiment}/{name}", f"{name}-{fingerprint}", f"{experiment}/{name}-{fingerprint}"]
-        for experiment, name, fingerprint in identities
-    ]
-    counts = pd.Series([text for form in forms for text in form]).value_counts()
-    return [next((text for text in form if counts[text] == 1), form[-1]) for form in forms]
-
-
-def _describe_differences(groups: Sequence[list[Run]], this: int) -> str:
-    """How a row differs from the first row, and from the first row with the same experiment and name."""
-    if this == 0:
+def _describe_differences(rows: Sequence[Row], this: int, reference: int, namesake: int) -> str:
+    if this == reference:
         return "reference"
-    run = groups[this][0]
-    namesake = next((i for i in range(this) if identify(groups[i][0])[:2] == identify(run)[:2]), None)
+    run = rows[this].runs[0]
     parts = []
-    if namesake != 0:
-        first = groups[0][0]
+    if namesake != reference:
+        first = rows[reference].runs[0]
         keys = find_differences(get_settings(first), get_settings(run))
-        parts = _format_both_values([key for key in keys if not _is_free(key)], run, first, 1)
-    if namesake is not None:
-        other, rank = groups[namesake][0], namesake + 1
+        parts = _format_both_values([key for key in keys if not _is_free(key)], run, first, reference + 1)
+    if namesake != this:
+        other, rank = rows[namesake].runs[0], namesake + 1
         keys = find_differences(get_settings(other), get_settings(run))
         unlisted = [f"row {rank}: in the fingerprint, though in no listed key"]
         parts += _format_both_values(keys, run, other, rank) or unlisted

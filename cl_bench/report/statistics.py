@@ -1,5 +1,6 @@
 """Statistics over the seeds of a row, and paired tests between rows."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,27 +29,36 @@ class Stat:
     ci95: float | None
 
     @classmethod
-    def of(cls, values: pd.Series) -> "Stat":
+    def of(cls, values: Sequence[float] | pd.Series) -> "Stat":
         """The statistics of the values of a row's seeds."""
-        n = len(values)
+        array = np.asarray(values, dtype=float)
+        n = len(array)
         if n < 2:
-            return cls(n, float(values.iloc[0]) if n else None, None, None)
-        std = float(values.std(ddof=1))
-        return cls(n, float(values.mean()), std, float(scipy.stats.t.ppf(0.975, n - 1)) * std / n**0.5)
+            return cls(n, float(array[0]) if n else None, None, None)
+        std = float(array.std(ddof=1))
+        return cls(n, float(array.mean()), std, _get_quantile(n - 1) * std / n**0.5)
 
 
-def run_paired_tests(rows: Sequence[tuple[str, pd.Series]]) -> pd.DataFrame:
+@functools.cache
+def _get_quantile(freedom: int) -> float:
+    return float(scipy.stats.t.ppf(0.975, freedom))
+
+
+def run_paired_tests(rows: Sequence[tuple[str, pd.Series]], reference: int | None = None) -> pd.DataFrame:
     """Paired t-tests between all rows that have at least 3 seeds in common.
 
     Args:
         rows: label and values by seed.
+        reference: the row with which every other row is compared; None compares each with each.
 
     Returns:
         One line per pair: ``first``, ``second``, ``seeds``, ``mean_difference`` (first minus second),
         ``ci95_low``, ``ci95_high``, ``p``, ``p_holm`` (over all lines; nan where every seed has the same difference).
     """
     lines = []
-    for (first, its_values), (second, other_values) in itertools.combinations(rows, 2):
+    others = [row for i, row in enumerate(rows) if i != reference]
+    tested = itertools.combinations(rows, 2) if reference is None else zip(others, itertools.repeat(rows[reference]))
+    for (first, its_values), (second, other_values) in tested:
         both = pd.concat([its_values, other_values], axis=1, join="inner")
         if len(both) >= MIN_SEEDS:
             lines.append({"first": first, "second": second, **run_paired_test(both)})

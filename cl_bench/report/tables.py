@@ -1,6 +1,6 @@
 """Tables of a comparison as text, for the terminal, Markdown and HTML."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,8 +11,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from cl_bench.core.record import SETTINGS, TITLES
-from cl_bench.report.page import Verdict, format_number, format_signed
+from cl_bench.report.page import Verdict, format_number, format_signed, to_words
 from cl_bench.report.rows import DISPARITIES, FREE, MAIN, Orders, Row
+from cl_bench.report.selection import is_greater_better
 from cl_bench.report.statistics import Stat
 
 
@@ -47,6 +48,10 @@ COSTS = (
 """Columns of the table of costs."""
 
 
+MOST_LINES_SHOWN = 100
+"""Of a longer table the terminal shows the first lines only."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table as text, for the terminal, Markdown and HTML alike.
@@ -56,6 +61,7 @@ class Table:
         header: names of its columns.
         lines: its cells, row by row.
         numbers: columns to align to the right.
+        best: line and column of each cell to be marked.
     """
 
     title: str
@@ -63,29 +69,81 @@ class Table:
     header: list[str]
     lines: list[list[str]]
     numbers: Sequence[int]
+    best: Collection[tuple[int, int]] = ()
 
 
-def show_tables(shown: Sequence[Table], notes: Sequence[str]) -> None:
-    """Print tables, and notes below them."""
+def show_tables(shown: Sequence[Table], notes: Sequence[str], common: str = "") -> None:
+    """Print tables, what all their rows have in common above them, and notes below them."""
     console = Console(highlight=False)
     if not console.is_terminal:  # a pipe has no width, and the default of 80 would break every cell
         console = Console(highlight=False, width=180)
+    if common:
+        console.print(Text(common), end="\n\n")
     for table in shown:
-        console.print(_to_rich(table))
+        console.print(_to_rich(replace(table, lines=table.lines[:MOST_LINES_SHOWN])))
+        if len(table.lines) > MOST_LINES_SHOWN:
+            console.print(Text(f"{len(table.lines) - MOST_LINES_SHOWN} more lines: see --format, --out or --where."))
         console.print(Text(table.note, style="dim"), end="\n\n")
     for line in notes:
         console.print(Text(line))
 
 
 def format_markdown(table: Table) -> str:
-    """The table in Markdown, without its title and note."""
+    """The table in Markdown, without its title and note; the best values are bold."""
     rule = ["---:" if i in table.numbers else ":---" for i in range(len(table.header))]
-    return "\n".join(map(_format_line, [table.header, rule, *table.lines]))
+    lines = [
+        [f"**{cell}**" if (i, j) in table.best else cell for j, cell in enumerate(line)]
+        for i, line in enumerate(table.lines)
+    ]
+    return "\n".join(map(_format_line, [table.header, rule, *lines]))
 
 
-def make_accuracy_table(rows: Sequence[Row], interval: bool) -> Table:
-    """Accuracy and forgetting of each row, and the settings in which it differs."""
-    table = make_stat_table(rows, "Accuracy", ACCURACIES, interval)
+def format_latex(table: Table) -> str:
+    """The table for LaTeX with the package booktabs; the best values are bold, the note is the caption."""
+    columns = "".join("r" if i in table.numbers else "l" for i in range(len(table.header)))
+    lines = [
+        [
+            f"\\textbf{{{_escape_latex(cell)}}}" if (i, j) in table.best else _escape_latex(cell)
+            for j, cell in enumerate(line)
+        ]
+        for i, line in enumerate(table.lines)
+    ]
+    return "\n".join(
+        [
+            "\\begin{table}",
+            "\\centering",
+            f"\\caption{{{_escape_latex(table.title)}. {_escape_latex(table.note)}}}",
+            f"\\begin{{tabular}}{{{columns}}}",
+            "\\toprule",
+            " & ".join(map(_escape_latex, table.header)) + " \\\\",
+            "\\midrule",
+            *(" & ".join(line) + " \\\\" for line in lines),
+            "\\bottomrule",
+            "\\end{tabular}",
+            "\\end{table}",
+        ]
+    )
+
+
+def drop_column(table: Table, name: str) -> Table:
+    """The table without a column of text."""
+    at = table.header.index(name) if name in table.header else len(table.header)
+    cut = [[cell for i, cell in enumerate(cells) if i != at] for cells in (table.header, *table.lines)]
+    return replace(table, header=cut[0], lines=cut[1:])
+
+
+def make_column(key: str) -> Column:
+    """The column of any metric; ``key`` is ``section.name`` of ``summary.json``."""
+    known = {column.key: column for column in (*ACCURACIES, *COSTS)}
+    section, _, name = key.partition(".")
+    return known.get(key, Column(key, f"{TITLES.get(section, 'cost:')} {to_words(name)}"))
+
+
+def make_accuracy_table(
+    rows: Sequence[Row], interval: bool, columns: Sequence[Column] = ACCURACIES, group: str | None = None
+) -> Table:
+    """Accuracy and forgetting of each row, or other columns, and the settings in which it differs."""
+    table = make_stat_table(rows, "Accuracy" if columns is ACCURACIES else "Metrics", columns, interval, group)
     note = (
         f"{table.note} Forgetting: larger is worse. Differs in: settings outside {', '.join(FREE)} that are unlike "
         "those of the row named, its values in brackets; all settings, where experiment and name are the same."
@@ -94,22 +152,54 @@ def make_accuracy_table(rows: Sequence[Row], interval: bool) -> Table:
     return replace(table, note=note, header=[*table.header, "differs in"], lines=lines)
 
 
-def make_stat_table(rows: Sequence[Row], title: str, columns: Sequence[Column], interval: bool) -> Table:
-    """Each column's mean, standard deviation and number of seeds, one line per row."""
+def make_stat_table(
+    rows: Sequence[Row], title: str, columns: Sequence[Column], interval: bool, group: str | None = None
+) -> Table:
+    """Each column's mean, standard deviation and number of seeds, one line per row.
+
+    Args:
+        rows: in their order; those of a group stand together.
+        title: what it shows.
+        columns: the metrics.
+        interval: whether a second line of each cell gives the confidence interval.
+        group: the key that the rows are grouped by.
+    """
+    before = [] if group is None else [group]
     lines = [
         [
             str(rank),
+            *([] if group is None else [row.group]),
             row.label,
             str(len(row.runs)),
             *(format_stat(row.stat(column.key), column, interval) for column in columns),
         ]
         for rank, row in enumerate(rows, start=1)
     ]
-    header = ["row", "run", "n", *(column.title for column in columns)]
+    header = ["row", *before, "run", "n", *(column.title for column in columns)]
+    first = len(header) - len(columns)
     note = "Mean ± sample standard deviation over seeds (number of seeds)"
     note += "; 95 % ±: half width of the confidence interval of the mean (Student's t)." if interval else "."
-    note += " An empty cell was not measured or is not defined."
-    return Table(title, note, header, lines, [0, *range(2, len(columns) + 3)])
+    note += " An empty cell was not measured or is not defined. Bold: the best mean of a column"
+    note += "." if group is None else f" for each {group}."
+    best = [(line, first + j) for j, column in enumerate(columns) for line in _find_best(rows, column)]
+    return Table(title, note, header, lines, [0, *range(first - 1, len(header))], frozenset(best))
+
+
+def make_difference_table(rows: Sequence[Row], reference: int, columns: Sequence[Column]) -> Table:
+    """Each row minus the reference row, over the seeds that both have."""
+    lines = []
+    for rank, row in enumerate(rows, start=1):
+        stats = [row.stat_minus(rows[reference], column.key) for column in columns]
+        n = len({run.summary["seed"] for run in row.runs} & {run.summary["seed"] for run in rows[reference].runs})
+        cells = ["reference" if rank == reference + 1 else format_difference(s, c) for s, c in zip(stats, columns)]
+        lines.append([str(rank), row.label, str(n), *cells])
+    header = ["row", "run", "seeds in common", *(column.title for column in columns)]
+    note = (
+        f"Each row minus row {reference + 1}, seed by seed: mean ± sample standard deviation over the seeds in common "
+        "(their number)."
+    )
+    title = f"Differences from {rows[reference].label}"
+    return Table(title, note, header, lines, [0, *range(2, len(header))])
 
 
 def make_orders_table(groups: Sequence[Orders], interval: bool) -> Table:
@@ -154,8 +244,8 @@ def make_published_table(published: Sequence[tuple[str, Verdict]]) -> Table:
     return Table("Published numbers", note, header, lines, range(2, 6))
 
 
-def make_pairs_table(pairs: pd.DataFrame) -> Table:
-    """The paired tests of :func:`~cl_bench.report.statistics.run_paired_tests`."""
+def make_pairs_table(pairs: pd.DataFrame, note: str = "") -> Table:
+    """The paired tests of :func:`~cl_bench.report.statistics.run_paired_tests`; ``note`` says which were made."""
     lines = [
         [
             pair["first"],
@@ -169,8 +259,8 @@ def make_pairs_table(pairs: pd.DataFrame) -> Table:
         for pair in pairs.to_dict("records")
     ]
     header = ["first", "second", "seeds in common", "first - second [points]", "95 % CI", "p", "p (Holm)"]
-    note = "Paired t-tests on Class-IL accuracy over the seeds in common, corrected for their number (Holm)."
-    return Table("Paired tests", note, header, lines, range(2, 7))
+    text = "Paired t-tests on Class-IL accuracy over the seeds in common, corrected for their number (Holm)."
+    return Table("Paired tests", " ".join(filter(None, [text, note])), header, lines, range(2, 7))
 
 
 def format_stat(stat: Stat, column: Column, interval: bool) -> str:
@@ -180,6 +270,24 @@ def format_stat(stat: Stat, column: Column, interval: bool) -> str:
     mean, std, ci95 = (_scale(value, column) for value in (stat.mean, stat.std, stat.ci95))
     text = f"{mean} ± {std} ({stat.n})" if std else f"{mean} ({stat.n})"
     return f"{text}\n95 % ± {ci95}" if interval and ci95 else text
+
+
+def format_difference(stat: Stat, column: Column) -> str:
+    """The same of a difference, with its sign."""
+    text = format_stat(stat, column, interval=False)
+    return f"+{text}" if text and (stat.mean or 0.0) >= 0 and not text.startswith("-") else text
+
+
+def _find_best(rows: Sequence[Row], column: Column) -> list[int]:
+    """The lines with the best mean, as it is shown, of each group; none in a group whose means are all the same."""
+    groups: dict[str, dict[int, float]] = {}
+    for line, row in enumerate(rows):
+        mean = row.stat(column.key).mean
+        if mean is not None:
+            groups.setdefault(row.group, {})[line] = round(mean / column.unit, column.decimals)
+    choose = max if is_greater_better(column.key) else min
+    bests = [(values, choose(values.values())) for values in groups.values() if len(set(values.values())) > 1]
+    return [line for values, best in bests for line, value in values.items() if value == best]
 
 
 def _scale(value: float | None, column: Column) -> str:
@@ -195,11 +303,21 @@ def _to_rich(table: Table) -> RichTable:
     shown = RichTable(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, show_lines=False)
     for i, name in enumerate(table.header):
         shown.add_column(Text(name), justify="right" if i in table.numbers else "left", overflow="fold")
-    for line in table.lines:
-        shown.add_row(*(Text(cell) for cell in line))
+    for i, line in enumerate(table.lines):
+        shown.add_row(*(Text(cell, style="bold" if (i, j) in table.best else "") for j, cell in enumerate(line)))
     return shown
 
 
 def _format_line(cells: Sequence[str]) -> str:
     escaped = (cell.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|") for cell in cells)
     return "| " + " | ".join(" ".join(cell.split()) for cell in escaped) + " |"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "…": r"\dots{}", "<": "$<$", ">": "$>$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " ", **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}  # fmt: skip
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(sign, sign) for sign in text)

@@ -25,6 +25,7 @@ from cl_bench.config.schema import (
     to_plain_dict,
 )
 from cl_bench.core.errors import ConfigError, RunError, require
+from cl_bench.core.labels import format_settings
 from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, replace_non_finite
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.step import StepGenerator
@@ -34,6 +35,7 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
 from cl_bench.runs import run_dir as files
+from cl_bench.runs.sweep import get_job_label
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.memory import get_peak_bytes, is_out_of_memory, list_largest_tensors, reset_peak
 from cl_bench.system.signals import Interrupted, allow_interruption, collect_stop_signals
@@ -128,7 +130,7 @@ def _run_replicas(configs: list[DictConfig], caught: list[int]) -> list[Finished
         return run_together(
             [_generate_steps(config, caught, scenario, terminal=n == 0) for n, config in enumerate(configs)]
         )
-    print(f"Replicas run one after the other: {reason}", file=sys.stderr)
+    _print(f"Replicas run one after the other: {reason}")
     return [run_alone(_generate_steps(config, caught, scenario)) for config in configs]
 
 
@@ -151,13 +153,13 @@ def _generate_steps(
         again = f"the same command goes on from here: {run_dir}"
         finished = None if values["overwrite"] else files.read_summary(run_dir)
         if finished:
-            print(f"Already finished, nothing to do: {run_dir} (overwrite=true starts again)", file=sys.stderr)
+            _print(f"Already finished, nothing to do: {run_dir} (overwrite=true starts again)")
             show_result(run_dir, finished, report=not (run_dir / "report.html").exists())
             return run_dir, finished
         with allow_interruption():
             parts = build(config, scenario)
         chosen = {name: logger for name, logger in build_loggers(config).items() if terminal or name != "console"}
-        with files.lock_run_dir(run_dir), files.explain_write_errors(run_dir):
+        with files.lock_run_dir(run_dir), files.note_failure(run_dir), files.explain_write_errors(run_dir):
             if values["overwrite"]:
                 _clear(run_dir)
                 again = f"the same command without overwrite=true goes on from here: {run_dir}"
@@ -168,7 +170,7 @@ def _generate_steps(
         with allow_interruption():
             show_result(run_dir, summary, report=True)
     except Interrupted:
-        print(f"Stopped; {again}", file=sys.stderr)
+        _print(f"Stopped; {again}")
         raise
     return run_dir, summary
 
@@ -216,7 +218,7 @@ def _write_whole_report(run_dir: Path) -> None:
         raise
     except Exception as error:  # the results of the run are complete, whatever is wrong with the page
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"No report ({why}). The run is finished: {run_dir}", file=sys.stderr)
+        _print(f"No report ({why}). The run is finished: {run_dir}")
 
 
 def write_report(run_dir: Path) -> None:
@@ -280,6 +282,19 @@ def _list_changes() -> list[str]:
     return [text for text, key in typed if key not in neutral and key.split(".")[0] not in free]
 
 
+def _label_run() -> str:
+    """The typed overrides with short keys, without what the name of a run says."""
+    settings = dict(map(split_override, _list_changes()))
+    return format_settings(
+        {key: value for key, value in settings.items() if key not in ("method", "backbone", "buffer")}
+    )
+
+
+def _print(line: str) -> None:
+    """Print a line on stderr that begins with the job that it is about, if there are several."""
+    print(f"[{get_job_label()}] {line}" if get_job_label() else line, file=sys.stderr)
+
+
 def _train(
     run_dir: Path,
     values: dict[str, Any],
@@ -299,6 +314,8 @@ def _train(
         fingerprint=summary["fingerprint"],
         config=values,
         num_tasks=len(scenario.tasks),
+        label=values["label"] or _label_run(),
+        job=get_job_label(),
     )
     try:
         logger.start(info)
@@ -393,8 +410,10 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     """Print the accuracy table and the path of the report."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{summary['experiment']}: {summary['name']}, seed {summary['seed']}")
+    job = f" ({get_job_label()})" if get_job_label() else ""
+    table = Table(title=Text(f"{summary['experiment']}: {summary['name']}, seed {summary['seed']}{job}"))
     table.add_column("metric")
     for setting in SETTINGS:
         table.add_column(TITLES[setting], justify="right")

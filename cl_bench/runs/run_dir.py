@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import yaml
 
 from cl_bench.config.schema import PACKAGE
 from cl_bench.core.errors import ConfigError, RunError
+from cl_bench.core.record import FAILURE
 from cl_bench.engine.evaluate import Evaluation
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.atomic import hold_lock, write_text
@@ -79,6 +80,19 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
             f"{folder}: stopped, a file could not be written: {error.strerror or error}{where}. "
             "What is finished is kept. Make room or fix the folder; the same command goes on from the last checkpoint."
         ) from error
+
+
+@contextmanager
+def note_failure(folder: Path) -> Iterator[None]:
+    """Inside, an error is also written into ``failure.txt``, which lasts until the run goes on."""
+    (folder / FAILURE).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, ConfigError | RunError)
+        with suppress(OSError):  # a full disk, a removed folder
+            write_text(folder / FAILURE, f"{error}\n" if known else f"{type(error).__name__}: {error}\n")
+        raise
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

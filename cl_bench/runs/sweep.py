@@ -17,6 +17,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cl_bench.config.explain import choose_exit_status, explain
-from cl_bench.config.schema import list_typed_overrides
+from cl_bench.config.schema import list_typed_overrides, split_override
+from cl_bench.core.labels import format_settings
 from cl_bench.system.signals import handle_once
 from cl_bench.system.streams import outlive_readers
 
@@ -97,6 +99,7 @@ class Sweep:
         outlive_readers()
         self._make_folder()
         mine = self.folder / f"job.{os.getpid()}"
+        _label.set(self._label_job())
         mine.touch()  # before it checks for `stop`: the command waits for the job files that exist then
         try:
             with self._watch_for_stop():
@@ -112,6 +115,15 @@ class Sweep:
                 if not list(self.folder.glob("job.*")):
                     self.close()
                 os._exit(1)
+
+    def _label_job(self) -> str:
+        """The overrides that are not on the command line: they tell this job from the others."""
+        known = HydraConfig.initialized()
+        return format_settings(dict(map(split_override, self._list_own_overrides()))) if known else ""
+
+    def _list_own_overrides(self) -> list[str]:
+        given = list_typed_overrides()
+        return [override for override in given if override not in self.arguments] or given
 
     def _run_and_report(self, job: Callable[[DictConfig], Any], config: DictConfig) -> Any:
         try:
@@ -129,9 +141,8 @@ class Sweep:
 
     def _report_failure(self, message: str, status: int) -> JobFailed:
         """Print a failure now, and save it for the command to print at the end."""
-        given = list_typed_overrides()
-        own = [override for override in given if override not in self.arguments] or given
-        failure = JobFailed(f"job {HydraConfig.get().job.num} ({' '.join(own)}): {message}", status)
+        own = " ".join(self._list_own_overrides())
+        failure = JobFailed(f"job {HydraConfig.get().job.num} ({own}): {message}", status)
         print(f"cl_bench: {failure.message}", file=sys.stderr)
         with suppress(OSError):  # the command also gets the error itself, at least the first one
             self._make_folder()
@@ -179,6 +190,14 @@ class Sweep:
 
 
 _child = False  # whether the command is this process's parent: after its death this cannot be found out
+
+
+_label: ContextVar[str] = ContextVar("label of this process's job", default="")
+
+
+def get_job_label() -> str:
+    """What tells the job of this process from jobs in other processes; empty if the command itself runs it."""
+    return _label.get()
 
 
 def _is_alive(pid: int) -> bool:

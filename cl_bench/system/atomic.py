@@ -36,3 +36,15 @@ def hold_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
             print(f"cl_bench: waiting for another process, which {waiting}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def is_locked(lock_file: Path) -> bool:
+    """Whether a process holds a lock file, which is neither made nor changed."""
+    try:
+        with lock_file.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or it is not ours to read
+        return False
+    return False
