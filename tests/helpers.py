@@ -28,10 +28,8 @@ from cl_bench.core.record import Cost, Matrix, Record
 from cl_bench.core.types import Batch
 from cl_bench.data.base import ImageSet
 from cl_bench.data.transform import Transform
-from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.trainer import Trainer
 from cl_bench.loggers.base import Logger
-from cl_bench.loggers.group import Loggers
 from cl_bench.scenarios.split import Split
 from cl_bench.testing import SMALL, make_trainer
 

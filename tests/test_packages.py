@@ -1,8 +1,11 @@
 """Packages of one's own: beside the data, installed, newly made; and what they may not do."""
 
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,30 +63,24 @@ def announce(folder: Path, value: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["module", "script"])
-def test_a_package_beside_the_data_runs_by_its_folder_of_yaml_files(how, tmp_path):
+def test_a_package_beside_the_data_runs_by_its_folder_of_yaml_files(tmp_path):
     make_package(tmp_path)
-    words = ["--config-dir", "mylab/configs", "method=mine", *RUN]
-    if how == "module":
-        done = command(*words, cwd=tmp_path)
-    else:  # the installed command does not look for packages in the working directory by itself
-        code = "import sys; sys.path[:] = [p for p in sys.path if p]; from cl_bench.__main__ import main; main()"
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", code, *words],
-            cwd=tmp_path, env=command_environment(), capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+    # the installed command does not look for packages in the working directory by itself
+    code = "import sys; sys.path[:] = [p for p in sys.path if p]; from cl_bench.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "--config-dir", "mylab/configs", "method=mine", *RUN],
+        cwd=tmp_path, env=command_environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = find_run(tmp_path / "results")
-    assert run.parent.parent.name == "default"
     assert yaml.safe_load((run / "config.yaml").read_text())["allow_packages"] == ["mylab"]
 
 
 @pytest.mark.slow
-def test_a_sweep_in_other_processes_runs_it_too(tmp_path):
+def test_a_sweep_runs_it_too(tmp_path, monkeypatch):
     make_package(tmp_path)
-    sweep = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
-    done = command("--config-dir", "mylab/configs", "method=mine", *RUN, *sweep, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    sweep = ["-m", "--config-dir", "mylab/configs", "method=mine", *RUN, "seed=0,1"]
+    assert run_in_process(*sweep, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     assert len(list(tmp_path.glob("results/**/summary.json"))) == 2
 
 
@@ -147,7 +144,7 @@ def test_a_file_cannot_allow_the_package_beside_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_installed_package_adds_its_choices_and_is_allowed(tmp_path):
+def test_an_installed_package_adds_its_choices_and_is_allowed(tmp_path, monkeypatch, capsys):
     """Also in --help, and without being imported there."""
     site, work = tmp_path / "site", tmp_path / "work"
     make_package(site)
@@ -158,12 +155,12 @@ def test_an_installed_package_adds_its_choices_and_is_allowed(tmp_path):
     (line,) = [line for line in shown.stdout.splitlines() if line.strip().startswith("method: ")]
     assert "mine" in line.replace(",", "").split()
     assert not (site / "mylab" / "imported").exists()
-    done = command("method=mine", *RUN, cwd=work, PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr
-    assert find_run(work / "results").parent.parent.name == "default"
-    wrong = command("method=mine", "method.loss_clases=all", cwd=work, PYTHONPATH=path)
-    assert wrong.returncode == 2
-    assert "Did you mean method.loss_classes" in wrong.stderr or "loss_clases" in wrong.stderr
+    monkeypatch.syspath_prepend(site)
+    assert run_in_process("method=mine", *RUN, monkeypatch=monkeypatch, cwd=work) == 0
+    assert yaml.safe_load((find_run(work / "results") / "config.yaml").read_text())["allow_packages"] == []
+    capsys.readouterr()
+    assert run_in_process("method=mine", "method.loss_clases=all", monkeypatch=monkeypatch, cwd=work) == 2
+    assert "method.loss_clases" in capsys.readouterr().err
 
 
 def test_an_installed_package_replaces_no_choice_of_ours(tmp_path, monkeypatch):
@@ -209,31 +206,35 @@ def test_packages_are_found_without_torch():
 
 
 @pytest.mark.slow
-def test_a_new_method_runs_and_its_test_passes(tmp_path):
-    done = command("new", "method", "my_method", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    written = ["mylab/__init__.py", "mylab/configs/method/my_method.yaml", "mylab/my_method.py", "tests/test_my_method.py"]
+def test_a_new_method_runs_and_its_test_passes(tmp_path, monkeypatch, capsys):
+    assert run_in_process("new", "method", "my_method", monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    test, yaml_file = "tests/test_my_method.py", "mylab/configs/method/my_method.yaml"
+    written = ["mylab/__init__.py", yaml_file, "mylab/my_method.py", test]
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == written
-    assert all(name in done.stdout for name in written)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("Run it: ")]
+    out = capsys.readouterr().out
+    assert all(name in out for name in written)
+    (line,) = [line for line in out.splitlines() if line.startswith("Run it: ")]
     words = line.removeprefix("Run it: ").split()
     assert words[0] == "cl_bench"
-    ran = command(*words[1:], *RUN, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    tested = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_my_method.py"],
-        cwd=tmp_path, env=command_environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert tested.returncode == 0, tested.stdout
-    assert "1 passed" in tested.stdout
+    assert run_in_process(*words[1:], *RUN, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    run_tests(tmp_path / test, 1)
 
 
-def test_new_files_keep_the_rules_of_this_repository(tmp_path):
-    files = make_method(tmp_path, "my_method", "mylab")
-    ruff = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), *map(str, files[1:])]
-    python = [word for word in ruff if not word.endswith(".yaml")]
-    done = subprocess.run(python, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def run_tests(file: Path, count: int) -> None:
+    """Call the tests of a file as pytest would."""
+    tests = [value for name, value in runpy.run_path(str(file)).items() if name.startswith("test_")]
+    assert len(tests) == count
+    for test in tests:
+        test()
+
+
+def test_new_code_keeps_the_rules_of_this_repository(tmp_path):
+    code = make_method(tmp_path, "my_method", "mylab")[1]
+    assert code.name == "my_method.py"
+    for how in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *how, "--config", str(ROOT / "pyproject.toml"), str(code)]
+        done = subprocess.run(ruff, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 WRONG_NAMES = {
@@ -252,7 +253,7 @@ def test_a_name_that_cannot_be_taken_writes_nothing(case, tmp_path, monkeypatch,
     assert run_in_process("new", "method", *arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert pytest.importorskip("re").search(message, error), error
+    assert re.search(message, error), error
     assert not list(tmp_path.iterdir())
 
 
@@ -262,7 +263,7 @@ def test_a_file_that_is_there_is_never_replaced(tmp_path):
     assert first[0] not in make_method(tmp_path, "two", "mylab")
     assert first[0].read_text() == "# mine\n"
     (tmp_path / "tests" / "test_three.py").write_text("")
-    with pytest.raises(ConfigError, match="expected no file .*test_three.py yet"):
+    with pytest.raises(ConfigError, match=r"expected no file .*test_three\.py yet"):
         make_method(tmp_path, "three", "mylab")
     assert not (tmp_path / "mylab" / "three.py").exists()
 
@@ -271,18 +272,13 @@ def test_a_file_that_is_there_is_never_replaced(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_example_passes_its_tests_and_runs_as_its_page_says(tmp_path):
+def test_the_example_passes_its_tests_and_runs_as_its_page_says(tmp_path, monkeypatch):
     package = tmp_path / "own_package"
     shutil.copytree(EXAMPLE, package, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    tested = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
-        cwd=package, env=command_environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert tested.returncode == 0, tested.stdout
-    assert "2 passed" in tested.stdout
-    page = (package / "README.md").read_text()
-    (line,) = [line for line in page.splitlines() if "--config-dir" in line]
+    run_tests(package / "tests" / "test_feature_pull.py", 2)
+    (line,) = [line for line in (package / "README.md").read_text().splitlines() if "--config-dir" in line]
     words = line.partition("#")[0].split()
     assert words[:3] == ["python", "-m", "cl_bench"]
-    done = command(*words[3:], *RUN, cwd=package)
-    assert done.returncode == 0, done.stderr
+    assert run_in_process(*words[3:], *RUN, monkeypatch=monkeypatch, cwd=package) == 0
+    project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"][packages.GROUP] == {"mylab": "mylab"}

@@ -132,7 +132,9 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     torch.save(state, tmp_path / "half.pth")
     torch.save({"weights": torch.nn.Identity()}, tmp_path / "pickle.pth")  # code, which weights_only refuses
     for name, why in (("half.pth", "no blocks.0.mlp.fc1.weight"), ("pickle.pth", "Error"), ("absent.pth", "Error")):
-        with pytest.raises(ConfigError, match=r"^backbone\.checkpoint: expected a file with the weights of test_vit") as e:
+        with pytest.raises(
+            ConfigError, match=r"^backbone\.checkpoint: expected a file with the weights of test_vit"
+        ) as e:
             network(*VIT, f"backbone.checkpoint={tmp_path / name}")
         assert why in e.value.got
     with pytest.raises(ConfigError, match=r"^backbone\.checkpoint: expected a file"):

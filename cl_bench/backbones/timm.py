@@ -132,7 +132,11 @@ def _choose_size(size: int | str, image_shape: tuple[int, int, int], of_model: t
     if size == "model":
         return of_model[1], of_model[2]
     require(
-        type(size) is int and size > 0, "size", expected="images, model or a side in pixels", got=size, fix="Try images."
+        type(size) is int and size > 0,
+        "size",
+        expected="images, model or a side in pixels",
+        got=size,
+        fix="Try images.",
     )
     return int(size), int(size)
 

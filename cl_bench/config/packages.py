@@ -36,8 +36,8 @@ def find_beside(config_dir: str | Path) -> str | None:
         config_dir: as typed by the user, e.g. ``mylab/configs``.
 
     Returns:
-        ``mylab``, if it is a package (it has ``__init__.py``) in no other one, and ``import mylab`` gives this folder and
-        no other package of that name. Else None.
+        ``mylab``, if it is a package (it has ``__init__.py``), in no other one, and what ``import mylab`` would find.
+        Else None.
     """
     config_dir = Path(config_dir).resolve()
     folder = config_dir.parent

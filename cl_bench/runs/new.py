@@ -14,6 +14,8 @@ from cl_bench.system.atomic import write_text
 CODE = '''"""CLASS: fine-tuning, until you change it. Say whose method it is: authors, venue, year.
 
     L = weight * CE(f(x), y)
+
+Departures: list what you do otherwise than the paper.
 """
 
 from collections.abc import Iterator
