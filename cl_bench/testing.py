@@ -7,6 +7,7 @@ digits in two tasks of five classes; a broken promise is an ``AssertionError``. 
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,11 @@ def check_resumption(build_parts: BuildParts, folder: Path) -> None:
     assert total > 3, "fewer than four steps"
     for stop_after in sorted({1, 2, 4, total // 2, total // 2 + 1, total - 1, total}):
         at = f"stopped at step {stop_after} of {total}: "
-        place, calls = folder / f"stop{stop_after}", iter(range(1, 10**6))
+        place = folder / f"stop{stop_after}"
         torch.manual_seed(1234)  # whatever state the first process is in
         parts = build_parts()
         try:
-            make_trainer(parts, place, stop=lambda at=stop_after, calls=calls: next(calls) == at).run()
+            make_trainer(parts, place, stop=_count_to(stop_after)).run()
         except Interrupted:
             pass
         else:
@@ -176,13 +177,21 @@ def check_resumption(build_parts: BuildParts, folder: Path) -> None:
         assert resumed.steps_done == total, f"{at}{resumed.steps_done} steps in all"
         for name, tensor in _get_tensors(parts).items():
             assert torch.equal(tensor, expected[name]), f"{at}{name} differs"
-        confidence, before = (t.answers.confidence.nan_to_num() for t in (resumed, trainer))
+        assert resumed.answers is not None, f"{at}no answers"
+        assert trainer.answers is not None
+        confidence, before = (answers.confidence.nan_to_num() for answers in (resumed.answers, trainer.answers))
         assert torch.equal(confidence, before), f"{at}confidences differ"
 
 
 def make_trainer(parts: Parts, folder: Path, stop: Callable[[], bool] = lambda: False) -> Trainer:
     """The training loop over ``parts`` without loggers, with its checkpoints in ``folder``."""
     return parts.build_trainer(Loggers([]), Checkpoint(folder), stop)
+
+
+def _count_to(number: int) -> Callable[[], bool]:
+    """A request to stop at the call with this number."""
+    calls = count(1)
+    return lambda: next(calls) == number
 
 
 def _needs_task_id(parts: Parts) -> bool:

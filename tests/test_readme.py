@@ -24,6 +24,8 @@ def find_commands() -> list[list[str]]:
 SMALL = ["method=finetune", "buffer=none", "backbone=mlp", "backbone.hidden=[16]"]
 COMMANDS = find_commands()
 RUNS = [words[words.index("cl_bench") + 1 :] for words in COMMANDS if "cl_bench" in words and "metrics" not in words]
+NO_RUN = {"--help", "--config-dir", "new"}
+"""Words of commands that cannot be composed from our own files alone."""
 
 
 def find_files() -> dict[str, str]:

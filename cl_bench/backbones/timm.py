@@ -62,7 +62,7 @@ class TimmModel(SingleHead):
         _check_options(options)
         expected, fix = "null with pretrained=true", "Choose one of them."
         require(not (pretrained and checkpoint), "checkpoint", expected=expected, got=checkpoint, fix=fix)
-        channels, config = image_shape[0], timm.get_pretrained_cfg(name)
+        channels, config = image_shape[0], _get_config(name)
         self.size = _choose_size(size, image_shape, config.input_size)
         self.trunk = _create_trunk(name, pretrained, channels, self.size, options)
         if checkpoint:
@@ -111,6 +111,11 @@ def _check_name(name: str) -> None:
     )
 
 
+def _get_config(name: str) -> Any:
+    """What timm knows of a model's published weights: input size, normalisation, name of the classifier."""
+    return timm.get_pretrained_cfg(name)
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     """Refuse options that are no numbers: a text could name a file or a class for timm to load."""
     ours = ("num_classes", "in_chans", "img_size", "pretrained", "features_only", "scriptable", "exportable", "no_jit")
@@ -145,13 +150,11 @@ def _create_trunk(
     name: str, pretrained: bool, channels: int, size: tuple[int, int], options: Mapping[str, Any]
 ) -> nn.Module:
     """timm's model without its classifier, built for images of ``size`` if it needs to know."""
-    known = {"img_size": size[0] if size[0] == size[1] else size}
-    if not timm.get_pretrained_cfg(name).fixed_input_size:
-        known = {}
+    more: dict[str, Any] = {"num_classes": 0, "in_chans": channels, **options}
+    if _get_config(name).fixed_input_size:
+        more["img_size"] = size[0] if size[0] == size[1] else size
     try:
-        return timm.create_model(
-            name, pretrained=pretrained, num_classes=0, in_chans=channels, **known, **dict(options)
-        )
+        return timm.create_model(name, pretrained=pretrained, **more)
     except Exception as error:  # no network, no weights, an option that it has not, too small images: many kinds
         if options and isinstance(error, TypeError):
             expected, fix = f"arguments of {name}", "Leave out what it does not have."
@@ -164,7 +167,7 @@ def _create_trunk(
 
 def _load_trunk(trunk: nn.Module, name: str, checkpoint: str) -> None:
     """Load a file into the trunk, converted as timm converts the model's published files."""
-    classifier = timm.get_pretrained_cfg(name).classifier or ()
+    classifier = _get_config(name).classifier or ()
     dropped = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
     try:
