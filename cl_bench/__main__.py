@@ -14,7 +14,7 @@ import hydra
 from omegaconf import DictConfig
 
 from cl_bench.config.explain import choose_exit_status, explain
-from cl_bench.config.schema import CONFIGS
+from cl_bench.config.schema import CONFIGS, allow_typed_package
 from cl_bench.core.errors import ConfigError
 from cl_bench.runs.sweep import JobFailed, Sweep
 from cl_bench.system.streams import outlive_readers
@@ -25,6 +25,7 @@ def run_job(config: DictConfig) -> Any:
     from cl_bench.runs.run import run
 
     _refuse_search_on_test(config)
+    allow_typed_package(config)
     return run(config)
 
 
@@ -39,6 +40,10 @@ def main() -> None:
         from cl_bench.runs.add_metrics import main as add_metrics
 
         sys.exit(add_metrics(sys.argv[2:]))
+    if sys.argv[1:2] == ["new"]:
+        from cl_bench.runs.new import main as make_new
+
+        sys.exit(make_new(sys.argv[2:]))
     sweep = Sweep(sys.argv[1:], tracebacks=wants_traceback)
     failures: list[Exception] = []
     started: list[bool] = []

@@ -28,11 +28,10 @@ from cl_bench.core.record import Cost, Matrix, Record
 from cl_bench.core.types import Batch
 from cl_bench.data.base import ImageSet
 from cl_bench.data.transform import Transform
-from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.trainer import Trainer
 from cl_bench.loggers.base import Logger
-from cl_bench.loggers.group import Loggers
 from cl_bench.scenarios.split import Split
+from cl_bench.testing import SMALL, make_trainer
 
 INSTRUCTION_SETS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 """Environment variables that make torch compute as on another processor; read when it is loaded."""
@@ -59,14 +58,7 @@ needs_mnist = pytest.mark.skipif(
     not (DATA / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file(), reason=f"MNIST is not in {DATA}"
 )
 
-TINY = [
-    "scenario.classes_per_task=[5,5]",
-    "scenario.train_per_class=10",
-    "scenario.test_per_class=4",
-    "trainer.epochs=2",
-    "trainer.batch_size=16",
-    f"device={DEVICE}",
-]
+TINY = [*SMALL, f"device={DEVICE}"]
 """Digits in two tasks of 50 training images: a run of some seconds."""
 
 DIGITS_INSTEAD = [
@@ -390,7 +382,7 @@ def parts_of(method: str, *overrides: str) -> Parts:
 
 
 def trainer_of(parts: Parts, folder, stop=lambda: False) -> Trainer:
-    return parts.build_trainer(Loggers([]), Checkpoint(folder), stop)
+    return make_trainer(parts, folder, stop)
 
 
 def write_pictures(place, classes=("ant", "bee", "cat"), train=6, test=3, seed=0):

@@ -21,7 +21,7 @@ FLOORS = [
     {"methods"},
     {"engine"},
     {"config", "report"},
-    {"runs"},
+    {"runs", "testing"},
     {"__main__"},
 ]
 """From the ground up. A file imports only from lower floors, and from its own folder only as :data:`ORDER` says."""
@@ -29,9 +29,9 @@ FLOORS = [
 ORDER = {
     "core": ["images", "types"],
     "engine": ["checkpoint evaluate probe step", "trainer", "replicas"],
-    "config": ["schema", "build command_line", "explain"],
+    "config": ["packages", "schema", "build command_line", "explain"],
     "report": ["labels plots published statistics", "page", "rows", "selection", "tables", "compare", "reproduction"],
-    "runs": ["run_dir sweep timing", "dry_run audit", "run", "add_metrics load"],
+    "runs": ["new run_dir sweep timing", "dry_run audit", "run", "add_metrics load"],
 }
 """Inside these folders a file imports from the earlier ones."""
 

@@ -9,6 +9,7 @@ from helpers import ROOT, TINY, command, configure
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import cl_bench
+from cl_bench.runs.new import make_method
 
 README = (ROOT / "README.md").read_text()
 
@@ -23,6 +24,8 @@ def find_commands() -> list[list[str]]:
 SMALL = ["method=finetune", "buffer=none", "backbone=mlp", "backbone.hidden=[16]"]
 COMMANDS = find_commands()
 RUNS = [words[words.index("cl_bench") + 1 :] for words in COMMANDS if "cl_bench" in words and "metrics" not in words]
+NO_RUN = {"--help", "--config-dir", "new"}
+"""Words of commands that cannot be composed from our own files alone."""
 
 
 def find_files() -> dict[str, str]:
@@ -33,11 +36,14 @@ def find_files() -> dict[str, str]:
 @pytest.mark.slow
 def test_the_example_method_works_outside_the_package(tmp_path):
     files = find_files()
-    assert list(files) == ["mine/l2.py", "mine/method/l2.yaml"]
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
+    assert list(files) == ["mylab/l2.py", "mylab/configs/method/l2.yaml"]
+    (new,) = [words for words in RUNS if "new" in words]
     (words,) = [words for words in RUNS if "method=l2" in words]
+    assert "allow_packages" not in " ".join(words)
+    make_method(tmp_path, new[-1], "mylab")
+    for name, content in files.items():
+        assert (tmp_path / name).is_file()
+        (tmp_path / name).write_text(content)
     done = command(*words, "trainer.epochs=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("results/**/summary.json")
@@ -57,7 +63,9 @@ def test_the_environment_is_activated_before_it_is_used():
     assert ["source", ".venv/bin/activate"] in COMMANDS[:first]
 
 
-@pytest.mark.parametrize("words", [words for words in RUNS if not {"--help", "--config-dir"} & {*words}], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [words for words in RUNS if not {"--help", "--config-dir", "new"} & {*words}], ids=" ".join
+)
 def test_commands_of_the_readme_compose(words):
     parsed = OverridesParser.create().parse_overrides([word for word in words if word != "-m"])
     assert ("-m" in words) == any(override.is_sweep_override() for override in parsed) or "+search=lvt" in words

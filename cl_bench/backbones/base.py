@@ -43,6 +43,14 @@ class SingleHead(Backbone):
         return self.head(self.features(x))
 
 
+def turn_into_buffers(module: nn.Module) -> None:
+    """Freeze a network: its weights become buffers of the same names, so that they are in its state but not trained."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach())
+
+
 @torch.no_grad()
 def check_single_images(net: Backbone, image_shape: tuple[int, ...], key: str) -> None:
     """Refuse to train a network on batches of one image if BatchNorm would get one value per channel.

@@ -20,12 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from cl_bench.config.packages import find_beside, find_installed
 from cl_bench.core.errors import ConfigError, find_config_error
 
 PACKAGE = Path(__file__).parent.parent
@@ -33,7 +37,8 @@ CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.par
 """The configuration folder: inside the package when installed from a wheel, beside it in a checkout."""
 
 ALLOWED_PACKAGES = ("cl_bench", "torch.optim")
-"""Packages whose own classes and functions a ``_target_`` may name (decision 15); ``allow_packages`` adds more."""
+"""Packages whose own classes and functions a ``_target_`` may name (decision 15). ``allow_packages`` adds more, and so
+does a package that the user has installed or whose folder he has typed (decision 29)."""
 
 VARIABLES = "CL_BENCH_"
 """A configuration may read only environment variables with this prefix."""
@@ -152,15 +157,49 @@ def _choose_by_scale(options: dict[str, Any], *, _root_: DictConfig) -> Any:
 OmegaConf.register_new_resolver("by_scale", _choose_by_scale, replace=True)
 
 
-def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """The configuration that the command would use for these overrides; for any other program."""
+class InstalledPackages(SearchPathPlugin):
+    """Lets Hydra find the files of installed packages, after our own: they add choices and replace none."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Called by Hydra for every command."""
+        for name, folder in find_installed().items():
+            search_path.append(provider=name, path=f"file://{folder}")
+
+
+Plugins.instance().register(InstalledPackages)
+
+
+def compose_config(overrides: Sequence[str], config_dir: str | Path | None = None) -> DictConfig:
+    """The configuration that the command would use for these overrides; for any other program.
+
+    Args:
+        overrides: as they would be typed.
+        config_dir: a folder with YAML files of one's own, as ``--config-dir``.
+    """
     GlobalHydra.instance().clear()
+    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+        config = compose("config", overrides=[*search, *overrides], return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     with open_dict(config):
         del config.hydra
+    if config_dir is not None:
+        allow_package_of(config, config_dir)
     return config
+
+
+def allow_package_of(config: DictConfig, config_dir: str | Path) -> None:
+    """Allow the package whose folder of configuration files the user has typed, if it is the folder of a package."""
+    package = find_beside(config_dir)
+    if package is not None and package not in config.allow_packages:
+        config.allow_packages = [*config.allow_packages, package]
+
+
+def allow_typed_package(config: DictConfig) -> None:
+    """The same for ``--config-dir`` of the command that this job belongs to. A file cannot set it."""
+    for source in HydraConfig.get().runtime.config_sources:
+        if source.provider == "command-line" and source.schema == "file":
+            allow_package_of(config, source.path)
 
 
 def list_typed_overrides() -> list[str]:
@@ -212,6 +251,8 @@ def import_target(node: DictConfig, key: str, allow_packages: list[str]) -> Call
 def import_allowed(path: str, key: str, allow_packages: list[str]) -> Callable[..., Any]:
     """The class or function at a dotted path. An allowed package must define it; what it only imports is refused."""
     allowed = (*ALLOWED_PACKAGES, *allow_packages)
+    if not _is_inside(path, allowed):
+        allowed = (*allowed, *find_installed())
     if not _is_inside(path, allowed):
         raise ConfigError(
             key,

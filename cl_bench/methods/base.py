@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cl_bench.backbones.base import Backbone, check_single_images
+from cl_bench.backbones.base import Backbone, check_single_images, turn_into_buffers
 from cl_bench.buffers.base import CHUNK, Buffer, Columns
 from cl_bench.core.errors import require_positive
 from cl_bench.core.types import Batch, Losses, Phase, Task
@@ -217,10 +217,7 @@ class Teacher(nn.Module):
     def __init__(self, net: Backbone) -> None:
         super().__init__()
         self.net = copy.deepcopy(net)
-        for module in self.net.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                delattr(module, name)
-                module.register_buffer(name, parameter.detach())
+        turn_into_buffers(self.net)
         self.train()
 
     def take(self, net: Backbone) -> None:

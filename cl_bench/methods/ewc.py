@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.core.errors import require_fraction, require_nonnegative, require_positive, void
@@ -123,7 +124,9 @@ class EWC(FunctionalMethod):
                     y = torch.multinomial(torch.softmax(logits.float(), dim=1), 1).squeeze(1)
                 else:
                     likelihood = true_class_probability(logits, y)
-            for name, gradient in gradients(weights, x, y).items():
+            with sdpa_kernel(SDPBackend.MATH):  # vmap computes a fused attention one image after the other
+                found = gradients(weights, x, y)
+            for name, gradient in found.items():
                 square = gradient.square()
                 totals[name] += square.sum(dim=0) if likelihood is None else torch.tensordot(likelihood, square, dims=1)
         return [totals[name] / len(data) for name in names]

@@ -184,10 +184,9 @@ def run(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) 
         KeyboardInterrupt: it was stopped; the same call goes on.
     """
     typed = list(overrides)
-    found = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
     arguments = [*typed, *([f"--config-dir={config_dir}"] if config_dir is not None else [])]
     try:
-        config = compose_config([*found, *typed])
+        config = compose_config(typed, config_dir)
         if config.dry_run:
             raise ConfigError("dry_run", expected="false", got=True, fix="Only the command makes dry runs.")
         run_dir, _ = run_all(config)[0]

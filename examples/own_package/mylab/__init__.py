@@ -1,0 +1,1 @@
+"""Components of mylab for cl_bench."""
