@@ -1,6 +1,7 @@
 """The dry run: what it counts, what it expects of what it could not time, and that it ends."""
 
 import json
+import math
 import time
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.config.build import Parts, build
 from cl_bench.engine.checkpoint import Checkpoint
+from cl_bench.engine.evaluate import SINGLE_TASK_BATCH
 from cl_bench.loggers.group import Loggers
 from cl_bench.runs import dry_run as module
 from cl_bench.runs.dry_run import Probe, dry_run
@@ -179,6 +181,35 @@ def test_a_dry_run_of_a_slow_network_ends_in_time(seconds_an_image, error, monke
     assert low < truth < high
     assert low < found["expected_hours"] < high
     assert found["expected_hours"] == pytest.approx(truth, rel=error)
+
+
+def test_batches_of_one_task_are_timed_whole(monkeypatch):
+    """A batch of one task costs the same with one image as with 128, so a few images of each of many tasks mislead."""
+    config = configure(
+        "scenario=permuted_digits", "scenario.num_tasks=40", "scenario.val_fraction=0", "backbone=mlp", "method=supsup",
+        "+method.deciding_images=1", "trainer.epochs=1", "trainer.evaluate_after=last_task", "trainer.alternatives=false",
+        "device=cpu",
+    )  # fmt: skip
+    parts = build(config)
+    clock = Clock()
+    predict = parts.method.predict
+
+    def answer_in_a_second(x: torch.Tensor, task_id: torch.Tensor | None) -> torch.Tensor:
+        clock.now += 1
+        return predict(x, task_id)
+
+    def measure_whole(work, full, budget, **options):
+        began = clock.now
+        work(full)
+        return Measured(np.full(3, clock.now - began), full, full, 1.0)
+
+    monkeypatch.setattr(parts.method, "predict", answer_in_a_second)
+    monkeypatch.setattr(module, "measure", measure_whole)
+    probe = Probe(parts, Budget(60, clock))
+    probe.run()
+    tests = [len(task.test) for task in parts.scenario.tasks]
+    calls = 2 * sum(math.ceil(images / SINGLE_TASK_BATCH) for images in tests)  # with a task id and without
+    assert probe.estimate_evaluation()[1] == pytest.approx(calls, rel=0.2)
 
 
 def test_nothing_is_compiled_on_a_cpu(monkeypatch, capsys):

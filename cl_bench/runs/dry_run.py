@@ -21,7 +21,7 @@ from cl_bench.config.build import Parts
 from cl_bench.core.record import Record
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.engine.checkpoint import Checkpoint
-from cl_bench.engine.evaluate import MAX_BATCH, evaluate
+from cl_bench.engine.evaluate import MAX_BATCH, SINGLE_TASK_BATCH, evaluate
 from cl_bench.engine.probe import PASSES
 from cl_bench.engine.step import Graphs, StepGenerator
 from cl_bench.engine.trainer import count_parameters
@@ -403,10 +403,16 @@ class Probe:
         full = min(MAX_BATCH, sum(sizes))
 
         def ask(size: int) -> int:
+            shares = len(sizes)
+            if self.method.test_batches == "single_task":  # each batch costs as much with one image as with all
+                shares = math.ceil(size / SINGLE_TASK_BATCH)
+            images = [0] * len(sizes)
+            for share in range(shares):
+                images[share * len(sizes) // shares] += size * (share + 1) // shares - size * share // shares
             probe = copy.copy(self.parts.scenario)
             probe.tasks = list(self.tasks)
-            for t in range(len(sizes)):
-                part = take_few(self.tasks[t].get_split(split), size * (t + 1) // len(sizes) - size * t // len(sizes))
+            for t, count in enumerate(images):
+                part = take_few(self.tasks[t].get_split(split), count)
                 probe.tasks[t] = replace(self.tasks[t], test=part, val=part)
             evaluate(self.method, probe, learned=learned, split=split, autocast=self.parts.autocast, rule=rule)
             return 0
