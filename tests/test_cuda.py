@@ -21,6 +21,8 @@ from helpers import (
     ROOT,
     find_run,
     largest_difference,
+    needs_cifar100,
+    needs_mnist,
     parts_of,
     run_in_process,
     trainer_of,
@@ -149,6 +151,35 @@ def test_the_command_reaches_its_steps_on_a_cuda_device(tmp_path, monkeypatch, p
     pace = [json.loads(line) for line in (run / "pace.jsonl").read_text().splitlines()]
     assert [(line["task"], line["epoch"], line["step"]) for line in pace[:3]] == [(0, 0, 4), (0, 1, 8), (1, 0, 12)]
     assert all(line["steps_per_second"] > 0 for line in pace)
+
+
+ONLINE = {
+    "online_er_cifar100_20split": needs_cifar100,
+    "online_er_ace_cifar100_20split": needs_cifar100,
+    "online_mir_cifar100_20split": needs_cifar100,
+    "online_er_cifar100_20split_survey": needs_cifar100,
+    "agem_cifar100_17split": needs_cifar100,
+    "agem_permuted_mnist_17": needs_mnist,
+    "gdumb_mnist_5split": needs_mnist,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in ONLINE.items()])
+def test_an_online_experiment_reaches_its_end_on_a_cuda_device(name, tmp_path, monkeypatch, pretence):
+    """With the answers on the way, as far as a CPU can go (see above)."""
+    monkeypatch.setattr(run_module, "write_report", lambda place: None)
+    arguments = [f"+experiment={name}", "device=cuda", "logger=none", "trainer.evaluate_every=3", "metrics=online"]
+    few = ["scenario.test_per_class=2", "trainer.max_steps=3", "trainer.evaluate_sample=4"]
+    few += (
+        ["scenario.num_tasks=5", "buffer.capacity=85"] if name == "agem_cifar100_17split" else ["scenario.num_tasks=2"]
+    )
+    if "+experiment=online" in arguments[0] and "survey" not in name:  # measured on held-out images, fifty a class
+        few += ["scenario.val_fraction=0.002"]
+    assert run_in_process(*arguments, *few, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    summary = json.loads((find_run(tmp_path) / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["cost"]["curve_seconds"] > 0
 
 
 def test_cudnn_tries_its_algorithms_where_it_is_asked_to(monkeypatch):

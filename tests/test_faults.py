@@ -213,6 +213,8 @@ def test_without_a_whole_checkpoint_a_run_is_never_begun_afresh_unasked(run, tmp
     assert "overwrite=true" in error
     assert error.count("\n") == 1
     after = {path: path.read_bytes() for path in last.parent.parent.rglob("*") if path.is_file()}
+    why = after.pop(last.parents[1] / "failure.txt").decode()
+    assert "last.pt is damaged" in why
     assert after == before
     assert run("results_dir=r", "overwrite=true")[0] == 0
 
