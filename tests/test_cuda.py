@@ -154,28 +154,27 @@ def test_the_command_reaches_its_steps_on_a_cuda_device(tmp_path, monkeypatch, p
 
 
 ONLINE = {
-    "online_er_cifar100_20split": needs_cifar100,
-    "online_er_ace_cifar100_20split": needs_cifar100,
-    "online_mir_cifar100_20split": needs_cifar100,
-    "online_er_cifar100_20split_survey": needs_cifar100,
-    "agem_cifar100_17split": needs_cifar100,
-    "agem_permuted_mnist_17": needs_mnist,
-    "gdumb_mnist_5split": needs_mnist,
+    # measured on held-out images, fifty of each class
+    "online_er_cifar100_20split": "scenario.num_tasks=2 scenario.val_fraction=0.002",
+    "online_er_ace_cifar100_20split": "scenario.num_tasks=2 scenario.val_fraction=0.002",
+    "online_mir_cifar100_20split": "scenario.num_tasks=2 scenario.val_fraction=0.002",
+    "online_er_cifar100_20split_survey": "scenario.num_tasks=2",
+    "agem_cifar100_17split": "scenario.num_tasks=5 buffer.capacity=85",
+    "agem_permuted_mnist_17": "scenario.num_tasks=2",
+    "gdumb_mnist_5split": "scenario.num_tasks=2",
 }
+"""The published online protocols, and what makes them small."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in ONLINE.items()])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_mnist if "mnist" in name else needs_cifar100) for name in ONLINE]
+)
 def test_an_online_experiment_reaches_its_end_on_a_cuda_device(name, tmp_path, monkeypatch, pretence):
     """With the answers on the way, as far as a CPU can go (see above)."""
     monkeypatch.setattr(run_module, "write_report", lambda place: None)
     arguments = [f"+experiment={name}", "device=cuda", "logger=none", "trainer.evaluate_every=3", "metrics=online"]
-    few = ["scenario.test_per_class=2", "trainer.max_steps=3", "trainer.evaluate_sample=4"]
-    few += (
-        ["scenario.num_tasks=5", "buffer.capacity=85"] if name == "agem_cifar100_17split" else ["scenario.num_tasks=2"]
-    )
-    if "+experiment=online" in arguments[0] and "survey" not in name:  # measured on held-out images, fifty a class
-        few += ["scenario.val_fraction=0.002"]
+    few = ["scenario.test_per_class=2", "trainer.max_steps=3", "trainer.evaluate_sample=4", *ONLINE[name].split()]
     assert run_in_process(*arguments, *few, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     summary = json.loads((find_run(tmp_path) / "summary.json").read_text())
     assert summary["status"] == "finished"

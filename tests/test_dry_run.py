@@ -187,8 +187,8 @@ def test_batches_of_one_task_are_timed_whole(monkeypatch):
     """A batch of one task costs the same with one image as with 128, so a few images of each of many tasks mislead."""
     config = configure(
         "scenario=permuted_digits", "scenario.num_tasks=40", "scenario.val_fraction=0", "backbone=mlp", "method=supsup",
-        "+method.deciding_images=1", "trainer.epochs=1", "trainer.evaluate_after=last_task", "trainer.alternatives=false",
-        "device=cpu",
+        "+method.deciding_images=1", "trainer.epochs=1", "trainer.evaluate_after=last_task",
+        "trainer.alternatives=false", "device=cpu",
     )  # fmt: skip
     parts = build(config)
     clock = Clock()
