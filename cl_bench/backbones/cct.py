@@ -1,9 +1,9 @@
 """CCT, the Compact Convolutional Transformer (Hassani et al., arXiv 2104.05704, 2021), for small images.
 
-    x_0 = flatten( [MaxPool(ReLU(Conv2d))] x n ) + positions                 tokenizer, n = ``conv_layers``   (section 3.3)
+    x_0 = flatten( [MaxPool(ReLU(Conv2d))] x n ) + positions                tokenizer, n = ``conv_layers`` (section 3.3)
     z   = LN( x + MHSA(LN(x)) ),   x = z + MLP(z)                            each block
     w   = softmax over tokens of  g(LN(x_L)),   g: R^D -> R linear
-    out = sum over tokens of  w_i LN(x_L)_i                                  sequence pooling                 (Eq. 1 to 3)
+    out = sum over tokens of  w_i LN(x_L)_i                                  sequence pooling               (Eq. 1 to 3)
 
 Convolutions are 3 x 3 without bias, pooling 3 / 2 / 1 halves the map, positions are learned. Sequence pooling takes the
 place of a class token. A block normalises its input again after the attention, as the authors' code does: the paper's
@@ -11,7 +11,8 @@ text describes the usual pre-norm block.
 
 Shapes: B images, n tokens, D = dim, h heads, K classes.
 
-Departures: none from the authors' code for CIFAR, except its training (docs/methods/cct.md).
+Departures: g has no bias, which the softmax would not see. Otherwise none from the authors' code for CIFAR, except its
+training (docs/methods/cct.md).
 """
 
 from itertools import pairwise
@@ -51,7 +52,7 @@ class SequencePooling(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.score = nn.Linear(dim, 1)
+        self.score = nn.Linear(dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, D) -> (B, D)."""

@@ -3,8 +3,8 @@
 Each stage makes a smaller map of tokens by an overlapping convolution, and transforms it by blocks whose queries, keys
 and values are convolutions of the map:
 
-    X_i = LN( Conv2d(X_{i-1}) )                            token embedding, kernel k_i, stride s_i          (section 3.1)
-    q = Linear(BN(DW(X)))    k = Linear(BN(DW_s(X)))    v = Linear(BN(DW_s(X)))                                   (Eq. 2)
+    X_i = LN( Conv2d(X_{i-1}) )                            token embedding, kernel k_i, stride s_i         (section 3.1)
+    q = Linear(BN(DW(X)))    k = Linear(BN(DW_s(X)))    v = Linear(BN(DW_s(X)))                                  (Eq. 2)
     X = X + W_o concat over heads of softmax(q k^T / sqrt(d)) v,   then   X = X + MLP(LN(X))
 
 DW is a depth-wise 3 x 3 convolution and DW_s one with stride ``kv_stride``, so there are fewer keys than queries; X on
@@ -18,11 +18,11 @@ Departures:
    convolutions, so that in the last block the one of the queries would get no gradient.
 2. The strides are 2, 2, 2 with kernels of 3 pixels, for images of 32 pixels; the paper has 4, 2, 2 with 7, 3, 3.
 3. The scores are divided by sqrt(d). The authors' code divides them by sqrt(D).
-4. No stochastic depth (the authors have 0.1 in the last stage).
+4. The linear layer of the keys has no bias: the softmax does not see what is added to all keys.
+5. No stochastic depth (the authors have 0.1 in the last stage).
 """
 
 from itertools import pairwise
-from math import prod
 
 import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
@@ -32,17 +32,17 @@ from cl_bench.backbones.base import SingleHead, check_layers
 from cl_bench.core.errors import require, require_positive
 
 LEAST_SIDE = 2
-"""The smallest side of the last map: the mean over one token is none."""
+"""The smallest side of the keys' last map: attention to a single key is none."""
 
 
 class ConvProjection(nn.Module):
     """Linear(BN(DW(X))): one of q, k and v."""
 
-    def __init__(self, dim: int, stride: int) -> None:
+    def __init__(self, dim: int, stride: int, bias: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, stride, 1, groups=dim, bias=False)
         self.norm = nn.BatchNorm2d(dim)
-        self.linear = nn.Linear(dim, dim)
+        self.linear = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W) -> (B, n, D), n = ceil(H / stride) ceil(W / stride)."""
@@ -56,7 +56,7 @@ class ConvAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query = ConvProjection(dim, 1)
-        self.key, self.value = ConvProjection(dim, kv_stride), ConvProjection(dim, kv_stride)
+        self.key, self.value = ConvProjection(dim, kv_stride, bias=False), ConvProjection(dim, kv_stride)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,8 +118,8 @@ class CvT(SingleHead):
     ) -> None:
         super().__init__()
         lists = {"dims": dims, "depths": depths, "heads": heads, "kernels": kernels, "strides": strides}
-        _check(lists, image_shape)
         require_positive(fix="See configs/backbone/cvt.yaml.", kv_stride=kv_stride, mlp_ratio=mlp_ratio)
+        _check(lists, kv_stride, image_shape)
         self.stages = nn.Sequential(
             *(
                 Stage(
@@ -136,14 +136,15 @@ class CvT(SingleHead):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)."""
         return self.norm(self.stages(x).permute(0, 2, 3, 1)).mean(dim=(1, 2))
 
 
-def _check(lists: dict[str, list[int]], image_shape: tuple[int, int, int]) -> None:
+def _check(lists: dict[str, list[int]], kv_stride: int, image_shape: tuple[int, int, int]) -> None:
     usual, stages = "See configs/backbone/cvt.yaml.", len(lists["dims"])
     for key, values in lists.items():
         require_positive(fix=usual, **{key: values})
@@ -160,12 +161,14 @@ def _check(lists: dict[str, list[int]], image_shape: tuple[int, int, int]) -> No
     whole = all(dim % h == 0 for dim, h in zip(lists["dims"], lists["heads"]))
     expected = f"divisors of dims = {list(lists['dims'])}"
     require(whole, "heads", expected=expected, got=list(lists["heads"]), fix="64 channels per head are usual.")
-    side = min(image_shape[1:]) / prod(lists["strides"])
+    side = min(image_shape[1:])
+    for stride in [*lists["strides"], kv_stride]:
+        side = -(-side // stride)  # rounded up
     require(
-        side > LEAST_SIDE - 1,  # each stage rounds up
+        side >= LEAST_SIDE,
         "strides",
-        expected=f"a last map of {LEAST_SIDE} x {LEAST_SIDE} tokens or more for images of "
-        f"{image_shape[1]} x {image_shape[2]}",
+        expected=f"{LEAST_SIDE} x {LEAST_SIDE} keys or more in the last stage for images of {image_shape[1]} x "
+        f"{image_shape[2]} and kv_stride={kv_stride}",
         got=list(lists["strides"]),
-        fix="2,2,2 suit 32 x 32 pixels, 1,2,2 suit 8 x 8.",
+        fix="2,2,2 suit 32 x 32 pixels, 1,1,2 suit 8 x 8.",
     )

@@ -60,7 +60,7 @@ class ReAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         maps = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
         with torch.autocast(x.device.type, enabled=False):
-            return maps, self.norm(torch.einsum("hg,bhij->bgij", self.theta, maps.float())), v
+            return maps, self.norm(torch.einsum("hg,bhij->bgij", self.theta, maps.to(self.theta.dtype))), v
 
     def forward(self, x: Tensor, **_: object) -> Tensor:
         """(B, n, D) -> (B, n, D); timm's block also passes a mask, which is always None here."""
