@@ -27,7 +27,7 @@ SMALL = {
     "mobilevit": ["stride=8"],
     "mobilevitv2": ["stride=8"],
     "levit": ["stride=8", "+options.embed_dim=[32,48,64]", "+options.depth=[1,1,1]", "+options.num_heads=[2,2,2]"],
-    "coat": ["stride=8", "+options.embed_dims=[16,16,16,16]", "+options.serial_depths=[1,1,1,1]"],
+    "coat": ["stride=8", "+options.embed_dims=[16,16,16,16]", "+options.serial_depths=[1,1,1,2]"],
 }  # fmt: skip
 """The smallest networks that the keys allow, for pictures of 16 x 16 pixels."""
 
