@@ -87,7 +87,8 @@ class CCT(SingleHead):
         usual = "See configs/backbone/cct.yaml."
         require_positive(fix=usual, dim=dim, heads=heads, mlp_ratio=mlp_ratio, conv_layers=conv_layers)
         require_fraction(fix=usual, below_one=True, attention_dropout=attention_dropout, drop_path=drop_path)
-        check_layers("depth", depth)
+        for key, layers in {"depth": depth, "conv_layers": conv_layers}.items():
+            check_layers(key, layers)
         expected, fix = f"a divisor of dim = {dim}", "64 channels per head are usual."
         require(dim % heads == 0, "heads", expected=expected, got=heads, fix=fix)
         channels, *sides = image_shape
