@@ -31,7 +31,8 @@ SMALL = {
 }  # fmt: skip
 """The smallest networks that the keys allow, for pictures of 16 x 16 pixels."""
 
-BUFFERS = {"er": "reservoir", "derpp": "reservoir", "mir": "reservoir", "er_ace": "reservoir", "icarl": "herding"}
+BUFFERS = {"er": "reservoir", "derpp": "reservoir", "mir": "reservoir", "er_ace": "reservoir", "icarl": "herding",
+           "agem": "ring"}  # fmt: skip
 
 UNSEEN = ("key.norm.bias",)
 """CvT: the softmax does not see what is added to all keys, so the gradient is 0 up to rounding."""
