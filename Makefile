@@ -13,13 +13,14 @@ SWEEP := OMP_NUM_THREADS=1 $(RUN) -m cl_bench -m hydra/launcher=joblib hydra.lau
 RESNET18 := $(foreach method,finetune er derpp joint icarl lwf ewc,resnet18_$(method)_cifar100_10split)
 MINI := $(RESNET18) $(foreach net,lvt den apd memory_vit vit_er,$(net)_cifar100_10split) dytox_cifar100_10step
 LVT_PARTS := inter_task injection_head accumulation_head confidence
+FAMILY := vit deepvit cvt cct efficientvit mobilevit mobilevitv2 levit coat
 DYTOX_PARTS := token_expansion divergence_head finetuning independent_classifiers
 # a b c -> a,b,c
 , := ,
 space := $(subst ,, )
 listed = $(subst $(space),$(,),$(strip $(1)))
 
-.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format bench mini ablation_lvt ablation_dytox soak golden clean
+.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format bench mini mini_backbones ablation_lvt ablation_dytox soak golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,6 +74,12 @@ mini: $(VENV)/.made ## the table in results/mini: three seeds of every method, a
 	$(SWEEP) results_dir=results/mini/records +experiment=vit_er_cifar100_10split method=finetune,joint buffer=none
 	$(SWEEP) results_dir=results/mini/records +experiment=supsup_cifar100_20split scenario.num_tasks=10
 	$(RUN) scripts/compare.py results/mini/records --out results/mini
+
+mini_backbones: $(VENV)/.made ## ER, fine-tuning and joint training on each network of the ViT family at mini scale
+	$(SWEEP) results_dir=results/mini/backbones/records +experiment=vit_family_cifar100_10split backbone=$(call listed,$(FAMILY))
+	$(SWEEP) results_dir=results/mini/backbones/records +experiment=vit_family_cifar100_10split backbone=$(call listed,$(FAMILY)) method=finetune,joint buffer=none
+	$(RUN) scripts/compare.py results/mini/backbones/records --out results/mini/backbones
+	$(RUN) scripts/backbones.py --scale mini --records results/mini/backbones/records --out results/backbones/mini
 
 ablation_lvt: $(VENV)/.made ## LVT without one part each at mini scale, beside the complete LVT of make mini
 	$(SWEEP) results_dir=results/mini/$@/records +experiment=lvt_cifar100_10split +ablation=$(call listed,$(addprefix lvt_without_,$(LVT_PARTS)))

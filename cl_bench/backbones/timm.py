@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import SingleHead, turn_into_buffers
+from cl_bench.backbones.layers.timm import check_options, keep_no_biases, say
 from cl_bench.core.errors import ConfigError, require
 
 LEAST_SIDE = 2
@@ -59,12 +60,13 @@ class TimmModel(SingleHead):
     ) -> None:
         super().__init__()
         _check_name(name)
-        _check_options(options)
+        check_options(options)
         expected, fix = "null with pretrained=true", "Choose one of them."
         require(not (pretrained and checkpoint), "checkpoint", expected=expected, got=checkpoint, fix=fix)
         channels, config = image_shape[0], _get_config(name)
         self.size = _choose_size(size, image_shape, config.input_size)
         self.trunk = _create_trunk(name, pretrained, channels, self.size, options)
+        keep_no_biases(self.trunk)
         if checkpoint:
             _load_trunk(self.trunk, name, checkpoint)
         width = _measure_width(self.trunk, name, (channels, *self.size))
@@ -116,20 +118,6 @@ def _get_config(name: str) -> Any:
     return timm.get_pretrained_cfg(name)
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that are no numbers: a text could name a file or a class for timm to load."""
-    ours = ("num_classes", "in_chans", "img_size", "pretrained", "features_only", "scriptable", "exportable", "no_jit")
-    for key, value in options.items():
-        numbers = value if isinstance(value, list) else [value]
-        require(
-            str(key) not in ours and all(isinstance(number, (int, float)) for number in numbers),
-            "options",
-            expected="numbers, true or false, or lists of them, for arguments that no other key sets",
-            got=f"{key}={value}",
-            fix="For example '+backbone.options.patch_size=4'.",
-        )
-
-
 def _choose_size(size: int | str, image_shape: tuple[int, int, int], of_model: tuple[int, int, int]) -> tuple[int, int]:
     """(H, W) of the images that the trunk gets."""
     if size == "images":
@@ -158,11 +146,11 @@ def _create_trunk(
     except Exception as error:  # no network, no weights, an option that it has not, too small images: many kinds
         if options and isinstance(error, TypeError):
             expected, fix = f"arguments of {name}", "Leave out what it does not have."
-            raise ConfigError("options", expected=expected, got=_say(error), fix=fix) from error
+            raise ConfigError("options", expected=expected, got=say(error), fix=fix) from error
         if pretrained:
             fix = "Without a network, download the file elsewhere and set backbone.checkpoint=PATH pretrained=false."
-            raise ConfigError("pretrained", expected=f"weights of {name}", got=_say(error), fix=fix) from error
-        raise _refuse_size(name, size, _say(error), 32) from error
+            raise ConfigError("pretrained", expected=f"weights of {name}", got=say(error), fix=fix) from error
+        raise _refuse_size(name, size, say(error), 32) from error
 
 
 def _load_trunk(trunk: nn.Module, name: str, checkpoint: str) -> None:
@@ -176,7 +164,7 @@ def _load_trunk(trunk: nn.Module, name: str, checkpoint: str) -> None:
         problem = [f"no {key}" for key in missing]
         problem += [f"an unknown {key}" for key in surplus if not key.startswith(tuple(f"{key}." for key in dropped))]
     except Exception as error:  # no such file, not a state dict, other shapes: also many kinds
-        problem = [_say(error)]
+        problem = [say(error)]
     require(
         not problem,
         "checkpoint",
@@ -196,7 +184,7 @@ def _measure_width(trunk: Any, name: str, image_shape: tuple[int, ...]) -> int:
     try:
         side, features = _measure_side(trunk, trunk.forward_features(x)), trunk(x)
     except Exception as error:  # a convolution of nothing, a window larger than the image
-        raise _refuse_size(name, image_shape[1:], _say(error), reduction) from error
+        raise _refuse_size(name, image_shape[1:], say(error), reduction) from error
     trunk.train(training)
     if side is not None and side < LEAST_SIDE:
         raise _refuse_size(name, image_shape[1:], f"a last map of {side} x {side}", reduction)
@@ -228,7 +216,3 @@ def _refuse_size(name: str, size: tuple[int, ...], why: str, reduction: int) -> 
         fix=f"Try backbone.size={side} or more, or +backbone.options.patch_size=4 of a transformer, or "
         "+backbone.options.output_stride=8 of a convolutional network.",
     )
-
-
-def _say(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
