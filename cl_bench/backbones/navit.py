@@ -27,6 +27,7 @@ or lets it depend on the resolution. A batch is packed as a whole, so that no im
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,7 +121,7 @@ class Attention(nn.Module):
             layer(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (R, h, ., d)
             for layer, tokens in ((self.q, x), (self.k, context), (self.v, context))
         )
-        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+        q, k = (norm(t.to(norm.weight.dtype)).to(v.dtype) for norm, t in ((self.norm_q, q), (self.norm_k, k)))
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
@@ -247,7 +248,7 @@ class NaViT(SingleHead):
             return None, [x]
         order = torch.rand(len(x), device=x.device).argsort()
         ends = [low * i // len(self.low_grids) for i in range(len(self.low_grids) + 1)]
-        counts = [len(x) - low, *(end - begin for begin, end in zip(ends, ends[1:]))]
+        counts = [len(x) - low, *(end - begin for begin, end in itertools.pairwise(ends))]
         full, *lower = x.index_select(0, order).split(counts)
         groups = [full] + [
             F.interpolate(images, [side * self.patch_size for side in grid], mode="bilinear", antialias=True)

@@ -36,6 +36,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cl_bench.backbones.base import Backbone
 from cl_bench.backbones.layers.masked import MaskedNet
@@ -176,7 +177,8 @@ class Superposition(Method):
         each: Callable[[Tensor, Tensor], Tensor] = torch.func.vmap(
             torch.func.grad(of_one), in_dims=(0 if alpha.dim() == 2 else None, 0), chunk_size=chunk
         )
-        with torch.autocast(x.device.type, enabled=False):
+        # vmap computes a fused attention one image after the other
+        with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
             return each(alpha, x)
 
     @staticmethod
