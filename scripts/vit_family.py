@@ -398,10 +398,11 @@ def draw_sandwich(plt: Any, figures: Figures) -> Any:
     """Stacked shares of time."""
     figure, axes = plt.subplots(figsize=(5.4, 5.6))
     names = list(figures["shares"])
+    labels = [name.replace(", BatchNorm", ",") for name in names]
     left = [0.0] * len(names)
     for i, kind in enumerate(KINDS):
         values = [figures["shares"][name][kind] for name in names]
-        axes.barh(names, values, left=left, label=kind, color=f"C{i}" if i else "0.75")
+        axes.barh(labels, values, left=left, label=kind, color=f"C{i}" if i else "0.75")
         left = [a + b for a, b in zip(left, values)]
     axes.set(xlabel="share of the time, %", xlim=(0, 100))
     axes.invert_yaxis()
@@ -478,7 +479,9 @@ def make_tables(figures: Figures) -> dict[str, str]:
             ratio = compute_ratio(seconds[name], seconds["ViT block"])
             macs = part["macs"][name] / part["macs"]["ViT block"]
             cells = [f"{shares[kind]:.0f}" for kind in KINDS]
-            rows.append([name, *cells, f"{macs:.2f}", f"{ratio:.2f}", f"{ratio / macs:.2f}"])
+            rows.append(
+                [name.replace(", BatchNorm", ","), *cells, f"{macs:.2f}", f"{ratio:.2f}", f"{ratio / macs:.2f}"]
+            )
         heads = ["% of the time", *KINDS, "multiplications / ViT's", "time / ViT's", "time per multiplication / ViT's"]
         tables["sandwich"] = write_table(heads, rows)
     return tables
