@@ -242,7 +242,7 @@ KINDS = {
     "normalisation": ("native_batch_norm", "native_layer_norm", "batch_norm"),
     "softmax": ("_softmax",),
     "reshape and copy": ("copy_", "cat", "clone", "empty", "as_strided", "slice", "view", "permute", "transpose"),
-    "element by element": ("add", "mul", "gelu", "relu", "hardswish", "sigmoid"),
+    "element by element": ("add", "mul", "gelu", "relu", "clamp_min", "hardswish", "sigmoid"),
 }
 """Kinds of operations, by the first letters of their names in torch. All except the first are bound by memory."""
 

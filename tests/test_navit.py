@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 SMALL_NET = ["backbone=navit", "backbone.patch_size=2", "backbone.dim=16", "backbone.depth=2", "backbone.heads=2"]
 DRAWING = [*SMALL_NET, "backbone.low_scales=[0.75,0.5]", "backbone.token_drop=0.25"]
 DIGIT = (1, 8, 8)
+METHODS = ["finetune", "er", "derpp", "lwf", "ewc", "icarl", "joint"]
 
 
 def network(*overrides, shape=DIGIT):
@@ -164,13 +165,13 @@ def test_gradients_of_single_images_can_be_stacked():
 
 
 def parts_of(method, *overrides):
-    buffers = {"er": "reservoir", "derpp": "reservoir", "icarl": "herding"}
+    buffers = dict.fromkeys(("er", "derpp", "er_ace", "mir", "agem"), "reservoir") | {"icarl": "herding"}
     buffer = [f"buffer={buffers[method]}", "buffer.capacity=20"] if method in buffers else ["buffer=none"]
     return build(configure(*TINY, f"method={method}", *DRAWING, *buffer, *overrides))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["finetune", "er", "derpp", "lwf", "ewc", "icarl", "joint", "supsup"])
+@pytest.mark.parametrize("method", [*METHODS, "er_ace", "mir", "agem", "supsup"])
 def test_it_runs_under(method, tmp_path):
     record = trainer_of(parts_of(method, "trainer.epochs=1"), tmp_path).run()
     assert record.class_il.count.tolist() == [20, 20]
