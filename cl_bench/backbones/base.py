@@ -23,6 +23,9 @@ def check_layers(key: str, layers: int) -> None:
 class Backbone(nn.Module, ABC):
     """A network with one head over all K classes."""
 
+    draws: bool = False
+    """Whether a training pass draws random numbers other than those of ``nn.Dropout``."""
+
     @abstractmethod
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D), the input of the head."""

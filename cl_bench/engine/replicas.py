@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from cl_bench.backbones.base import Backbone
 from cl_bench.core.types import Losses, Phase
 from cl_bench.engine.checkpoint import get_torch_rng_state, set_torch_rng_state
 from cl_bench.engine.step import (
@@ -42,6 +43,8 @@ def find_obstacle(method: Method, device: torch.device) -> str | None:
         return "this method keeps a network aside, which cannot be stacked"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in method.modules()):
         return "the network has dropout, whose draws would not be those of a separate run"
+    if any(isinstance(module, Backbone) and module.draws for module in method.modules()):
+        return "the network draws in training, which would not be the draws of a separate run"
     if device.type == "cpu":
         return "a CPU computes stacked networks no faster than one after the other (docs/speed.md)"
     return None

@@ -1,0 +1,68 @@
+"""The page of measured claims: its tables are those of the figures, and what is measured is what it says."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT
+
+from cl_bench.backbones.navit import lay_out
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("vit_family", ROOT / "scripts" / "vit_family.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_the_tables_of_the_figures(script):
+    figures, text = json.loads(script.FIGURES.read_text()), script.PAGE.read_text()
+    assert set(figures) == set(script.PARTS)
+    assert script.fill_page(text, figures) == text
+    for name in script.PARTS:
+        assert f"images/vit_family_{name}.png" in text
+        assert (script.IMAGES / f"vit_family_{name}.png").stat().st_size < 100_000
+
+
+def test_padding_gives_the_features_of_packing(script, monkeypatch):
+    net = script.make_navit(0.5, 2).double().eval()
+    net.train()
+    x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.manual_seed(1)
+    packed = net.features(x)
+    layouts = []
+
+    def pad(*arguments):
+        layouts.append((script.pad_to_largest(*arguments), lay_out(*arguments)))
+        return layouts[-1][0]
+
+    monkeypatch.setattr(script.navit, "_look_up_layout", pad)
+    torch.manual_seed(1)
+    torch.testing.assert_close(net.features(x), packed)
+    ((padded, tight),) = layouts
+    assert (padded.source.shape, tight.source.shape) == ((5, 64), (2, 128))  # three full images, two of 16 tokens
+
+
+def test_similarity_of_maps_ignores_scale_and_one_measure_the_mean(script):
+    maps = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    same = script.compare_neighbours([maps, 2 * maps])
+    assert same["cosine"] == pytest.approx([1.0], abs=1e-5)
+    shifted = script.compare_neighbours([maps, maps - 0.5])
+    assert shifted["correlation"] == pytest.approx([1.0], abs=1e-5)
+    assert shifted["cosine"][0] < 0.9
+
+
+def test_operations_have_their_kind(script):
+    def kind(name, *shapes):
+        return script.name_kind(SimpleNamespace(key=f"aten::{name}", input_shapes=shapes))
+
+    assert kind("mkldnn_convolution", [1, 8, 4, 4], [8, 1, 3, 3]) == "depthwise convolution"
+    assert {kind("mkldnn_convolution", [1, 8, 4, 4], [8, 8, 1, 1]), kind("addmm"), kind("bmm")} == {"matrix product"}
+    assert {kind("native_layer_norm"), kind("native_batch_norm")} == {"normalisation"}
+    assert kind("_softmax") == "softmax"
+    assert {kind("copy_"), kind("cat"), kind("clone"), kind("as_strided")} == {"reshape and copy"}
+    assert {kind("add"), kind("add_"), kind("mul"), kind("gelu"), kind("clamp_min")} == {"element by element"}
