@@ -1,0 +1,187 @@
+"""Avalanche's benchmarks and strategies under our command; docs/avalanche.md."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import DATA, configure, needs_mnist
+
+from cl_bench.config.build import build_scenario
+from cl_bench.core.errors import ConfigError
+from cl_bench.scenarios import avalanche as scenarios
+from cl_bench.scenarios.avalanche import AvalancheBenchmark
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Avalanche's own warnings
+
+KEYS = {
+    "benchmark": "avalanche.benchmarks.classic.SplitMNIST", "arguments": {}, "root": str(DATA), "class_order_seed": 0,
+    "data_seed": 0, "val_fraction": 0.0, "val_choice": "random", "train_per_class": None, "test_per_class": None,
+}  # fmt: skip
+
+
+def pixels(count: int, seed: int, classes: int = 6) -> torch.utils.data.Dataset:
+    """Images of 1 x 4 x 4 whole numbers over 255, with labels 0, 1, ... in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, 1, 4, 4), generator=generator).float() / 255
+    return torch.utils.data.TensorDataset(images, torch.arange(count) % classes)
+
+
+def tensors(data: torch.utils.data.Dataset):
+    from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
+
+    return _make_taskaware_classification_dataset(data, targets=data.tensors[1].tolist())
+
+
+def make_nc(**keys):
+    from avalanche.benchmarks import nc_benchmark
+
+    keys = {"n_experiences": 3, "task_labels": False, "seed": 3} | keys
+    return nc_benchmark(tensors(pixels(48, 0)), tensors(pixels(18, 1)), **keys)
+
+
+def convert(benchmark, monkeypatch, **keys) -> AvalancheBenchmark:
+    """Our scenario of a benchmark that is there already."""
+    pipeline = scenarios.Pipeline(None, [0.5], [0.25], 0, False)
+    monkeypatch.setattr(scenarios, "build_benchmark", lambda *_: (benchmark, pipeline))
+    return AvalancheBenchmark(**KEYS | keys)
+
+
+def assert_same(scenario, benchmark, streams=("train", "test")):
+    """Images, labels and tasks are those of Avalanche's own streams, in their order."""
+    for name in streams:
+        stream = getattr(benchmark, f"{name}_stream")
+        assert len(stream) == len(scenario.tasks)
+        for task, experience in zip(scenario.tasks, stream):
+            data = getattr(task, name)
+            theirs = [experience.dataset[i] for i in range(len(experience.dataset))]
+            x = torch.stack([image for image, *_ in theirs])
+            torch.testing.assert_close(scenario.transform.normalise(data.images), x, rtol=0, atol=2e-6)
+            assert [scenario.class_order[c] for c in data.labels.tolist()] == [y for _, y, *_ in theirs]
+            assert set(scenario.list_class_ids(task)) == set(experience.classes_in_this_experience)
+
+
+def test_tasks_are_the_experiences(monkeypatch):
+    from torchvision.transforms import Normalize
+
+    normalise = Normalize((0.5,), (0.25,))
+    benchmark = make_nc(train_transform=normalise, eval_transform=normalise)
+    scenario = convert(make_nc(), monkeypatch)
+    assert scenario.class_order == benchmark.classes_order
+    assert scenario.tasks[0].train.images.dtype == torch.uint8
+    assert not scenario.shared_labels
+    assert_same(scenario, benchmark)
+    joined = torch.cat([task.train.index for task in scenario.tasks])
+    assert sorted(joined.tolist()) == list(range(48))
+    unequal = convert(make_nc(per_exp_classes={0: 3, 1: 2, 2: 1}), monkeypatch)
+    assert [task.classes for task in unequal.tasks] == [range(3), range(3, 5), range(5, 6)]
+
+
+def test_validation_images_are_held_out_of_each_class(monkeypatch):
+    scenario = convert(make_nc(), monkeypatch, val_fraction=0.25, test_per_class=2)
+    for task in scenario.tasks:
+        assert torch.bincount(task.val.labels, minlength=6)[list(task.classes)].tolist() == [2, 2]
+        assert len(task.train) == 12
+        assert len(task.test) == 4
+        assert not set(task.val.index.tolist()) & set(task.train.index.tolist())
+
+
+def test_the_same_classes_in_all_experiences_are_shared_labels(monkeypatch):
+    from avalanche.benchmarks import ni_benchmark
+
+    benchmark = ni_benchmark(
+        [tensors(pixels(12, s, 2)) for s in (0, 1)], [tensors(pixels(6, s, 2)) for s in (2, 3)], n_experiences=2
+    )
+    with pytest.raises(ConfigError, match="2 experiences with the same classes, and 1 test sets"):
+        convert(benchmark, monkeypatch)
+    scenario = convert(make_nc(class_ids_from_zero_in_each_exp=True), monkeypatch)
+    assert scenario.shared_labels
+    assert scenario.num_classes == 2
+    assert [task.classes for task in scenario.tasks] == [range(2)] * 3
+    assert [len(task.test) for task in scenario.tasks] == [6] * 3
+
+
+def test_what_is_no_class_incremental_stream_is_refused(monkeypatch):
+    from avalanche.benchmarks import dataset_benchmark
+
+    mixed = dataset_benchmark([tensors(pixels(6, 0, 2)), tensors(pixels(6, 1, 3))], [tensors(pixels(6, 2, 3))] * 2)
+    with pytest.raises(ConfigError, match=r"scenario|benchmark: .*got experiences that share some of their classes"):
+        convert(mixed, monkeypatch)
+    noise = torch.utils.data.TensorDataset(torch.randn(6, 1, 4, 4), torch.arange(6))
+    with pytest.raises(ConfigError, match="got images that are not 8 bits per channel"):
+        convert(dataset_benchmark([tensors(noise)], [tensors(noise)]), monkeypatch)
+    vectors = torch.utils.data.TensorDataset(torch.zeros(6, 4), torch.arange(6))
+    with pytest.raises(ConfigError, match=r"got inputs of the shape \(4,\)"):
+        convert(dataset_benchmark([tensors(vectors)], [tensors(vectors)]), monkeypatch)
+    with pytest.raises(ConfigError, match="got one without test_stream"):
+        convert(type("Stream", (), {"train_stream": make_nc().train_stream}), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("path", "got"),
+    [
+        ("os.system", "os.system"),
+        ("avalanche.benchmarks.classic.cmnist.get_mnist_dataset", "get_mnist_dataset"),
+        ("avalanche.benchmarks.classic.cmnist.Compose", "Compose"),
+        ("avalanche.benchmarks.classic.cmnist.PixelsPermutation", "PixelsPermutation"),
+        ("avalanche.checkpointing.maybe_load_checkpoint", "maybe_load_checkpoint"),
+        ("avalanche.benchmarks.classic.Nothing", "Nothing"),
+        (None, "None"),
+    ],
+)
+def test_only_benchmarks_can_be_named(path, got):
+    with pytest.raises(ConfigError, match=f"benchmark: expected .*{got}"):
+        AvalancheBenchmark(**KEYS | {"benchmark": path})
+
+
+@needs_mnist
+def test_wrong_arguments_are_one_message():
+    with pytest.raises(ConfigError, match=r"arguments: expected .*n_experiences.*got .*TypeError"):
+        AvalancheBenchmark(**KEYS | {"arguments": {"n_tasks": 5}})
+    with pytest.raises(ConfigError, match=r"arguments\.train_transform: expected null"):
+        AvalancheBenchmark(**KEYS | {"arguments": {"n_experiences": 5, "train_transform": "x"}})
+
+
+@needs_mnist
+def test_split_mnist_is_avalanches_own():
+    from avalanche.benchmarks.classic import SplitMNIST
+
+    scenario = build_scenario(
+        configure(
+            "scenario=avalanche",
+            f"data_dir={DATA}",
+            f"scenario.benchmark={KEYS['benchmark']}",
+            "+scenario.arguments.n_experiences=5",
+            "+scenario.arguments.seed=7",
+        )
+    )
+    benchmark = SplitMNIST(n_experiences=5, seed=7, dataset_root=DATA)
+    assert scenario.class_order == benchmark.classes_order
+    assert (scenario.transform.mean, scenario.transform.std) == ([0.1307], [0.3081])
+    assert scenario.class_names[3] == "3 - three"
+    assert sum(len(task.train) for task in scenario.tasks) == 60_000
+    assert_same(scenario, benchmark, ["test"])
+    for task, experience in zip(scenario.tasks, benchmark.train_stream):
+        ids = np.array(scenario.class_order)[task.train.labels]
+        assert ids.tolist() == list(experience.dataset.targets)
+
+
+def test_crops_and_flips_are_read_from_the_benchmarks_transforms():
+    from avalanche.benchmarks.classic import ccifar100
+    from torchvision import transforms as tv
+
+    found = scenarios._read_transforms(
+        ccifar100._default_cifar100_train_transform, ccifar100._default_cifar100_eval_transform
+    )
+    assert found[1:] == ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762], 4, True)
+    assert repr(found.read) == repr(tv.Compose([tv.ToTensor()]))
+    with pytest.raises(ConfigError, match="got the training transform RandomRotation"):
+        scenarios._read_transforms(tv.RandomRotation(10), None)
+
+
+def test_an_order_without_a_seed_follows_the_class_order_seed(monkeypatch):
+    def draw(seed):
+        with scenarios._seed_everything(seed):
+            return make_nc(seed=None).classes_order
+
+    before = torch.get_rng_state()
+    assert draw(0) == draw(0) != draw(1)
+    assert torch.equal(torch.get_rng_state(), before)
