@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from helpers import DATA, configure, needs_mnist
+from helpers import DATA, TINY, configure, find_run, needs_mnist, run_in_process
 
-from cl_bench.config.build import build_scenario
-from cl_bench.core.errors import ConfigError
+from cl_bench.config.build import Parts, build, build_scenario
+from cl_bench.core.record import SETTINGS
+from cl_bench.engine.trainer import Interrupted
+from cl_bench.testing import make_trainer
+from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.scenarios import avalanche as scenarios
 from cl_bench.scenarios.avalanche import AvalancheBenchmark
 
@@ -185,3 +188,142 @@ def test_an_order_without_a_seed_follows_the_class_order_seed(monkeypatch):
     before = torch.get_rng_state()
     assert draw(0) == draw(0) != draw(1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- strategies --------------------------------------------------------------------------------------------------------
+
+SUPERVISED = "avalanche.training.supervised"
+PLUGINS = "avalanche.training.plugins"
+RUN = [*TINY, "method=avalanche", "backbone=mlp", "backbone.hidden=[32]"]
+
+STRATEGIES = {
+    "replay": [f"method.plugins=[{{class:{PLUGINS}.ReplayPlugin,mem_size:20}}]"],
+    "ewc": [f"method.strategy={SUPERVISED}.EWC", "+method.arguments.ewc_lambda=1"],
+    "agem": [
+        f"method.strategy={SUPERVISED}.AGEM", "+method.arguments.patterns_per_exp=10",
+        "+method.arguments.sample_size=8",
+    ],
+    "icarl": [
+        f"method.strategy={SUPERVISED}.ICaRL", "+method.arguments.memory_size=20",
+        "+method.arguments.buffer_transform=null", "+method.arguments.fixed_memory=true",
+    ],
+}  # fmt: skip
+
+
+def parts_of(*overrides: str) -> Parts:
+    return build(configure(*RUN, *overrides))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_stopped_run_goes_on_to_the_same_bits(name, tmp_path, capsys):
+    straight = parts_of(*STRATEGIES[name], "scenario.crop_padding=1")
+    trainer = make_trainer(straight, tmp_path / "straight")
+    record = trainer.run()
+    total = trainer.steps_done
+    first = 2 * 4  # two epochs of four steps of 16 images
+    assert total >= 2 * first
+    for stop_after in (1, first, first + 3, total):
+        calls = iter(range(total + 10))
+        with pytest.raises(Interrupted):
+            make_trainer(
+                parts_of(*STRATEGIES[name], "scenario.crop_padding=1"),
+                tmp_path / str(stop_after),
+                lambda calls=calls, last=stop_after: next(calls) == last,
+            ).run()
+        parts = parts_of(*STRATEGIES[name], "scenario.crop_padding=1")
+        torch.manual_seed(99)
+        capsys.readouterr()
+        resumed = make_trainer(parts, tmp_path / str(stop_after))
+        again = resumed.run()
+        assert ("learned again first" in capsys.readouterr().err) == (stop_after > first)
+        for setting in SETTINGS:
+            np.testing.assert_array_equal(again.get_matrix(setting).correct, record.get_matrix(setting).correct)
+        assert resumed.steps_done == total
+        expected = straight.method.state_dict()
+        assert expected.keys() == parts.method.state_dict().keys()
+        for key, value in parts.method.state_dict().items():
+            assert torch.equal(value, expected[key]), key
+
+
+def test_a_run_on_a_machine_that_rounds_differently_is_not_gone_on_with(tmp_path):
+    calls = iter(range(1000))
+    with pytest.raises(Interrupted):
+        make_trainer(parts_of(), tmp_path, lambda: next(calls) == 12).run()
+    parts = parts_of()
+    next(iter(parts.method._first_weights.values())).mul_(1.001)
+    with pytest.raises(RunError, match="tasks 0 to 0 gave other weights"):
+        make_trainer(parts, tmp_path).run()
+
+
+def test_the_whole_command_and_a_loaded_run(tmp_path, monkeypatch):
+    import json
+
+    import cl_bench
+
+    words = [*RUN, *STRATEGIES["icarl"], f"results_dir={tmp_path}", "trainer.evaluate_every=5", "metrics=online"]
+    assert run_in_process(*words, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    folder = find_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["method_facts"]["strategy"] == f"{SUPERVISED}.ICaRL"
+    assert summary["cost"]["method_bytes"] is None
+    assert summary["cost"]["samples_seen"] > 2 * 2 * 50
+    assert summary["task_il"]["average_accuracy"] > 20
+    assert (folder / "report.html").exists()
+    assert (folder / "curve.csv").exists()
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [e["task"] for e in events if e["event"] == "epoch"] == [0, 0, 1, 1]
+    run = cl_bench.load(folder)
+    order = np.array(run.scenario.class_order)
+    right = sum(int((run.predict(t.test.images) == order[t.test.labels.cpu()]).sum()) for t in run.scenario.tasks)
+    stored = np.load(folder / "predictions.npz")
+    assert right == int((stored["class_il"] == stored["label"]).sum())
+
+
+def test_a_strategy_learns_as_ours_does(tmp_path):
+    more = ["scenario.train_per_class=100", "scenario.test_per_class=20", "trainer.epochs=8"]
+    parts = parts_of(f"method.plugins=[{{class:{PLUGINS}.ReplayPlugin,mem_size:100}}]", *more)
+    record = make_trainer(parts, tmp_path).run()
+    assert record.task_il.accuracy[-1].mean() > 45
+    assert record.class_il.accuracy[-1, -1] > 35
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method.strategy=os.system"], "method.strategy: expected the dotted path of something that avalanche"),
+        ([f"method.strategy={PLUGINS}.ReplayPlugin"], "method.strategy: expected the dotted path"),
+        (["method.strategy=avalanche.training.supervised.der.CrossEntropyLoss"], "method.strategy: expected"),
+        ([f"method.plugins=[{{class:{PLUGINS}.CheckpointPlugin}}]"], r"method.plugins\[0\].class: expected"),
+        ([f"method.plugins=[{PLUGINS}.ReplayPlugin]"], r"method.plugins\[0\]: expected {class: PATH"),
+        ([f"method.plugins=[{{class:{PLUGINS}.ReplayPlugin,size:3}}]"], r"method.plugins\[0\]: expected arguments of"),
+        ([f"method.strategy={SUPERVISED}.EWC"], "method.arguments: expected arguments of EWC: .*ewc_lambda"),
+        (["+method.arguments.train_epochs=3"], "method.arguments.train_epochs: expected an argument of"),
+        (["trainer.clip_norm=1"], "trainer.clip_norm: expected null, since method=avalanche has a training loop"),
+        (["schedule=cosine"], "schedule: expected cl_bench.optim.Constant"),
+        (["precision=bf16"], "precision: expected fp32"),
+        (["dry_run=true"], "dry_run: expected False"),
+        (["buffer=reservoir"], "buffer: expected none"),
+        (["scenario=permuted_digits_shared"], "method: expected one that can learn tasks with shared labels"),
+    ],
+)
+def test_what_avalanche_cannot_do_here_is_one_message(words, message):
+    with pytest.raises(ConfigError, match=message):
+        build(configure("method=avalanche", "backbone.hidden=[8]", "device=cpu", *words))
+
+
+def test_a_loss_and_a_storage_policy_are_parts():
+    parts = parts_of(
+        f"method.plugins=[{{class:{PLUGINS}.ReplayPlugin,mem_size:20,storage_policy:"
+        "{class:avalanche.training.storage_policy.ReservoirSamplingBuffer,max_size:20}}]",
+        "+method.arguments.criterion={class:avalanche.training.losses.MaskedCrossEntropy,mask:new}",
+    )
+    strategy = parts.method.strategy
+    assert type(strategy._criterion).__name__ == "MaskedCrossEntropy"
+    replay = next(p for p in strategy.plugins if type(p).__name__ == "ReplayPlugin")
+    assert type(replay.storage_policy).__name__ == "ReservoirSamplingBuffer"
+
+
+def test_a_strategy_that_fails_says_where(tmp_path):
+    parts = parts_of(f"method.strategy={SUPERVISED}.JointTraining")
+    with pytest.raises(RunError, match="JointTraining failed in task 1"):
+        make_trainer(parts, tmp_path).run()
