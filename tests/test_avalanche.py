@@ -1,17 +1,24 @@
 """Avalanche's benchmarks and strategies under our command; docs/avalanche.md."""
 
+import contextlib
+import dataclasses
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from helpers import DATA, TINY, configure, find_run, needs_mnist, run_in_process
+from helpers import DATA, ROOT, TINY, configure, find_run, needs_mnist, run_in_process
 
 from cl_bench.config.build import Parts, build, build_scenario
+from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.core.record import SETTINGS
 from cl_bench.engine.trainer import Interrupted
-from cl_bench.testing import make_trainer
-from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.scenarios import avalanche as scenarios
 from cl_bench.scenarios.avalanche import AvalancheBenchmark
+from cl_bench.testing import make_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Avalanche's own warnings
 
@@ -327,3 +334,111 @@ def test_a_strategy_that_fails_says_where(tmp_path):
     parts = parts_of(f"method.strategy={SUPERVISED}.JointTraining")
     with pytest.raises(RunError, match="JointTraining failed in task 1"):
         make_trainer(parts, tmp_path).run()
+
+
+# -- the comparison ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    """scripts/compare_avalanche.py as a module."""
+    spec = importlib.util.spec_from_file_location("compare_avalanche", ROOT / "scripts" / "compare_avalanche.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look there for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def list_lines(comparison):
+    return [line for row in comparison.ROWS.values() for line in [row.theirs, *row.others]]
+
+
+def test_all_lines_begin_with_the_same_weights(comparison):
+    small = [word for word in comparison.SETTING if not word.startswith("scenario")]
+    assert len(comparison.ROWS) == 8
+    weights = []
+    for line in list_lines(comparison):
+        parts = build(configure(*small, *line.overrides, "seed=3"))
+        weights.append([p.clone() for p in parts.method.net.parameters()])
+    for others in weights[1:]:
+        assert all(map(torch.equal, others, weights[0]))
+
+
+@pytest.mark.parametrize("image_by_image", [False, True])
+def test_what_avalanches_fisher_information_is(comparison, image_by_image):
+    """Squared gradients of the mean loss of each batch; image by image they are those of our ``empirical``."""
+    size = 20
+    parts = parts_of(*comparison.name_strategy("EWC", ewc_lambda=1.0), f"trainer.batch_size={size}")
+    strategy, task = parts.method.strategy, parts.scenario.tasks[0]
+    data = parts.method._experiences[0].dataset
+    plugin = next(p for p in strategy.plugins if hasattr(p, "compute_importances"))
+    with comparison.measure_fisher_image_by_image() if image_by_image else contextlib.nullcontext():
+        theirs = plugin.compute_importances(
+            strategy.model, strategy._criterion, strategy.optimizer, data, strategy.device, size
+        )
+    if image_by_image:
+        ours = build(
+            configure(*TINY, "method=ewc", "backbone=mlp", "backbone.hidden=[32]", "method.fisher=empirical")
+        ).method
+        expected = ours.measure_fisher_information(task)
+    else:
+        net = parts.method.net
+        images = torch.stack([data.eval()[i][0] for i in range(len(data))])
+        labels = torch.tensor(list(data.targets))
+        batches = list(zip(images.split(size), labels.split(size)))
+        expected = [torch.zeros_like(p) for p in net.parameters()]
+        for x, y in batches:
+            gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(net(x), y), list(net.parameters()))
+            expected = [e + g**2 / len(batches) for e, g in zip(expected, gradients)]
+    for mine, other in zip(expected, theirs.values(), strict=True):
+        torch.testing.assert_close(other.data, mine, rtol=1e-4, atol=1e-8)
+
+
+def test_the_table_says_where_the_seeds_differ(comparison):
+    naive = comparison.ROWS["naive"]
+
+    def seeds(*values):
+        return {str(i): {"class_il": v, "task_il": v} for i, v in enumerate(values)}
+
+    table = comparison.make_table(
+        {"naive": {naive.theirs.name: seeds(10, 12, 14), naive.others[0].name: seeds(20, 22.5, 24)}}
+    )
+    lines = table.splitlines()[2:]
+    assert lines[0] == "| Plain training | Avalanche `Naive` | 3 | 12.0 ± 2.0 |  | 12.0 ± 2.0 |  |"
+    assert "22.2 ± 2.0 | +10.2 [+9.4, +10.9] *" in lines[1]
+
+
+def test_a_comparison_goes_on_where_it_stopped(comparison, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        comparison,
+        "run_line",
+        lambda line, seed, *_: ran.append((line.name, seed)) or {"class_il": 1.0, "task_il": 2.0},
+    )
+    monkeypatch.setattr(comparison, "SETTING", ["device=cpu", "backbone.hidden=[8]"])
+    words = ["compare", "--rows", "er", "--seeds", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*words, "--minutes", "0"])
+    assert comparison.main() == 143
+    assert not ran
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", words)
+        assert comparison.main() == 0
+    assert len(ran) == 2 * 3
+    assert "1.0 ± 0.0" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["distil_each_task", "leave_images_unmirrored", "replay_the_last_task_too"])
+def test_a_replaced_part_changes_its_strategy_and_only_while_it_is_replaced(comparison, name):
+    (line,) = [line for line in list_lines(comparison) if line.patch.__name__ == name]
+    small = [*TINY, "backbone=mlp", "backbone.hidden=[32]", "scenario.classes_per_task=[2,2,6]"]
+    line = dataclasses.replace(line, overrides=[word.replace(":200", ":20") for word in line.overrides])
+    answers = []
+    for patch in (contextlib.nullcontext, line.patch, contextlib.nullcontext):
+        parts = build(configure(*small, *line.overrides))
+        with tempfile.TemporaryDirectory() as folder, patch():
+            make_trainer(parts, Path(folder)).run()
+        answers.append(
+            parts.method.predict(parts.scenario.transform.normalise(parts.scenario.tasks[0].test.images), None)
+        )
+    assert torch.equal(answers[0], answers[2])
+    assert not torch.equal(answers[0], answers[1])

@@ -6,7 +6,8 @@ Avalanche is not ours, so decision 15 does not cover it: decision 32 says what m
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from cl_bench.core.errors import ConfigError
@@ -41,8 +42,7 @@ def import_from_avalanche(path: Any, key: str, kind: str, example: str) -> Calla
         raise ConfigError(key, expected=expected, got=path, fix=fix)
     module, _, name = path.rpartition(".")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Avalanche's own imports
+        with silence():
             found = getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
         raise ConfigError(key, expected=expected, got=path, fix=f"It cannot be loaded: {error}.") from error
@@ -51,6 +51,13 @@ def import_from_avalanche(path: Any, key: str, kind: str, example: str) -> Calla
     if not (inspect.isclass(found) or inspect.isfunction(found)) or not inside:
         raise ConfigError(key, expected=expected, got=path, fix=fix)
     return found
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Inside, no warning is shown: Avalanche warns of its own code, whatever filter is set."""
+    with warnings.catch_warnings(record=True):
+        yield
 
 
 def is_inside(module: str, packages: Sequence[str]) -> bool:

@@ -3,9 +3,9 @@
 The training loop, loss, replay and optimizer steps are Avalanche's. Ours are the images with their augmentation, the
 network, the optimizer's settings, the evaluation after each task, and the run folder (docs/avalanche.md).
 
-A strategy keeps part of its state in objects that no checkpoint of ours can hold (decision 32). So every task draws from
-generators that only ``seed`` and the task determine, and a run that goes on learns its earlier tasks again first. It
-stops if the weights are then not those of the checkpoint, bit by bit.
+A strategy keeps part of its state in objects that no checkpoint of ours can hold (decision 32). So every task draws
+from generators that only ``seed`` and the task determine, and a run that goes on learns its earlier tasks again first.
+It stops if the weights are then not those of the checkpoint, bit by bit.
 """
 
 import copy
@@ -13,7 +13,6 @@ import importlib.metadata
 import inspect
 import random
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import Backbone, SingleHead
-from cl_bench.core.avalanche import import_from_avalanche
+from cl_bench.core.avalanche import import_from_avalanche, silence
 from cl_bench.core.errors import ConfigError, RunError, require, require_positive
 from cl_bench.core.types import Batch, Data, LoopReport, Losses, Phase, Task
 from cl_bench.methods.base import Method
@@ -93,10 +92,12 @@ class Avalanche(Method):
         Raises:
             ConfigError: it cannot be built.
         """
-        from avalanche.core import BasePlugin
-        from avalanche.training.plugins import EvaluationPlugin
-        from avalanche.training.templates import SupervisedTemplate
+        with silence():
+            from avalanche.core import BasePlugin
+            from avalanche.training.plugins import EvaluationPlugin
+            from avalanche.training.templates import SupervisedTemplate
 
+            evaluator = EvaluationPlugin()  # ours measures
         found = _import_class(self.strategy_name, "strategy", "strategy", SupervisedTemplate)
         extra = [_build_object(node, f"plugins[{i}]", "plugin", BasePlugin) for i, node in enumerate(self.plugins)]
         given: dict[str, Any] = {
@@ -108,7 +109,7 @@ class Avalanche(Method):
             "eval_mb_size": self.batch_size,
             "device": next(self.net.parameters()).device,
             "plugins": [_make_reporter(self), *extra],
-            "evaluator": EvaluationPlugin(),
+            "evaluator": evaluator,
         }
         names = set(inspect.signature(found).parameters)
         if "feature_extractor" in names and "classifier" in names:  # iCaRL
@@ -177,8 +178,7 @@ class Avalanche(Method):
         self._generator.manual_seed(int(state[3]))
         self._report = report
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Avalanche's own code
+            with silence():
                 self.strategy.train(self._experiences[number], eval_streams=[], pin_memory=False)
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, (RunError, FloatingPointError)):
@@ -253,16 +253,6 @@ class TrainingImages(torch.utils.data.Dataset):
         return self.parts[task].images[row : row + 1][0].cpu(), self.targets[i]
 
 
-class OneImage:
-    """A transform of whole batches, for one image (C, H, W) at a time, as Avalanche reads them."""
-
-    def __init__(self, transform: Callable[[Tensor], Tensor]) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return self.transform(image[None])[0]
-
-
 def make_experiences(scenario: Scenario, generator: torch.Generator) -> Any:
     """The tasks of a scenario as the train stream of an Avalanche benchmark.
 
@@ -270,8 +260,7 @@ def make_experiences(scenario: Scenario, generator: torch.Generator) -> Any:
         scenario: with classes of its own in each task.
         generator: draws the augmentation.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Avalanche's imports
+    with silence():
         from avalanche.benchmarks import nc_benchmark
 
     images = TrainingImages([task.train for task in scenario.tasks])
@@ -284,8 +273,8 @@ def make_experiences(scenario: Scenario, generator: torch.Generator) -> Any:
         shuffle=False,
         fixed_class_order=list(range(scenario.num_classes)),
         per_exp_classes={task.id: len(task.classes) for task in scenario.tasks},
-        train_transform=OneImage(lambda x: transform.augment(x, generator)),
-        eval_transform=OneImage(transform.normalise),
+        train_transform=lambda image: transform.augment(image[None], generator)[0],  # Avalanche reads one at a time
+        eval_transform=lambda image: transform.normalise(image[None])[0],
     ).train_stream
 
 
@@ -335,8 +324,7 @@ def _import_class(path: Any, key: str, kind: str, base: type) -> type:
 
 def _call(found: type, arguments: dict[str, Any], key: str) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Avalanche's constructors
+        with silence():
             return found(**arguments)
     except Exception as error:  # whatever Avalanche raises for arguments that it cannot use
         names = [name for name in inspect.signature(found).parameters if name not in OURS]
@@ -355,9 +343,9 @@ def _take_shapes(method: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
     """Give the model's buffers the shapes of those that are loaded: a classifier of class means has none at first."""
     for key, value in state.items():
         path, _, name = key.removeprefix(prefix).rpartition(".")
-        if key.startswith(f"{prefix}model.") and name in (buffers := method.get_submodule(path)._buffers):
-            if buffers[name] is None or buffers[name].shape != value.shape:
-                buffers[name] = torch.empty_like(value, device=method.tasks_learned.device)
+        buffers = method.get_submodule(path)._buffers if key.startswith(f"{prefix}model.") else {}
+        if name in buffers and (buffers[name] is None or buffers[name].shape != value.shape):
+            buffers[name] = torch.empty_like(value, device=method.tasks_learned.device)
 
 
 def _fill_class_means(method: Any, _: Any) -> None:

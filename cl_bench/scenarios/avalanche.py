@@ -347,7 +347,7 @@ def _list_classes(benchmark: Any, train: Images) -> list[list[int]]:
         return [sorted(own, key=lambda c: order.get(c, c)) for own in found]
     if any(own != found[0] for own in found):
         _refuse("experiences that share some of their classes")
-    tests = len(getattr(benchmark, "test_stream"))
+    tests = len(benchmark.test_stream)
     if tests != count:
         _refuse(f"{count} experiences with the same classes, and {tests} test sets")
     return found
