@@ -4,8 +4,8 @@ python scripts/compare_avalanche.py [--rows er,ewc] [--seeds 5] [--minutes M] [-
 
 Each row is a method. Its first line is Avalanche's strategy, and the others are compared with it, seed by seed: ours
 with the keys that come nearest, ours as it usually is, and Avalanche's with a part replaced, which shows where a
-difference comes from. Finished runs are skipped, and the same command goes on. It writes records.json and table.md; what
-they say is explained in docs/avalanche.md. Exit status: 0 all runs are finished, 143 stopped with runs left.
+difference comes from. Finished runs are skipped, and the same command goes on. It writes records.json and table.md;
+what they say is explained in docs/avalanche.md. Exit status: 0 all runs are finished, 143 stopped with runs left.
 """
 
 import argparse
@@ -35,7 +35,7 @@ OUT = Path("results/avalanche")
 STOPPED = 143
 SETTINGS = {"class_il": "Class-IL", "task_il": "Task-IL"}
 
-BATCH, MEMORY, LAMBDA = 32, 200, 100.0
+BATCH, MEMORY, LAMBDA = 32, 200, 10.0
 SETTING = [
     "scenario=mnist", "scenario.train_per_class=200", "scenario.test_per_class=100",
     "backbone=mlp", "backbone.hidden=[100,100]", "optimizer=sgd", "optimizer.lr=0.05",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import DATA, ROOT, TINY, configure, find_run, needs_mnist, run_in_process
+from omegaconf import OmegaConf
 
 from cl_bench.config.build import Parts, build, build_scenario
 from cl_bench.core.errors import ConfigError, RunError
@@ -318,6 +319,15 @@ def test_what_avalanche_cannot_do_here_is_one_message(words, message):
         build(configure("method=avalanche", "backbone.hidden=[8]", "device=cpu", *words))
 
 
+@pytest.mark.parametrize("key", ["strategy", "arguments", "plugins"])
+def test_no_value_of_a_key_gives_a_traceback(key):
+    config = configure("method=avalanche", "backbone.hidden=[8]", "device=cpu")
+    for value in (0, 1.5, True, None, "", "abc", "avalanche.", "a\0b", [], [1], [[]], {}, {"a": 1}, [{"class": 3}]):
+        OmegaConf.update(config, f"method.{key}", value, merge=False, force_add=True)
+        with contextlib.suppress(ConfigError):
+            build(config)
+
+
 def test_a_loss_and_a_storage_policy_are_parts():
     parts = parts_of(
         f"method.plugins=[{{class:{PLUGINS}.ReplayPlugin,mem_size:20,storage_policy:"
@@ -356,9 +366,9 @@ def list_lines(comparison):
 def test_all_lines_begin_with_the_same_weights(comparison):
     small = [word for word in comparison.SETTING if not word.startswith("scenario")]
     assert len(comparison.ROWS) == 8
-    weights = []
+    weights, scenario = [], build(configure(*small)).scenario
     for line in list_lines(comparison):
-        parts = build(configure(*small, *line.overrides, "seed=3"))
+        parts = build(configure(*small, *line.overrides, "seed=3"), scenario)
         weights.append([p.clone() for p in parts.method.net.parameters()])
     for others in weights[1:]:
         assert all(map(torch.equal, others, weights[0]))
@@ -431,7 +441,9 @@ def test_a_comparison_goes_on_where_it_stopped(comparison, tmp_path, monkeypatch
 def test_a_replaced_part_changes_its_strategy_and_only_while_it_is_replaced(comparison, name):
     (line,) = [line for line in list_lines(comparison) if line.patch.__name__ == name]
     small = [*TINY, "backbone=mlp", "backbone.hidden=[32]", "scenario.classes_per_task=[2,2,6]"]
-    line = dataclasses.replace(line, overrides=[word.replace(":200", ":20") for word in line.overrides])
+    line = dataclasses.replace(
+        line, overrides=[word.replace(":200", ":20").replace("_mem:32", "_mem:4") for word in line.overrides]
+    )
     answers = []
     for patch in (contextlib.nullcontext, line.patch, contextlib.nullcontext):
         parts = build(configure(*small, *line.overrides))

@@ -69,6 +69,11 @@ class Avalanche(Method):
     ) -> None:
         super().__init__()
         require_positive(fix="See configs/trainer/default.yaml.", epochs=epochs, batch_size=batch_size)
+        for key, value, kind, words in (
+            ("arguments", arguments, dict, "by name"),
+            ("plugins", plugins, list, "a list"),
+        ):
+            require(isinstance(value, kind), key, expected=words, got=value, fix="See docs/avalanche.md.")
         self.net, self.make_optimizer, self.num_classes = net, make_optimizer, scenario.num_classes
         self.strategy_name, self.arguments, self.plugins = strategy, arguments, plugins
         self.epochs, self.batch_size = epochs, batch_size

@@ -60,7 +60,10 @@ class Pipeline(NamedTuple):
 
 @void(
     "class_order_seed",
-    when=lambda v: bool({"seed", "fixed_class_order"} & set(v["arguments"])) or v["arguments"].get("shuffle") is False,
+    when=lambda v: (
+        isinstance(v["arguments"], dict)
+        and (bool({"seed", "fixed_class_order"} & set(v["arguments"])) or v["arguments"].get("shuffle") is False)
+    ),
     why="scenario.arguments says the order",
 )
 @declare_void_choices
