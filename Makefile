@@ -20,7 +20,7 @@ DYTOX_PARTS := token_expansion divergence_head finetuning independent_classifier
 space := $(subst ,, )
 listed = $(subst $(space),$(,),$(strip $(1)))
 
-.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format bench mini mini_backbones ablation_lvt ablation_dytox soak golden clean
+.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format avalanche bench mini mini_backbones ablation_lvt ablation_dytox soak golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ check: lint types test ## everything that CI checks
 format: $(VENV)/.made ## let ruff fix what it can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+avalanche: $(VENV)/.made ## our methods and Avalanche's on the same tasks: results/avalanche, ten minutes
+	$(RUN) scripts/compare_avalanche.py
 
 bench: $(VENV)/.made ## speed against the limit, Avalanche and pieces, as ratios: results/benchmark, ten minutes
 	$(RUN) scripts/benchmark.py --out results/benchmark

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,16 @@ def test_heavy_packages_are_imported_where_they_are_chosen(module):
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == module for name in names):
                 assert path.parent.name == "report", f"{path} imports {module} at once"
+
+
+@pytest.mark.slow
+def test_only_a_run_that_chooses_avalanche_imports_it():
+    modules = "cl_bench.runs.run, cl_bench.core.avalanche, cl_bench.methods.avalanche, cl_bench.scenarios.avalanche"
+    code = f"import sys, {modules}; from cl_bench.config.build import build; "
+    code += "from cl_bench.config.schema import compose_config; build(compose_config(['device=cpu'])); "
+    code += "print([m for m in ('avalanche', 'torchvision', 'wandb') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_an_optimizer_is_stepped_in_one_place():

@@ -120,7 +120,8 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     context = Context(transform=transform, generator=generators["buffer"], device=device, pairs=pairs, **shared)
     buffer = make_buffer(context=context)
     _refuse_unsuitable(config, allow, net, buffer)
-    method = make_method(net=net, buffer=buffer, scenario=scenario, make_net=make_network).to(device)
+    parts = {"net": net, "buffer": buffer, "scenario": scenario, "make_net": make_network, "make_optimizer": optimizer}
+    method = make_method(**parts).to(device)
     weights = config.backbone.get("weights")
     require(
         weights is None or not method.draws_weights,
@@ -132,6 +133,8 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     if scenario.shared_labels:
         _refuse_disjoint(config, method, buffer)
     _refuse_graphs(settings, method, device)
+    if method.own_loop:
+        _refuse_steps(config, settings)
     optimizer([torch.nn.Parameter(torch.zeros(1, device=device))])  # torch checks the values when it builds one
     precision = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision is torch.bfloat16)
@@ -209,10 +212,13 @@ RUNTIME: dict[str, tuple[str, ...]] = {
     "scenario": ("run_seed",),
     "backbone": ("num_classes", "image_shape", "image_mean", "image_std"),
     "buffer": ("context",),
-    "method": ("net", "buffer", "scenario", "make_net"),
+    "method": ("net", "buffer", "scenario", "make_net", "make_optimizer"),
     "optimizer": ("params",),
 }
 """The constructor arguments of each group that are runtime objects."""
+
+CONSTANT = "cl_bench.optim.Constant"
+"""The schedule that changes nothing."""
 
 KINDS: dict[str, type] = {
     "scenario": Scenario,
@@ -274,7 +280,7 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
             return made
         except ConfigError as error:
             # A component knows only its own keys. An error of a nested one has its whole key already.
-            raise error.under(key) if error.key.split("[")[0] in values else error from None
+            raise error.under(key) if error.key.split("[")[0].split(".")[0] in values else error from None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -379,6 +385,27 @@ def _refuse_graphs(settings: Settings, method: Method, device: torch.device) -> 
             expected=f"auto, eager or compile, since {why}",
             got="graph",
             fix="trainer.speed=auto uses a graph where that is possible.",
+        )
+
+
+def _refuse_steps(config: DictConfig, settings: Settings) -> None:
+    """Refuse what would change the steps of our loop, if the method has a loop of its own."""
+    for key, value, neutral in (
+        ("trainer.max_steps", settings.max_steps, None),
+        ("trainer.steps_per_batch", settings.steps_per_batch, 1),
+        ("trainer.clip_norm", settings.clip_norm, None),
+        ("trainer.checkpoint_steps", settings.checkpoint_steps, None),
+        ("precision", config.precision.value, Precision.fp32.value),
+        ("dry_run", config.dry_run, False),
+        ("schedule", config.schedule.get("_target_"), CONSTANT),
+    ):
+        require(
+            value == neutral,
+            key,
+            expected=f"{'null' if neutral is None else neutral}, since method={config.choices.method} has a training "
+            "loop of its own",
+            got=value,
+            fix="Leave it out.",
         )
 
 

@@ -46,8 +46,8 @@ VARIABLES = "CL_BENCH_"
 INCOMPARABLE = (
     "seed", "experiment", "name", "scale", "device", "images", "results_dir", "data_dir", "overwrite", "dry_run",
     "published", "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed", "label", "threads",
-    "scenario.source.root", "scenario.source.cache", "scenario.source.download", "trainer.checkpoint_seconds",
-    "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
+    "scenario.source.root", "scenario.root", "scenario.source.cache", "scenario.source.download",
+    "trainer.checkpoint_seconds", "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
     "trainer.cudnn_benchmark", "trainer.keep_tasks",
 )  # fmt: skip
 """Keys in which two runs of one row may differ: they change no result, or, like ``seed``, a row averages over them.

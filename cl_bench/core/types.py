@@ -9,6 +9,7 @@ predictions are written (:attr:`cl_bench.scenarios.base.Scenario.class_order`).
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -114,6 +115,16 @@ Losses = dict[str, Tensor]
 """Named scalar loss terms; the trainer minimises their sum."""
 
 
+class LoopReport(Protocol):
+    """What a phase with a loop of its own tells the trainer (:attr:`Phase.loop`)."""
+
+    def step(self, losses: Losses, images: int) -> None:
+        """Called after each step, with its loss terms and the number of its images. A request to stop is raised."""
+
+    def end_epoch(self, lr: float) -> None:
+        """Called after each epoch, with its learning rate."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """One training phase that a method asks the trainer for: some epochs of gradient descent on one set.
@@ -130,6 +141,9 @@ class Phase:
         after_epoch: called with the epoch just finished, from 0; returning True ends the phase early.
         order: CPU generator -> positions in ``data`` that an epoch visits, in this order, equally many in every epoch;
             None visits every image once, shuffled.
+        loop: a training loop of its own, for the method of another program (decision 32); None for the trainer's. It is
+            saved at its end only, so a run that was stopped inside it begins it again, and the keys of a step have no
+            effect on it (:attr:`cl_bench.methods.base.Method.own_loop`).
     """
 
     data: Data
@@ -142,3 +156,4 @@ class Phase:
     after_step: Callable[[], None] | None = None
     after_epoch: Callable[[int], bool | None] | None = None
     order: Callable[[Generator], Tensor] | None = None
+    loop: Callable[[LoopReport], None] | None = None

@@ -19,12 +19,12 @@ from torch import Generator, Tensor
 
 from cl_bench.core.errors import require, void
 from cl_bench.core.record import BASELINE, SETTINGS, Record
-from cl_bench.core.types import Batch, Data, Phase, Task
+from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.data.feed import open_feed
 from cl_bench.engine.checkpoint import Checkpoint, State, clone_state, get_final_state, get_rng_state, set_rng_state
 from cl_bench.engine.evaluate import Evaluation, draw_sample, evaluate
 from cl_bench.engine.probe import LINEAR_PROBE, fit_linear_probe, require_features
-from cl_bench.engine.step import Choice, PhaseContext, Step, StepExecutor, StepGenerator, T
+from cl_bench.engine.step import Choice, PhaseContext, Step, StepExecutor, StepGenerator, T, warn
 from cl_bench.loggers.base import Logger, Progress
 from cl_bench.methods.base import Method, Predict
 from cl_bench.scenarios.base import Scenario
@@ -207,7 +207,7 @@ class Trainer:
             if self.settings.keep_tasks:
                 self.checkpoint.keep_network(task.id, self.method.get_submodule("net"))
             if self.settings.evaluate_every is not None:
-                self._measure_sample(task)
+                self.measure_sample(task)
             if task.id == 0:
                 self.parameters_after_first_task = count_parameters(self.method)
             if self._is_measured(task.id):
@@ -237,7 +237,11 @@ class Trainer:
             raise
 
     def generate_phase_steps(self, task: Task, number: int, phase: Phase, now: State | None) -> StepGenerator[None]:
-        """:meth:`run_phase`, step by step."""
+        """:meth:`run_phase`, step by step; a phase with a loop of its own yields no step."""
+        if phase.loop is not None:
+            self.method.train()
+            phase.loop(OwnLoop(self, task, number, phase))
+            return
         params = list(phase.params)
         optimizer = (phase.optimizer or self.optimizer)(params)
         schedule = phase.schedule or self.schedule
@@ -284,11 +288,10 @@ class Trainer:
                         sums[name] = sums.get(name, 0.0) + loss * len(batch)
                     progress = Progress(task.id, len(self.scenario.tasks), number, epoch, epochs, done, num_steps)
                     done += 1
-                    self.steps_done += 1
-                    self.record.cost.samples_seen += len(batch)
+                    self.count_step(len(batch))
                     self.logger.log_step(progress)
-                    if self._is_multiple(self.settings.evaluate_every):
-                        self._measure_sample(task)
+                    if self.is_sample_due():
+                        self.measure_sample(task)
                     stopping = self.stop()
                     if stopping or self._is_checkpoint_due(saved_at):
                         self._count_training_time()
@@ -299,7 +302,7 @@ class Trainer:
                         if stopping:
                             raise Interrupted
                         saved_at = time.monotonic()
-            self._log_epoch(task, number, epoch, optimizer.param_groups[0]["lr"], sums, num_images)
+            self.log_epoch(task, number, epoch, optimizer.param_groups[0]["lr"], sums, num_images)
             left = None if left is None else left - num_steps
             if (phase.after_epoch and phase.after_epoch(epoch)) or left == 0:
                 break
@@ -322,11 +325,21 @@ class Trainer:
         by_steps = self._is_multiple(self.settings.checkpoint_steps)
         return by_steps or time.monotonic() - saved_at > self.settings.checkpoint_seconds
 
+    def count_step(self, images: int) -> None:
+        """Count a step and its images."""
+        self.steps_done += 1
+        self.record.cost.samples_seen += images
+
+    def is_sample_due(self) -> bool:
+        """Whether the tasks begun are to be measured after this step."""
+        return self._is_multiple(self.settings.evaluate_every)
+
     def _is_multiple(self, every: int | None) -> bool:
         """Whether the steps done are a multiple of ``every``; never of None."""
         return every is not None and self.steps_done % every == 0
 
-    def _log_epoch(self, task: Task, phase: int, epoch: int, lr: float, sums: dict[str, Tensor], count: int) -> None:
+    def log_epoch(self, task: Task, phase: int, epoch: int, lr: float, sums: dict[str, Tensor], count: int) -> None:
+        """Log the means of the loss terms over an epoch; an error if one is not finite."""
         means = self._average_losses(task, phase, epoch, sums, count)
         position = {"task": task.id, "phase": phase, "epoch": epoch}
         self._log_event("epoch", **position, lr=lr, loss=sum(means.values()), losses=means)
@@ -388,7 +401,7 @@ class Trainer:
             averages = {f"{s}_average": float(row.mean()) for s, row in seen.items()}
             self._log_event("task", task=after_task, **{s: row.tolist() for s, row in seen.items()}, **averages)
 
-    def _measure_sample(self, task: Task) -> None:
+    def measure_sample(self, task: Task) -> None:
         """Add a point to the curves: the tasks begun, in evaluation mode, on their samples.
 
         Modes and random generators are as before. It is short, so a request to stop is obeyed after it.
@@ -463,7 +476,7 @@ class Trainer:
         grown = cost.parameters / self.parameters_after_first_task
         own = method.capacity()
         cost.capacity = grown if own is None else own
-        cost.method_bytes = method.memory_bytes()
+        cost.method_bytes = None if method.own_loop else method.memory_bytes()
         cost.images_per_second = cost.samples_seen / cost.train_seconds if cost.train_seconds else None
 
     # -- state -----------------------------------------------------------------------------------------------------
@@ -513,6 +526,37 @@ class Trainer:
         self.steps_done, self.events, self.parameters_after_first_task = saved["counters"]
         self.steps_saved = self.steps_done
         return saved["task"]
+
+
+class OwnLoop:
+    """Counts, logs and measures the steps of a phase that has a loop of its own, and stops it if asked to."""
+
+    def __init__(self, trainer: Trainer, task: Task, number: int, phase: Phase) -> None:
+        self.trainer, self.task, self.number = trainer, task, number
+        self._epochs = phase.epochs or trainer.settings.epochs
+        self._steps = math.ceil(len(phase.data) / trainer.settings.batch_size)
+        self._epoch = self._done = self._images = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def step(self, losses: Losses, images: int) -> None:
+        """Count a step; see :class:`~cl_bench.core.types.LoopReport`."""
+        trainer, task = self.trainer, self.task
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + loss * images
+        position = (self.number, self._epoch, self._epochs, self._done, self._steps)
+        trainer.logger.log_step(Progress(task.id, len(trainer.scenario.tasks), *position))
+        self._done, self._images = self._done + 1, self._images + images
+        trainer.count_step(images)
+        if trainer.is_sample_due():
+            trainer.measure_sample(task)
+        if trainer.stop():
+            warn(f"task {task.id} will be learned again from its beginning: its loop is not ours and cannot be saved")
+            raise Interrupted
+
+    def end_epoch(self, lr: float) -> None:
+        """Log an epoch."""
+        self.trainer.log_epoch(self.task, self.number, self._epoch, lr, self._sums, self._images)
+        self._epoch, self._done, self._images, self._sums = self._epoch + 1, 0, 0, {}
 
 
 def run_alone(steps: StepGenerator[T]) -> T:

@@ -59,6 +59,10 @@ class Method(nn.Module, ABC):
     task each, which tell it more than an image does. The summary and the report say so, and the audit fails
     (decision 14)."""
 
+    own_loop: ClassVar[bool] = False
+    """Whether its phases have training loops of their own (:attr:`~cl_bench.core.types.Phase.loop`). Then keys of our
+    steps that are not at their default are refused, and what it keeps for old tasks is unknown."""
+
     @abstractmethod
     def learn(self, task: Task) -> Iterator[Phase]:
         """Yield the phases of a task; code before the first ``yield`` starts the task, code after the last ends it."""
