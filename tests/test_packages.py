@@ -18,7 +18,7 @@ from cl_bench.config.build import build
 from cl_bench.config.packages import find_beside, find_installed
 from cl_bench.config.schema import compose_config, import_allowed
 from cl_bench.core.errors import ConfigError
-from cl_bench.runs.new import make_method
+from cl_bench.commands.new import make_method
 
 EXAMPLE = ROOT / "examples" / "own_package"
 RUN = ["backbone=mlp", "backbone.hidden=[16]", *TINY, "trainer.epochs=1", "logger=none"]

@@ -9,7 +9,7 @@ from helpers import ROOT, TINY, command, configure
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import cl_bench
-from cl_bench.runs.new import make_method
+from cl_bench.commands.new import make_method
 
 README = (ROOT / "README.md").read_text()
 

@@ -1,7 +1,7 @@
 """What every dashboard shows of a run: names, values and axes of its series, its name and group, its files.
 
-The live loggers and ``cl_bench export`` use the same code, so that a run looks the same either way. Tasks and epochs are
-counted from 1 here, because people read these axes.
+The live loggers and ``cl_bench export`` use the same code, so that a run looks the same either way. Tasks and epochs
+are counted from 1 here, because people read these axes.
 """
 
 import math
@@ -21,7 +21,7 @@ from cl_bench.metrics.forgetting import forgetting
 from cl_bench.metrics.transfer import backward_transfer
 
 AXES = ("step", "epoch", "task")
-"""Optimizer steps so far; epochs so far; the task that is being learned or, in a series over tasks, was learned last."""
+"""Optimizer steps so far; epochs so far; the task that is being learned, or was learned last."""
 
 SERIES = {"lr": "step", "loss": "step", "losses/*": "step"}
 SERIES |= {f"sample_{setting}{kind}/*": "step" for setting in SETTINGS for kind in ("", "_tasks")}

@@ -32,8 +32,8 @@ _LONGEST = 500  # characters of a parameter
 class MLflow(Logger):
     """Logs each run folder as one MLflow run, which a resumed process continues.
 
-    The series of :mod:`~cl_bench.loggers.dashboard` are drawn over the optimizer steps: MLflow has no other axis. MLflow
-    answers when it has stored an event, which then counts as delivered.
+    The series of :mod:`~cl_bench.loggers.dashboard` are drawn over the optimizer steps: MLflow has no other axis. An
+    event counts as delivered when MLflow has stored it.
 
     Args:
         uri: MLflow's tracking URI; None is MLflow's own default (``MLFLOW_TRACKING_URI``, or a file in the working
@@ -46,7 +46,7 @@ class MLflow(Logger):
             import mlflow
         except ModuleNotFoundError as error:
             raise ConfigError(
-                "_target_", expected="the package mlflow", got="none", fix="pip install 'cl-bench[dashboards]'"
+                "logger", expected="the package mlflow", got="none", fix="pip install 'cl-bench[dashboards]'"
             ) from error
         self._experiment, self._uri = experiment, uri
         self._library = mlflow

@@ -25,7 +25,9 @@ class Trackio(Logger):
         try:
             import trackio
         except ModuleNotFoundError as error:
-            raise ConfigError("_target_", expected="the package trackio", got="none", fix="pip install trackio") from error
+            raise ConfigError(
+                "logger", expected="the package trackio", got="none", fix="pip install trackio"
+            ) from error
         self._project, self._library = project, trackio
         self._run: trackio.Run | None = None
 

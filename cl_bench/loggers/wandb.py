@@ -78,12 +78,12 @@ class Wandb(Logger):
         self._project, self._entity = project, entity
         self._shown = {"tags": list(tags), "notes": notes}
         self._job_type = job_type
-        self._mode = resolve_mode(mode)
+        self.mode = resolve_mode(mode)
         self._run: wandb.Run | None = None
 
     def start(self, run: RunInfo) -> None:
         """Open the run, or continue it."""
-        if self._mode == "disabled":
+        if self.mode == "disabled":
             return
         self._folder = run.folder
         self._delivered = Delivered(run.folder, "wandb/delivered.json")
@@ -107,9 +107,10 @@ class Wandb(Logger):
         if run is None:
             return
         try:
+            if status == "finished":
+                self._log(run, self._delivered.list_undelivered())
             if summary is not None:
                 run.summary.update(flatten_summary(summary))
-                self._log(run, self._delivered.list_undelivered())
                 run.log(_draw_end(self._folder, summary), step=self._delivered.count, commit=True)
                 for path in write_files(self._folder, Path(run.dir) / COPIES):
                     run.save(str(path), base_path=run.dir, policy="now")
@@ -151,7 +152,7 @@ class Wandb(Logger):
         return wandb.init(
             project=self._project,
             entity=self._entity,
-            mode=self._mode,  # type: ignore[arg-type]  # one of MODES
+            mode=self.mode,  # type: ignore[arg-type]  # one of MODES
             id=name,
             name=make_name(info),
             group=make_group(info),
@@ -212,9 +213,7 @@ def _draw_end(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """The pictures of the report, and what the buffer holds."""
     import wandb
 
-    content: dict[str, Any] = {
-        f"plots/{name}": wandb.Image(str(path)) for name, path in list_pictures(folder).items()
-    }
+    content: dict[str, Any] = {f"plots/{name}": wandb.Image(str(path)) for name, path in list_pictures(folder).items()}
     if counts := summary.get("buffer_by_class"):
         names: list[str | int] = ["class", "images"]
         table = wandb.Table(columns=names, data=[list(pair) for pair in zip(summary["class_names"], counts)])
