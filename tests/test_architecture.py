@@ -31,7 +31,15 @@ ORDER = {
     "core": ["images", "types"],
     "engine": ["checkpoint evaluate probe step", "trainer", "replicas"],
     "config": ["packages", "schema", "build command_line", "explain"],
-    "report": ["folders labels plots published statistics", "page", "rows", "selection", "tables", "compare", "reproduction"],
+    "report": [
+        "folders labels plots published statistics",
+        "page",
+        "rows",
+        "selection",
+        "tables",
+        "compare",
+        "reproduction",
+    ],
     "runs": ["run_dir sweep timing", "dry_run audit", "run", "load"],
 }
 """Inside these folders a file imports from the earlier ones."""
@@ -97,7 +105,8 @@ def test_every_decision_is_in_the_index():
 
 
 @pytest.mark.parametrize(
-    "module", ["avalanche", "wandb", "mlflow", "trackio", "matplotlib", "torchvision", "sklearn", "tensorboard", "pandas"]
+    "module",
+    ["avalanche", "wandb", "mlflow", "trackio", "matplotlib", "torchvision", "sklearn", "tensorboard", "pandas"],
 )
 def test_heavy_packages_are_imported_where_they_are_chosen(module):
     for path in PACKAGE.rglob("*.py"):
