@@ -281,8 +281,19 @@ def test_a_report_that_is_missing_is_made_before_a_run_is_sent(tmp_path, monkeyp
     (folder / "report.html").unlink()
     made = []
     monkeypatch.setattr(export_module, "prepare_report", made.append)
-    assert export(Run.read(folder), "tensorboard") == folder / "tensorboard"
+    assert export(Run.read(folder), "tensorboard")
     assert made == [folder]
+
+
+def test_a_run_that_cannot_be_sent_does_not_stop_the_others(tmp_path, capsys):
+    broken, whole = finished_run(tmp_path, seed=0), finished_run(tmp_path, seed=1)
+    (broken / "config.yaml").unlink()
+    begin(tmp_path, "er-f1", 3)
+    assert run_command(["export", "tensorboard", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"sent: {whole}"]
+    assert f"not sent: {broken} (FileNotFoundError: " in err
+    assert f"interrupted, skipped: {tmp_path / 'digits' / 'er-f1' / 'seed3'}" in err
 
 
 def get_axes(records: list, name: str) -> set[str]:

@@ -33,7 +33,7 @@ NAMES = ("wandb", "tensorboard", "mlflow", "trackio")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit status: 0, or 2 if there is no run or a key is wrong."""
+    """Run the command; returns its exit status: 0, 1 if a run could not be sent, 2 for wrong input."""
     parser = argparse.ArgumentParser(
         prog="cl_bench export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,18 +45,24 @@ def main(arguments: Sequence[str]) -> int:
     paths = [word for word in options.words if word not in keys]
     require(bool(paths), "RUN_OR_FOLDER", expected="a run folder or a folder of runs", got="none", fix="Name one.")
     runs, unfinished = find_runs(paths)
+    failed = False
     for run in runs:
-        if (where := export(run, options.name, keys, again=options.again)) is None:
-            print(f"sent before, skipped (--again sends it again): {run.folder}")
-        else:
-            print(f"sent: {run.folder} ({where})")
+        try:
+            sent = export(run, options.name, keys, again=options.again)
+        except ConfigError:
+            raise
+        except Exception as error:  # of the network, or of the dashboard's package: the other runs may still be sent
+            failed, why = True, " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"cl_bench: not sent: {run.folder} ({why})", file=sys.stderr)
+            continue
+        print(f"sent: {run.folder}" if sent else f"sent before, skipped (--again sends it again): {run.folder}")
     for left in unfinished:
         print(f"{left.state}, skipped: {left.folder}", file=sys.stderr)
-    return 0
+    return int(failed)
 
 
-def export(run: Run, name: str, keys: Sequence[str] = (), *, again: bool = False) -> Path | None:
-    """Send a finished run to the logger ``name``; returns the folder of its notes, or None if it was sent before.
+def export(run: Run, name: str, keys: Sequence[str] = (), *, again: bool = False) -> bool:
+    """Send a finished run to the logger ``name``; returns False if it was sent before, and is not sent again.
 
     Args:
         keys: ``KEY=VALUE`` of the logger.
@@ -78,11 +84,11 @@ def export(run: Run, name: str, keys: Sequence[str] = (), *, again: bool = False
         if again:
             shutil.rmtree(notes, ignore_errors=True)
         if Delivered(run.folder, f"{name}/delivered.json").note.get("finished"):
-            return None
+            return False
         if not (run.folder / "report.html").exists():
             prepare_report(run.folder)
         replay(run, logger)
-    return notes
+    return True
 
 
 def build_logger(name: str, keys: Sequence[str] = ()) -> Logger:
