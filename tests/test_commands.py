@@ -345,6 +345,7 @@ def test_wandb_gets_a_finished_run_as_the_live_logger_tells_it(tmp_path, monkeyp
     assert strip(list_logged(others)) == strip(rows)
 
 
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
 def test_mlflow_gets_a_finished_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed (extra dashboards)")
     monkeypatch.chdir(tmp_path)
@@ -423,6 +424,7 @@ def test_a_typed_space_becomes_a_sweep_file(capsys):
     assert "logger=wandb" not in sweep["command"]
 
 
+@pytest.mark.filterwarnings("ignore")  # wandb-workspaces' own
 @pytest.mark.parametrize("kind", ["workspace", "report"])
 def test_what_a_workspace_and_a_report_would_be(kind, monkeypatch, capsys):
     pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed (extra dashboards)")

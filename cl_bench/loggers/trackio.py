@@ -61,7 +61,7 @@ class Trackio(Logger):
             end: dict[str, Any] = {f"summary/{name}": value for name, value in flatten_summary(summary).items()}
             pictures = list_pictures(self._folder)
             run.log(end | {f"plots/{name}": self._library.Image(str(path)) for name, path in pictures.items()})
-        run.finish()
+        self._library.finish()  # the run that init() made current
         self._delivered.mark(self._delivered.count, finished=status == "finished")
 
     def _log(self, run: "trackio.Run", events: list[tuple[int, Event]]) -> None:

@@ -76,8 +76,7 @@ class Wandb(Logger):
             fix="Run wandb login, or use mode=offline.",
         )
         self._project, self._entity = project, entity
-        self._shown = {"tags": list(tags), "notes": notes}
-        self._job_type = job_type
+        self._tags, self._notes, self._job_type = list(tags), notes, job_type
         self.mode = resolve_mode(mode)
         self._run: wandb.Run | None = None
 
@@ -153,6 +152,8 @@ class Wandb(Logger):
             project=self._project,
             entity=self._entity,
             mode=self.mode,  # type: ignore[arg-type]  # one of MODES
+            tags=self._tags,
+            notes=self._notes,
             id=name,
             name=make_name(info),
             group=make_group(info),
@@ -162,7 +163,6 @@ class Wandb(Logger):
             reinit="create_new",  # the next job of a multirun gets a run of its own
             # The console is not captured: a progress view makes thousands of lines.
             settings=wandb.Settings(console="off", quiet=True),
-            **self._shown,  # type: ignore[arg-type]
         )
 
 

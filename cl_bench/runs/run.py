@@ -164,7 +164,8 @@ def _generate_steps(
                 _clear(run_dir)
                 again = f"the same command without overwrite=true goes on from here: {run_dir}"
             logger = Loggers([JsonLines(), Pace(), *chosen.values()])
-            summary, status = None, "failed"
+            summary: dict[str, Any] | None = None
+            status = "failed"
             try:
                 with files.note_failure(run_dir), files.explain_write_errors(run_dir):
                     files.write_config(run_dir, values)
@@ -180,6 +181,7 @@ def _generate_steps(
             finally:
                 with files.explain_write_errors(run_dir):
                     logger.finish(status, summary)
+        assert summary is not None
         with allow_interruption():
             show_result(run_dir, summary, report=False)
     except Interrupted:
