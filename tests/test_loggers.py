@@ -401,15 +401,15 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
     assert {run.run_id for run in select_kind(after, "run")} == {run.run_id}
     assert [e.exit_code for e in select_kind(before, "exit") + select_kind(after, "exit")] == [130, 0]
 
-    # W&B's counter is the number of the event: those it got twice (2 to 4) have the same number and are one point.
+    # W&B's counter is the number of the event: those it got twice (1 to 4) have the same number and are one point.
     assert [row["_step"] for row in list_logged(before)] == [1, 2, 3, 4]
     *rows, last = list_logged(after)
-    assert [row["_step"] for row in rows] == [2, 3, 4, 5, 6]
-    assert [row["step"] for row in rows] == [20, 20, 30, 40, 40]
-    assert rows[3]["losses/replay"] == 0.25
-    assert rows[4]["class_il_tasks/task_2"] == 70.0
-    assert rows[4]["class_il/forgetting"] == 40.0
-    assert [(row["epoch"], row["task"]) for row in rows] == [(2, 1), (2, 1), (3, 2), (4, 2), (4, 2)]
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows] == [10, 20, 20, 30, 40, 40]
+    assert rows[4]["losses/replay"] == 0.25
+    assert rows[5]["class_il_tasks/task_2"] == 70.0
+    assert rows[5]["class_il/forgetting"] == 40.0
+    assert [(row["epoch"], row["task"]) for row in rows] == [(1, 1), (2, 1), (2, 1), (3, 2), (4, 2), (4, 2)]
     assert not any("task_il" in key for row in rows for key in row)
 
     assert last["_step"] > 6
