@@ -27,7 +27,7 @@ from cl_bench.commands import COMMANDS, complete, run_command
 from cl_bench.commands import export as export_module
 from cl_bench.commands.export import build_logger, export, replay
 from cl_bench.commands.status import list_runs, make_table
-from cl_bench.commands.wandb import make_page, make_sweep
+from cl_bench.commands.wandb import make_sweep, make_workspace
 from cl_bench.config.schema import PACKAGE
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.record import SETTINGS
@@ -425,17 +425,16 @@ def test_a_typed_space_becomes_a_sweep_file(capsys):
 
 
 @pytest.mark.filterwarnings("ignore")  # wandb-workspaces' own
-@pytest.mark.parametrize("kind", ["workspace", "report"])
-def test_what_a_workspace_and_a_report_would_be(kind, monkeypatch, capsys):
+def test_what_a_workspace_would_be(monkeypatch, capsys):
     pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed (extra dashboards)")
 
     def refuse(*args, **kwargs):
         raise AssertionError(f"network: {args}")
 
     monkeypatch.setattr("socket.getaddrinfo", refuse)
-    page = make_page(kind, "me/cl_bench")
+    page = make_workspace("me/cl_bench")
     assert (page.entity, page.project) == ("me", "cl_bench")
-    assert run_command(["wandb", kind, "me/cl_bench", "--print"]) == 0
+    assert run_command(["wandb", "workspace", "me/cl_bench", "--print"]) == 0
     text = capsys.readouterr().out
     for setting in SETTINGS:
         for metric in ("average_accuracy", "forgetting", "backward_transfer", "learning_accuracy"):
@@ -449,7 +448,7 @@ def test_a_workspace_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     with pytest.raises(ConfigError, match=r"expected the package wandb-workspaces; got none\. pip install"):
-        make_page("workspace", "me/cl_bench")
+        make_workspace("me/cl_bench")
 
 
 @pytest.mark.parametrize("name", ["mlflow", "trackio"])

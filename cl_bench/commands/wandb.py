@@ -1,7 +1,7 @@
-"""For W&B: a sweep file from a search space of Hydra's; a workspace or a report that compares the runs of a project.
+"""For W&B: a sweep file from a search space of Hydra's; a workspace that compares the rows of a project.
 
 cl_bench wandb sweep +experiment=NAME +search=NAME [KEY=VALUE ...] > sweep.yaml
-cl_bench wandb workspace|report ENTITY/PROJECT [--print]
+cl_bench wandb workspace ENTITY/PROJECT [--print]
 
 `wandb sweep sweep.yaml` then starts the sweep, and `wandb agent ID` runs it.
 """
@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,11 +27,14 @@ from cl_bench.core.labels import format_value
 from cl_bench.core.record import TITLES
 from cl_bench.runs.sweep import refuse_test_images
 
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
+
 OBJECTIVE = "class_il/average_accuracy"
 """What a search maximises, as Hydra's does."""
 
 COMPARED = ("average_accuracy", "forgetting", "backward_transfer", "learning_accuracy")
-"""Metrics that have a panel over tasks in a workspace or a report, in each setting."""
+"""Metrics that have a panel over tasks in the workspace, in each setting."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,19 +45,18 @@ def main(arguments: Sequence[str]) -> int:
     kinds = parser.add_subparsers(dest="kind", required=True)
     sweep = kinds.add_parser("sweep", help="print a sweep file")
     sweep.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as for python -m cl_bench -m")
-    for kind in ("workspace", "report"):
-        page = kinds.add_parser(kind, help=f"create a {kind} that compares the rows of a project")
-        page.add_argument("project", metavar="ENTITY/PROJECT")
-        page.add_argument("--print", action="store_true", help="print what would be created, and create nothing")
+    page = kinds.add_parser("workspace", help="create a workspace that compares the rows of a project")
+    page.add_argument("project", metavar="ENTITY/PROJECT")
+    page.add_argument("--print", action="store_true", help="print what would be created, and create nothing")
     options = parser.parse_args(arguments)
     if options.kind == "sweep":
         print(yaml.safe_dump(make_sweep(options.overrides), sort_keys=False), end="")
         return 0
-    page = make_page(options.kind, options.project)
+    workspace = make_workspace(options.project)
     if options.print:
-        print(json.dumps(json.loads(page._to_model().model_dump_json(by_alias=True, exclude_none=True)), indent=2))
+        print(json.dumps(json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True)), indent=2))
     else:
-        print(page.save().url)
+        print(workspace.save().url)
     return 0
 
 
@@ -100,42 +102,33 @@ def make_sweep(overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def make_page(kind: str, project: str) -> Any:
-    """A ``Workspace`` or ``Report`` of wandb-workspaces, not saved yet: metrics over tasks, runs grouped into rows.
+def make_workspace(project: str) -> "Workspace":
+    """A workspace that is not saved yet: metrics over tasks, runs grouped into rows.
+
+    There is no report beside it: wandb-workspaces asks the server about the runs of a report while it builds one.
 
     Raises:
         ConfigError: no ``ENTITY/PROJECT``, or the package is not installed.
     """
-    entity, slash, name = project.partition("/")
-    require(
-        bool(entity and slash and name), "ENTITY/PROJECT", expected="two names", got=project, fix="e.g. me/cl_bench."
-    )
+    entity, _, name = project.partition("/")
+    require(bool(entity and name), "ENTITY/PROJECT", expected="two names", got=project, fix="e.g. me/cl_bench.")
     try:
-        import wandb_workspaces.reports.v2 as reports
-        import wandb_workspaces.workspaces as workspaces
+        from wandb_workspaces.reports.v2 import LinePlot
+        from wandb_workspaces.workspaces import Metric, RunsetSettings, Section, Workspace
     except ModuleNotFoundError as error:
         raise ConfigError(
-            kind, expected="the package wandb-workspaces", got="none", fix="pip install 'cl-bench[dashboards]'"
+            "workspace", expected="the package wandb-workspaces", got="none", fix="pip install 'cl-bench[dashboards]'"
         ) from error
-    panels = {
-        title: [
-            reports.LinePlot(x="task", y=[f"{setting}/{metric}"], title=metric.replace("_", " ")) for metric in COMPARED
-        ]
+
+    def make_plot(setting: str, metric: str) -> LinePlot:
+        return LinePlot(x="task", y=[f"{setting}/{metric}"], title=metric.replace("_", " "))
+
+    sections = [
+        Section(name=title, panels=[make_plot(setting, metric) for metric in COMPARED], is_open=True)
         for setting, title in TITLES.items()
-    }
-    if kind == "workspace":
-        sections = [workspaces.Section(name=title, panels=plots, is_open=True) for title, plots in panels.items()]
-        grouped = workspaces.RunsetSettings(groupby=[workspaces.Metric("Group")])
-        return workspaces.Workspace(
-            entity=entity, project=name, name="Comparison of rows", sections=sections, runset_settings=grouped
-        )
-    runs = reports.Runset(entity=entity, project=name, groupby=["group"])
-    blocks = [
-        block
-        for title, plots in panels.items()
-        for block in (reports.H1(text=title), reports.PanelGrid(runsets=[runs], panels=plots))
     ]
-    return reports.Report(entity=entity, project=name, title="Comparison of rows", blocks=blocks)
+    rows = RunsetSettings(groupby=[Metric("Group")])
+    return Workspace(entity=entity, project=name, name="Comparison of rows", sections=sections, runset_settings=rows)
 
 
 def _read_search(name: str) -> dict[str, Any]:
