@@ -17,8 +17,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def find_commands() -> list[list[str]]:
-    """Every indented command of the README, split into words."""
-    text = README.replace("\\\n", " ")
+    """Every indented command of the README and of the page about dashboards, split into words."""
+    text = (README + (ROOT / "docs" / "dashboards.md").read_text()).replace("\\\n", " ")
     lines = re.findall(r"^    (?=python |cl_bench |make |timeout |source |\.venv)(.*)$", text, flags=re.M)
     return [shlex.split(line, comments=True) for line in lines]
 
