@@ -24,6 +24,7 @@ from helpers import (
     run_in_process,
 )
 
+from cl_bench.core.labels import shorten_label
 from cl_bench.runs import run as run_module
 
 FILES = [

@@ -110,7 +110,8 @@ class Wandb(Logger):
                 self._log(run, self._delivered.list_undelivered())
             if summary is not None:
                 run.summary.update(flatten_summary(summary))
-                run.log(_draw_end(self._folder, summary), step=self._delivered.count, commit=True)
+                if end := _draw_end(self._folder, summary):
+                    run.log(end, step=self._delivered.count, commit=True)
                 for path in write_files(self._folder, Path(run.dir) / COPIES):
                     run.save(str(path), base_path=run.dir, policy="now")
         finally:
