@@ -13,10 +13,12 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+import cl_bench
+from cl_bench.commands import complete, run_command
 from cl_bench.config.explain import choose_exit_status, explain
 from cl_bench.config.schema import CONFIGS, allow_typed_package
 from cl_bench.core.errors import ConfigError
-from cl_bench.runs.sweep import JobFailed, Sweep
+from cl_bench.runs.sweep import JobFailed, Sweep, refuse_test_images
 from cl_bench.system.streams import outlive_readers
 
 
@@ -36,14 +38,16 @@ def main() -> None:
     wait_passively()
     outlive_readers()
     multirun = bool({"-m", "--multirun"} & set(sys.argv)) and not {"--cfg", "-c", "--info", "-i"} & set(sys.argv)
-    if sys.argv[1:2] == ["metrics"]:  # a word without "=" in the first place is a command; all else is Hydra's
-        from cl_bench.runs.add_metrics import main as add_metrics
-
-        sys.exit(add_metrics(sys.argv[2:]))
-    if sys.argv[1:2] == ["new"]:
-        from cl_bench.runs.new import main as make_new
-
-        sys.exit(make_new(sys.argv[2:]))
+    if sys.argv[1:2] == ["--version"]:
+        print(f"cl_bench {cl_bench.__version__}")
+        return
+    if "-sc" in sys.argv and (line := os.environ.get("COMP_LINE")):
+        words, more = complete(line)
+        print("\n".join(words))
+        if not more:
+            return
+    elif (status := run_command(sys.argv[1:])) is not None:
+        sys.exit(status)
     sweep = Sweep(sys.argv[1:], tracebacks=wants_traceback)
     failures: list[Exception] = []
     started: list[bool] = []
@@ -116,13 +120,7 @@ def _refuse_search_on_test(config: DictConfig) -> None:
     sweeper = hydra_config.runtime.choices.get("hydra/sweeper", "basic")
     if sweeper == "basic":
         return
-    if config.trainer.get("evaluate_on") != "val":
-        raise ConfigError(
-            "trainer.evaluate_on",
-            expected=f"val in a search (hydra/sweeper={sweeper}), so that no setting is chosen on test images",
-            got=str(config.trainer.get("evaluate_on")),
-            fix="Add trainer.evaluate_on=val scenario.val_fraction=0.1.",
-        )
+    refuse_test_images(config.trainer.get("evaluate_on"), f"hydra/sweeper={sweeper}")
     direction = str(hydra_config.sweeper.get("direction", "maximize")).lower().rpartition(".")[2]
     if direction != "maximize":
         raise ConfigError(

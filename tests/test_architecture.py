@@ -18,12 +18,13 @@ GROUPS = {"backbone": "backbones", "buffer": "buffers", "method": "methods"}
 
 FLOORS = [
     {"core", "system"},
-    {"optim", "metrics", "data", "backbones", "loggers"},
-    {"buffers", "scenarios"},
+    {"optim", "metrics", "data", "backbones"},
+    {"loggers", "buffers", "scenarios"},
     {"methods"},
     {"engine"},
     {"config", "report"},
     {"runs", "testing"},
+    {"commands"},
     {"__main__"},
 ]
 """From the ground up. A file imports only from lower floors, and from its own folder only as :data:`ORDER` says."""
@@ -32,12 +33,20 @@ ORDER = {
     "core": ["images", "types"],
     "engine": ["checkpoint evaluate probe step", "trainer", "replicas"],
     "config": ["packages", "schema", "build command_line", "explain"],
-    "report": ["labels plots published statistics", "page", "rows", "selection", "tables", "compare", "reproduction"],
-    "runs": ["new run_dir sweep timing", "dry_run audit", "run", "add_metrics load"],
+    "report": [
+        "folders labels plots published statistics",
+        "page",
+        "rows",
+        "selection",
+        "tables",
+        "compare",
+        "reproduction",
+    ],
+    "runs": ["run_dir sweep timing", "dry_run audit", "run", "load"],
 }
 """Inside these folders a file imports from the earlier ones."""
 
-SHARED = {"base", "layers", "delivered", "jsonl", "cache", "pictures", "picture_files"}
+SHARED = {"base", "layers", "dashboard", "delivered", "jsonl", "cache", "pictures", "picture_files"}
 SHARED |= {"official_files", "pixel_maps", "selection"}
 """In the other folders a variant does not import another variant, only these shared files: the other loggers catch up
 from metrics.jsonl; modules of their own decode and store a folder of pictures, fetch published files, permute pixels
@@ -98,7 +107,8 @@ def test_every_decision_is_in_the_index():
 
 
 @pytest.mark.parametrize(
-    "module", ["avalanche", "wandb", "matplotlib", "torchvision", "sklearn", "tensorboard", "pandas"]
+    "module",
+    ["avalanche", "wandb", "mlflow", "trackio", "matplotlib", "torchvision", "sklearn", "tensorboard", "pandas"],
 )
 def test_heavy_packages_are_imported_where_they_are_chosen(module):
     for path in PACKAGE.rglob("*.py"):

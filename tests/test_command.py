@@ -24,6 +24,7 @@ from helpers import (
     run_in_process,
 )
 
+from cl_bench.core.labels import shorten_label
 from cl_bench.runs import run as run_module
 
 FILES = [
@@ -563,7 +564,9 @@ def test_a_run_has_a_label(monkeypatch, tmp_path, capsys):
 def test_a_logger_gets_what_was_typed_with_short_keys(monkeypatch):
     typed = ["method=er", "buffer.capacity=20", "optimizer.lr=0.1", "+scale=mini", "seed=3"]
     monkeypatch.setattr(run_module, "list_typed_overrides", lambda: typed)
-    assert run_module._label_run() == "capacity=20, lr=0.1"
+    label = " ".join(run_module._list_changes())
+    assert shorten_label(label) == "capacity=20, lr=0.1"
+    assert [shorten_label(text) for text in ("a text of mine", None)] == ["a text of mine", ""]
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from cl_bench.core.record import SETTINGS, Curve, Record
 from cl_bench.engine.evaluate import draw_sample, evaluate
 from cl_bench.engine.replicas import run_together
 from cl_bench.engine.trainer import Interrupted
-from cl_bench.loggers.delivered import extract_curves
+from cl_bench.loggers.dashboard import Series
+from cl_bench.metrics.anytime import anytime_average_accuracy
 from cl_bench.report.page import Run
 
 CURVE = ["trainer.evaluate_every=3", "trainer.evaluate_sample=7"]
@@ -76,9 +77,17 @@ def test_a_point_is_what_a_direct_measurement_gives(tmp_path):
     assert [(e["step"], e["task"]) for e in points] == [
         *((s, 0) for s in (3, 6, 8)), *((s, 1) for s in (9, 12, 15, 16)),
     ]  # fmt: skip
-    assert set(extract_curves(points[-1])) == {
-        *(f"sample_{setting}/task_{t}" for setting in SETTINGS for t in (0, 1)),
-        *(f"sample_{setting}_average" for setting in SETTINGS),
+    events = trainer.logger.events
+    series = Series(tmp_path)
+    points = [series.extract(number, event) for number, event in enumerate(events)]
+    (last,) = [point.values for point, event in zip(points, events) if event is events[-1]]
+    for setting in SETTINGS:
+        curve = trainer.record.curves[setting]
+        assert last[f"{setting}/anytime_average_accuracy"] == pytest.approx(anytime_average_accuracy(curve))
+    (sample,) = [point.values for point, event in zip(points, events) if event is events[-2]]
+    assert set(sample) == {
+        *(f"sample_{setting}_tasks/task_{t}" for setting in SETTINGS for t in (1, 2)),
+        *(f"sample_{setting}/average_accuracy" for setting in SETTINGS),
     }
     cost = trainer.record.cost
     assert cost.curve_seconds > 0
@@ -335,7 +344,6 @@ def test_a_dry_run_includes_both(monkeypatch):
 
 
 def test_curves_by_hand():
-    from cl_bench.metrics.anytime import anytime_average_accuracy
     from cl_bench.metrics.minimum_accuracy import minimum_accuracy
     from cl_bench.metrics.stability_gap import stability_gap
     from cl_bench.metrics.worst_case_accuracy import worst_case_accuracy

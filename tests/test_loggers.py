@@ -20,12 +20,13 @@ from helpers import list_logged, read_points, select_kind, wandb_files, wandb_re
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
+from PIL import Image
 
 from cl_bench.core.errors import ConfigError
-from cl_bench.core.record import Record
 from cl_bench.loggers import console as console_module
 from cl_bench.loggers.base import Logger, Progress, RunInfo
 from cl_bench.loggers.console import Console
+from cl_bench.loggers.dashboard import Series, flatten_summary, make_group, make_name
 from cl_bench.loggers.delivered import Delivered
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
@@ -34,10 +35,7 @@ from cl_bench.loggers.tensorboard import TensorBoard
 from cl_bench.loggers.wandb import (
     Wandb,
     compute_run_id,
-    flatten_summary,
     has_api_key,
-    make_group,
-    make_name,
     resolve_mode,
 )
 
@@ -173,8 +171,8 @@ def test_pace_is_that_of_the_steps_after_the_first_of_each_epoch_that_ended(tmp_
     again.log_event(1, EVENTS[2])
     again.finish("finished", None)
     first, second = ([*json.loads(line).values()] for line in (tmp_path / "pace.jsonl").read_text().splitlines())
-    assert first == [0, 0, 0, 10, 1.0]
-    assert second == [0, 0, 1, 20, None]
+    assert first == [0, 0, 0, 10, 1.0, 2, 2]
+    assert second == [0, 0, 1, 20, None, 2, 2]
 
 
 def test_jsonl_writes_null_for_what_json_does_not_know(tmp_path):
@@ -271,7 +269,7 @@ def test_group_lets_jsonl_fail_the_run(tmp_path, capsys):
 
 
 def test_every_logger_can_be_finished_before_it_starts_and_twice(capsys):
-    wandb = Wandb(project="p", entity=None, mode="offline", tags=[])
+    wandb = Wandb(project="p", entity=None, mode="offline", tags=[], notes=None, job_type=None)
     for logger in (JsonLines(), Console(min_seconds=0.0), TensorBoard(), wandb):
         logger.finish("failed", None)
         logger.finish("failed", None)
@@ -286,14 +284,24 @@ EXPECTED_POINTS = {
     "loss": [(10, 2.0), (20, 1.0), (30, 2.0), (40, 0.75)],
     "losses/ce": [(10, 2.0), (20, 1.0), (30, 1.5), (40, 0.5)],
     "losses/replay": [(30, 0.5), (40, 0.25)],
-    "class_il/task_0": [(20, 80.0), (40, 40.0)],
-    "class_il/task_1": [(40, 70.0)],
-    "class_il_average": [(20, 80.0), (40, 55.0)],
+    "class_il_tasks/task_1": [(20, 80.0), (40, 40.0)],
+    "class_il_tasks/task_2": [(40, 70.0)],
+    "class_il/average_accuracy": [(20, 80.0), (40, 55.0)],
+    "class_il/average_incremental_accuracy": [(20, 80.0), (40, 67.5)],
+    "class_il/learning_accuracy": [(20, 80.0), (40, 75.0)],
+    "class_il/forgetting": [(40, 40.0)],
+    "class_il/backward_transfer": [(40, -40.0)],
 }
+
+
+def write_events(folder: Path, stop: int = len(EVENTS)) -> None:
+    """``metrics.jsonl`` of a run that got so far."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS[:stop]))
 
 
 @pytest.mark.parametrize("again_from", [1, 3, 4])
 def test_tensorboard_has_every_point_once_after_kills(tmp_path, again_from):
+    write_events(tmp_path)
     first = TensorBoard()
     first.start(info(tmp_path))
     tell(first, stop=4)
@@ -308,7 +316,7 @@ def test_tensorboard_has_every_point_once_after_kills(tmp_path, again_from):
         later = TensorBoard()
         later.start(info(tmp_path))
         tell(later, begin, stop)
-        later.finish("finished", None)
+        later.finish("interrupted", None)
     assert read_points(tmp_path / "tensorboard") == EXPECTED_POINTS
 
 
@@ -362,50 +370,56 @@ def offline(monkeypatch):
 
 
 def offline_wandb() -> Wandb:
-    return Wandb(project="p", entity=None, mode="offline", tags=["t"])
+    return Wandb(project="p", entity=None, mode="offline", tags=["t"], notes="tried", job_type=None)
 
 
 @pytest.mark.slow
 def test_wandb_offline_over_a_kill(wandb_home, offline):
     folder = wandb_home / "run"
+    folder.mkdir()
+    write_events(folder)
     first = offline_wandb()
     first.start(info(folder, url="https://me:very-secret-token@host", nested={"list": ["very-secret-token", 1]}))
     tell(first, stop=5)
     with killed_before_mark(5):  # whether or not W&B's own process has written what it was told
         first.finish("interrupted", None)
 
-    record = Record.empty(2)
-    for after, row in enumerate([[80.0, np.nan], [40.0, 70.0]]):
-        record.add(after, "class_il", row, [100, 100])
-    record.write_csv(folder / "accuracy_matrix.csv")
+    (folder / "config.yaml").write_text("url: https://me:very-secret-token@host\n")
+    (folder / "plots").mkdir()
+    Image.new("RGB", (2, 2)).save(folder / "plots" / "accuracy_matrix.png")
     second = offline_wandb()
     second.start(info(folder))
     tell(second, first=2)
-    second.finish("finished", {"status": "finished", "class_il": {"forgetting": 40.0}, "cost": {"train_seconds": 2.5}})
+    summary = {"status": "finished", "class_il": {"forgetting": 40.0}, "cost": {"train_seconds": 2.5}}
+    second.finish("finished", summary | {"buffer_by_class": [3, 2], "class_names": ["cat", "dog"]})
 
     before, after = map(wandb_records, wandb_files(folder))
     [run] = select_kind(before, "run")
     assert (run.run_id, run.job_type) == (compute_run_id(info(folder)), "er")
     assert (run.display_name, run.run_group) == ("er seed 0", "some_Experiment er 0a1b2c")
-    assert list(run.tags) == ["t"]
+    assert (list(run.tags), run.notes) == (["t"], "tried")
     assert {run.run_id for run in select_kind(after, "run")} == {run.run_id}
-    assert [metric.step_metric for metric in select_kind(before, "metric") if metric.glob_name == "*"] == ["step"]
     assert [e.exit_code for e in select_kind(before, "exit") + select_kind(after, "exit")] == [130, 0]
 
-    # W&B's counter is the number of the event: those it got twice (2 to 4) have the same number and are one point.
+    # W&B's counter is the number of the event: those it got twice (1 to 4) have the same number and are one point.
     assert [row["_step"] for row in list_logged(before)] == [1, 2, 3, 4]
     *rows, last = list_logged(after)
-    assert [row["_step"] for row in rows] == [2, 3, 4, 5, 6]
-    assert [row["step"] for row in rows] == [20, 20, 30, 40, 40]
-    assert rows[3]["losses/replay"] == 0.25
-    assert rows[4]["class_il/task_1"] == 70.0
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows] == [10, 20, 20, 30, 40, 40]
+    assert rows[4]["losses/replay"] == 0.25
+    assert rows[5]["class_il_tasks/task_2"] == 70.0
+    assert rows[5]["class_il/forgetting"] == 40.0
+    assert [(row["epoch"], row["task"]) for row in rows] == [(1, 1), (2, 1), (2, 1), (3, 2), (4, 2), (4, 2)]
     assert not any("task_il" in key for row in rows for key in row)
 
     assert last["_step"] > 6
-    [table] = folder.glob("wandb/offline-run-*/files/media/table/accuracy_table*.json")
-    assert json.loads(table.read_text())["data"][-1] == ["class_il", 1, 1, 70, 100, 70.0]
-    [image] = folder.glob("wandb/offline-run-*/files/media/images/accuracy_matrix/class_il*.png")
+    [table] = folder.glob("wandb/offline-run-*/files/media/table/buffer_by_class*.json")
+    assert json.loads(table.read_text())["data"] == [["cat", 3], ["dog", 2]]
+    [image] = folder.glob("wandb/offline-run-*/files/media/images/plots/accuracy_matrix*.png")
     assert image.read_bytes().startswith(b"\x89PNG")
+    [copy] = folder.glob("wandb/offline-run-*/files/cl_bench/config.yaml")
+    assert copy.read_text() == "url: https://me:***@host\n"
+    (folder / "config.yaml").unlink()  # the run's own; below, what W&B was given
     summary = {i.key: json.loads(i.value_json) for s in select_kind(after, "summary") for i in s.update if i.key}
     assert (summary["class_il/forgetting"], summary["cost/train_seconds"]) == (40.0, 2.5)
 
@@ -418,6 +432,23 @@ def test_wandb_offline_over_a_kill(wandb_home, offline):
             assert b"0123456789abcdef" not in path.read_bytes(), path
     # W&B's service process reports nothing of its own to the network either.
     assert '"disable-analytics":true' in next(folder.glob("wandb/offline-run-*/logs/debug-core.log")).read_text()
+
+
+def test_the_series_of_an_event_do_not_depend_on_where_a_logger_begins(tmp_path):
+    write_events(tmp_path)
+    points = [Series(tmp_path).extract(number, event) for number, event in enumerate(EVENTS)]
+    straight = Series(tmp_path)
+    assert [straight.extract(number, event) for number, event in enumerate(EVENTS)] == points
+    assert [point and point.axes for point in points] == [
+        None,
+        {"step": 10, "epoch": 1, "task": 1},
+        {"step": 20, "epoch": 2, "task": 1},
+        {"step": 20, "epoch": 2, "task": 1},
+        {"step": 30, "epoch": 3, "task": 2},
+        {"step": 40, "epoch": 4, "task": 2},
+        {"step": 40, "epoch": 4, "task": 2},
+        None,
+    ]
 
 
 @pytest.mark.slow
@@ -451,7 +482,7 @@ class FakeServer:
         self.known.add(arguments["id"])
         name = arguments["id"]
         step = self.next_step.get(name, 0)
-        run = SimpleNamespace(resumed=resumed, step=step, rows=[], exit_codes=[], config={}, summary={})
+        run = SimpleNamespace(id=name, resumed=resumed, step=step, rows=[], exit_codes=[], config={}, summary={})
         run.config = SimpleNamespace(update=lambda *args, **kwargs: None)
         run.define_metric = lambda *args, **kwargs: None
         run.log = lambda row, step, commit: (run.rows.append(step), self.next_step.update({name: step + 1}))
@@ -474,7 +505,7 @@ def online(monkeypatch):
 def test_wandb_resumes_its_run_online(tmp_path, online):
     server = online()
     for first, stop in [(0, 5), (3, 8)]:
-        logger = Wandb(project="p", entity="me", mode="online", tags=[])
+        logger = Wandb(project="p", entity="me", mode="online", tags=[], notes=None, job_type=None)
         logger.start(info(tmp_path))
         tell(logger, first, stop)
         logger.finish("interrupted", None)
@@ -487,7 +518,7 @@ def test_wandb_goes_on_under_the_id_that_the_folder_began_with(tmp_path, online)
     """Ids had another form before; a folder of that time gets no second one."""
     server = online("0a1b2c-seed0-er-some-experiment")
     Delivered(tmp_path, "wandb/delivered.json").mark(3, id="0a1b2c-seed0-er-some-experiment")
-    logger = Wandb(project="p", entity=None, mode="online", tags=[])
+    logger = Wandb(project="p", entity=None, mode="online", tags=[], notes=None, job_type=None)
     logger.start(info(tmp_path))
     tell(logger, 3)
     logger.finish("finished", None)
@@ -502,11 +533,11 @@ def test_wandb_gets_again_what_a_kill_may_have_lost(tmp_path, online):
     metrics.start(info(tmp_path))
     tell(metrics, 0, len(EVENTS))
     metrics.finish("finished", None)
-    killed = Wandb(project="p", entity=None, mode="online", tags=[])
+    killed = Wandb(project="p", entity=None, mode="online", tags=[], notes=None, job_type=None)
     killed.start(info(tmp_path))
     tell(killed, 0, len(EVENTS))
     server.next_step = dict.fromkeys(server.next_step, 3)  # the others never came there
-    resumed = Wandb(project="p", entity=None, mode="online", tags=[])
+    resumed = Wandb(project="p", entity=None, mode="online", tags=[], notes=None, job_type=None)
     resumed.start(info(tmp_path))
     resumed.finish("finished", None)
     assert [run.rows for run in server.runs] == [[1, 2, 3, 4, 5, 6], [3, 4, 5, 6]]
@@ -516,7 +547,7 @@ def test_wandb_does_not_mix_a_run_started_afresh_into_the_old_one(tmp_path, onli
     ids = [compute_run_id(info(tmp_path)) + suffix for suffix in ("", "-2", "-3")]
     server = online(*ids[:2])
     for first, stop in [(0, 3), (3, 8)]:
-        logger = Wandb(project="p", entity=None, mode="online", tags=[])
+        logger = Wandb(project="p", entity=None, mode="online", tags=[], notes=None, job_type=None)
         logger.start(info(tmp_path))
         tell(logger, first, stop)
         logger.finish("finished", None)
@@ -532,7 +563,7 @@ def test_wandb_does_not_mix_a_run_started_afresh_into_the_old_one(tmp_path, onli
 @pytest.mark.parametrize(("status", "code"), [("finished", 0), ("interrupted", 130), ("failed", 1)])
 def test_wandb_closes_its_run_even_when_the_end_fails(tmp_path, online, status, code):
     server = online()
-    logger = Wandb(project="p", entity=None, mode="online", tags=[])
+    logger = Wandb(project="p", entity=None, mode="online", tags=[], notes=None, job_type=None)
     logger.start(info(tmp_path))
     server.runs[0].summary = None
     with pytest.raises(AttributeError):
@@ -542,7 +573,7 @@ def test_wandb_closes_its_run_even_when_the_end_fails(tmp_path, online, status, 
 
 def test_wandb_disabled_does_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
-    run_through(Wandb(project="p", entity=None, mode="disabled", tags=[]), tmp_path)
+    run_through(Wandb(project="p", entity=None, mode="disabled", tags=[], notes=None, job_type=None), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -568,12 +599,12 @@ def test_wandb_mode_auto(tmp_path, monkeypatch):
 
 def test_wandb_refuses_what_cannot_work(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"^mode: expected one of auto, .* got dryrun"):
-        Wandb(project="p", entity=None, mode="dryrun", tags=[])
+        Wandb(project="p", entity=None, mode="dryrun", tags=[], notes=None, job_type=None)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_IDENTITY_TOKEN_FILE", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"^mode: expected an API key .* wandb login"):
-        Wandb(project="p", entity=None, mode="online", tags=[])
+        Wandb(project="p", entity=None, mode="online", tags=[], notes=None, job_type=None)
 
 
 UNLIKE = {
@@ -782,6 +813,8 @@ def test_step_costs_next_to_nothing(tmp_path, capsys, monkeypatch):
         ("console", ["console"]),
         ("tensorboard", ["console", "tensorboard"]),
         ("wandb", ["console", "wandb"]),
+        ("mlflow", ["console", "mlflow"]),
+        ("trackio", ["console", "trackio"]),
         ("many", ["console", "tensorboard", "wandb"]),
     ],
 )
@@ -789,6 +822,8 @@ def test_yaml_names_loggers_and_all_their_keys(name, loggers):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = OmegaConf.to_container(compose(f"logger/{name}")["logger"])
     assert list(config) == loggers
+    if name in ("mlflow", "trackio"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
     for node in config.values():
         cls = get_object(node.pop("_target_"))
         assert set(node) == set(signature(cls).parameters)

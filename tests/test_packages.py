@@ -13,12 +13,12 @@ import yaml
 from helpers import ROOT, TINY, command, command_environment, configure, find_run, run_in_process
 
 import cl_bench
+from cl_bench.commands.new import make_method
 from cl_bench.config import packages, schema
 from cl_bench.config.build import build
 from cl_bench.config.packages import find_beside, find_installed
 from cl_bench.config.schema import compose_config, import_allowed
 from cl_bench.core.errors import ConfigError
-from cl_bench.runs.new import make_method
 
 EXAMPLE = ROOT / "examples" / "own_package"
 RUN = ["backbone=mlp", "backbone.hidden=[16]", *TINY, "trainer.epochs=1", "logger=none"]

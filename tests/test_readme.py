@@ -3,29 +3,30 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, TINY, command, configure
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import cl_bench
-from cl_bench.runs.new import make_method
+import cl_bench.commands
+from cl_bench.commands.new import make_method
 
 README = (ROOT / "README.md").read_text()
 
 
 def find_commands() -> list[list[str]]:
-    """Every indented command of the README, split into words."""
-    text = README.replace("\\\n", " ")
-    lines = re.findall(r"^    (?=python |make |timeout |source |\.venv)(.*)$", text, flags=re.M)
+    """Every indented command of the README and of the page about dashboards, split into words."""
+    text = (README + (ROOT / "docs" / "dashboards.md").read_text()).replace("\\\n", " ")
+    lines = re.findall(r"^    (?=python |cl_bench |make |timeout |source |\.venv)(.*)$", text, flags=re.M)
     return [shlex.split(line, comments=True) for line in lines]
 
 
 SMALL = ["method=finetune", "buffer=none", "backbone=mlp", "backbone.hidden=[16]"]
 COMMANDS = find_commands()
-RUNS = [words[words.index("cl_bench") + 1 :] for words in COMMANDS if "cl_bench" in words and "metrics" not in words]
-NO_RUN = {"--help", "--config-dir", "new"}
-"""Words of commands that cannot be composed from our own files alone."""
+CALLS = [words[words.index("cl_bench") + 1 :] for words in COMMANDS if "cl_bench" in words]
+RUNS = [words for words in CALLS if words[0] not in cl_bench.commands.COMMANDS]
 
 
 def find_files() -> dict[str, str]:
@@ -37,7 +38,7 @@ def find_files() -> dict[str, str]:
 def test_the_example_method_works_outside_the_package(tmp_path):
     files = find_files()
     assert list(files) == ["mylab/l2.py", "mylab/configs/method/l2.yaml"]
-    (new,) = [words for words in RUNS if "new" in words]
+    (new,) = [words for words in CALLS if words[0] == "new"]
     (words,) = [words for words in RUNS if "method=l2" in words]
     assert "allow_packages" not in " ".join(words)
     make_method(tmp_path, new[-1], "mylab")
@@ -63,9 +64,7 @@ def test_the_environment_is_activated_before_it_is_used():
     assert ["source", ".venv/bin/activate"] in COMMANDS[:first]
 
 
-@pytest.mark.parametrize(
-    "words", [words for words in RUNS if not {"--help", "--config-dir", "new"} & {*words}], ids=" ".join
-)
+@pytest.mark.parametrize("words", [words for words in RUNS if not {"--help", "--config-dir"} & {*words}], ids=" ".join)
 def test_commands_of_the_readme_compose(words):
     parsed = OverridesParser.create().parse_overrides([word for word in words if word != "-m"])
     assert ("-m" in words) == any(override.is_sweep_override() for override in parsed) or "+search=lvt" in words
@@ -80,13 +79,16 @@ def test_commands_of_the_readme_compose(words):
 
 def test_other_commands_of_the_readme_are_there():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
-    scripts = [words for words in COMMANDS if any(word.startswith("scripts/") for word in words)]
+    scripts = [["", *words[1:]] for words in COMMANDS if any(word.startswith("scripts/") for word in words)]
+    ours = [["", f"scripts/{words[0]}.py", *words[1:]] for words in CALLS if words not in RUNS]
     assert len(scripts) >= 6
+    assert len(ours) >= 4
     for words in COMMANDS:
         if words[0] == "make":
             assert words[1] in targets
-    for words in scripts:
-        text = (ROOT / words[1]).read_text()
+    for words in [*scripts, *ours]:
+        file = ROOT / "cl_bench" / "commands" / Path(words[1]).name
+        text = (file if file.is_file() else ROOT / words[1]).read_text()
         for option in words[2:]:
             assert not option.startswith("-") or f'"{option}"' in text, words
 

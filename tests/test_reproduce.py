@@ -1,6 +1,5 @@
 """Published settings: their files, their tables, and the command that runs them."""
 
-import importlib.util
 import json
 import stat
 import sys
@@ -12,6 +11,7 @@ import yaml
 from helpers import FIVE_TASKS, ROOT, configure, make_run
 from omegaconf import OmegaConf
 
+from cl_bench.commands import reproduce
 from cl_bench.config.build import RUNTIME
 from cl_bench.config.schema import import_target, read_arguments, select_comparable, to_plain_dict
 from cl_bench.core.errors import ConfigError
@@ -19,17 +19,7 @@ from cl_bench.report import reproduction
 from cl_bench.report.published import Group, Kind, choose_rows, read_groups
 from cl_bench.report.reproduction import fill_text, make_lines, make_tables, read_records, write_all
 
-
-def script():
-    """scripts/reproduce.py as a module."""
-    spec = importlib.util.spec_from_file_location("reproduce_command", ROOT / "scripts" / "reproduce.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-GROUPS = read_groups(script().ROWS)
+GROUPS = read_groups(reproduce.ROWS)
 ROWS = [(group, name) for group in GROUPS.values() for name in group.rows]
 
 TOY = """
@@ -337,7 +327,7 @@ def command(tmp_path, monkeypatch):
     fake.write_text(FAKE)
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(fake))
-    return script()
+    return reproduce
 
 
 def jobs(command, folder: Path, *kinds: str) -> list:
@@ -390,7 +380,7 @@ def test_a_run_that_does_not_leave_is_killed_after_the_grace(command, tmp_path):
 
 @pytest.mark.slow
 def test_the_plan_begins_every_row_before_it_repeats_one(tmp_path):
-    module = script()
+    module = reproduce
     rows = choose_rows(GROUPS, ["finetune", "apd_fixed"])
     plan = module.plan(rows, 2, "mini", ["device=cpu"], tmp_path)
     seeds = [next(o for o in job.overrides if o.startswith("seed=")) for job in plan]
@@ -413,7 +403,7 @@ def test_the_plan_begins_every_row_before_it_repeats_one(tmp_path):
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, said, capsys):
-    assert script().main(arguments) == 2
+    assert reproduce.main(arguments) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
@@ -423,6 +413,6 @@ def test_wrong_arguments_are_one_line(arguments, said, capsys):
 def test_without_a_name_the_tables_are_made(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("<!-- reproduction: all -->\n<!-- end of reproduction -->\n")
-    assert script().main([]) == 0
+    assert reproduce.main([]) == 0
     assert "not run" in (tmp_path / "results" / "reproduction" / "table.md").read_text()
     assert "No full-size run" in (tmp_path / "README.md").read_text()

@@ -84,6 +84,8 @@ LATER_KEYS = {
     "backbone.variant": "standard",
     "backbone.norm": "none",
     "backbone.init": "default",
+    "logger.wandb.notes": None,
+    "logger.wandb.job_type": None,
 }
 """Keys that were added after runs had been recorded, with the value that keeps the old behaviour. A fingerprint leaves
 out a key with this value, and a ``config.yaml`` without the key gets it. So older runs stay in their row and can be

@@ -43,5 +43,13 @@ def parse_overrides(text: str | None) -> dict[str, str]:
     return {match[1]: (text or "")[match.end() : end] for match, end in zip(found, ends)}
 
 
+def shorten_label(text: str | None) -> str:
+    """A ``label`` of ``summary.json`` with short keys, without what the name of a run says already."""
+    settings = parse_overrides(text)
+    for key in ("method", "backbone", "buffer"):
+        settings.pop(key, None)
+    return format_settings(settings) if parse_overrides(text) else text or ""
+
+
 def _get_last_part(key: str) -> str:
     return key.rpartition(".")[2]

@@ -1,7 +1,7 @@
 """The base class of loggers. A logger only reads: it never changes a run, and a run never waits for it."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ class RunInfo:
         num_tasks: length of the sequence.
         label: the settings that were typed, or a text of the user's own; other runs are not known here.
         job: what tells this run from others that write on the same console; empty if it is alone there.
+        data: a digest of the images and class names.
+        class_order: the data set's own class ids in the order of learning.
     """
 
     folder: Path
@@ -28,6 +30,8 @@ class RunInfo:
     num_tasks: int
     label: str = ""
     job: str = ""
+    data: str | None = None
+    class_order: list[int] = field(default_factory=list)
 
 
 class Progress(NamedTuple):

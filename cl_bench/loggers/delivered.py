@@ -1,4 +1,4 @@
-"""Shared by TensorBoard and W&B: they cannot remove a line, so each event is delivered to them only once."""
+"""Shared by the dashboards: they cannot remove a line, so each event is delivered to them only once."""
 
 import json
 import sys
@@ -7,6 +7,9 @@ from typing import Any
 
 from cl_bench.loggers.jsonl import read_events
 from cl_bench.system.atomic import write_text
+
+Event = dict[str, Any]
+"""A line of ``metrics.jsonl``."""
 
 
 class Delivered:
@@ -33,7 +36,7 @@ class Delivered:
             state = json.loads(self._path.read_text())
             self.count, self.note = state["events"], state["note"]
 
-    def list_due(self, number: int, event: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    def list_due(self, number: int, event: Event) -> list[tuple[int, Event]]:
         """The events to deliver when event ``number`` arrives: none if it was delivered, else it and those missed.
 
         Events are missed while a run has no such logger; ``metrics.jsonl`` has them.
@@ -43,7 +46,7 @@ class Delivered:
         missed = read_events(self._folder, self.count, number)
         return [*enumerate(missed, self.count), (number, event)]
 
-    def list_undelivered(self) -> list[tuple[int, dict[str, Any]]]:
+    def list_undelivered(self) -> list[tuple[int, Event]]:
         """The events in ``metrics.jsonl`` that were not delivered."""
         return [*enumerate(read_events(self._folder, self.count, sys.maxsize), self.count)]
 
@@ -53,18 +56,3 @@ class Delivered:
         self.note = self.note | note
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self._path, json.dumps({"events": self.count, "note": self.note}))
-
-
-def extract_curves(event: dict[str, Any]) -> dict[str, float]:
-    """The curves of an event by name, e.g. ``losses/ce`` and ``class_il/task_3``; no nulls."""
-    if event["event"] not in ("epoch", "task", "sample"):
-        return {}
-    curves: dict[str, Any] = {}
-    for key, value in event.items():
-        if isinstance(value, dict):
-            curves |= {f"{key}/{name}": item for name, item in value.items()}
-        elif isinstance(value, list):
-            curves |= {f"{key}/task_{task}": item for task, item in enumerate(value)}
-        elif key not in ("event", "step", "task", "phase", "epoch"):
-            curves[key] = value
-    return {key: value for key, value in curves.items() if isinstance(value, int | float)}

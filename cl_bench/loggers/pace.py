@@ -13,6 +13,8 @@ FILE = "pace.jsonl"
 class Pace(Logger):
     """Writes one line per epoch: ``task``, ``phase``, ``epoch``, ``step`` and ``steps_per_second``.
 
+    Beside them ``num_tasks`` and ``epochs``, the length of the sequence and of the phase, for ``cl_bench status``.
+
     The speed is measured from the end of the first step of the epoch in this process, so that compiling and capturing
     in the first step are not included; it is null if there is no second step. Measurements between two steps
     (``trainer.evaluate_every``) are not included either. When an epoch ends, the loop has waited for the device. An
@@ -22,6 +24,7 @@ class Pace(Logger):
     def __init__(self) -> None:
         self._file: TextIO | None = None
         self._steps, self._began, self._latest = 0, 0.0, 0.0
+        self._progress: Progress | None = None
 
     def start(self, run: RunInfo) -> None:
         """Open the file at its end."""
@@ -29,7 +32,7 @@ class Pace(Logger):
 
     def log_step(self, progress: Progress) -> None:
         """Count the step."""
-        self._latest = time.perf_counter()
+        self._latest, self._progress = time.perf_counter(), progress
         if not self._steps:
             self._began = self._latest
         self._steps += 1
@@ -43,6 +46,7 @@ class Pace(Logger):
             seconds, steps = time.perf_counter() - self._began, self._steps - 1
             line = {key: event[key] for key in ("task", "phase", "epoch", "step")}
             line["steps_per_second"] = round(steps / seconds, 3) if steps > 0 and seconds > 0 else None
+            line |= {key: getattr(self._progress, key, None) for key in ("num_tasks", "epochs")}
             assert self._file is not None
             self._file.write(json.dumps(line) + "\n")
         self._steps = 0

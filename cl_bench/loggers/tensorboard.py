@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from cl_bench.loggers.base import Logger, RunInfo
-from cl_bench.loggers.delivered import Delivered, extract_curves
+from cl_bench.loggers.dashboard import Series
+from cl_bench.loggers.delivered import Delivered, Event
 
 FOLDER = "tensorboard"
 """Name of the folder inside the run folder."""
@@ -18,7 +19,7 @@ EVENTS = "events.out.tfevents.cl_bench"
 
 
 class TensorBoard(Logger):
-    """Writes every loss term, the learning rate and the accuracies over the optimizer steps.
+    """Writes the series of :mod:`~cl_bench.loggers.dashboard` over the optimizer steps: TensorBoard has no other axis.
 
     Torch's ``SummaryWriter`` starts a new file in every process, and TensorBoard reads files in the order of their
     names, which depends on the clocks of the machines. Here all processes of a run append to one file. Its length is
@@ -37,20 +38,30 @@ class TensorBoard(Logger):
         os.truncate(path, min(path.stat().st_size, self._delivered.note.get("bytes", 0)))
         self._file = path.open("ab")
         self._records = _Records(self._file)
+        self._series = Series(run.folder)
 
-    def log_event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: Event) -> None:
         """Add the points of the event, unless they were delivered."""
-        assert self._file is not None
-        for due, content in self._delivered.list_due(number, event):
-            if curves := extract_curves(content):
-                self._records.add(content["step"], curves)
-            self._file.flush()  # before the mark: what is marked is written
-            self._delivered.mark(due + 1, bytes=self._file.tell())
+        self._write(self._delivered.list_due(number, event))
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
-        """Close the file."""
-        if self._file is not None:
+        """Add the events that were missed, and close the file."""
+        if self._file is None or self._file.closed:
+            return
+        try:
+            if status == "finished":
+                self._write(self._delivered.list_undelivered())
+                self._delivered.mark(self._delivered.count, finished=True)
+        finally:
             self._file.close()
+
+    def _write(self, events: list[tuple[int, Event]]) -> None:
+        assert self._file is not None
+        for due, content in events:
+            if point := self._series.extract(due, content):
+                self._records.add(point.axes["step"], point.values)
+            self._file.flush()  # before the mark: what is marked is written
+            self._delivered.mark(due + 1, bytes=self._file.tell())
 
 
 class _Records:
@@ -66,10 +77,10 @@ class _Records:
         if file.tell() == 0:
             self._write(file_version="brain.Event:2")
 
-    def add(self, step: int, curves: dict[str, float]) -> None:
-        """Add one point to each curve."""
-        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in curves.items()]
-        self._write(step=step, summary=self._summary(value=values))
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Add one point to each series."""
+        tagged = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(step=step, summary=self._summary(value=tagged))
 
     def _write(self, **content: Any) -> None:
         self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())

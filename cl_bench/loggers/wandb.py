@@ -1,12 +1,9 @@
 """Weights & Biases; the only module that imports it."""
 
-import csv
 import hashlib
-import io
 import json
 import netrc
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +11,18 @@ from urllib.parse import urlsplit
 
 from cl_bench.core.errors import require
 from cl_bench.loggers.base import Logger, RunInfo
-from cl_bench.loggers.delivered import Delivered, extract_curves
+from cl_bench.loggers.dashboard import (
+    AXES,
+    SERIES,
+    Series,
+    flatten_summary,
+    list_pictures,
+    make_config,
+    make_group,
+    make_name,
+    write_files,
+)
+from cl_bench.loggers.delivered import Delivered, Event
 
 if TYPE_CHECKING:
     import wandb
@@ -25,16 +33,17 @@ MODES = ("auto", "online", "offline", "disabled")
 EXIT_CODES = {"finished": 0, "interrupted": 130, "failed": 1}
 """Status of a run -> exit code that W&B shows."""
 
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_SHORTEST_SECRET = 8  # a shorter one may be an ordinary word or number
+COPIES = "cl_bench"
+"""Folder of a run's files that gets those of the run folder; W&B has a ``config.yaml`` of its own beside it."""
 
 
 class Wandb(Logger):
     """Logs each run folder as one W&B run, which a resumed process continues.
 
-    Curves are drawn over ``step``, the optimizer steps. W&B's own counter is the number of the event: it only grows,
-    also after a kill, and W&B ignores a number that it has. Logged events need a while to reach W&B's own process, and
-    a kill loses them. So only what was logged before an orderly end counts as delivered; the rest is logged again.
+    Losses are drawn over ``step``, accuracies over ``task`` (:data:`~cl_bench.loggers.dashboard.SERIES`), and every row
+    has all axes, so that another one can be chosen. W&B's own counter is the number of the event: it only grows, also
+    after a kill, and W&B ignores a number that it has. Logged events need a while to reach W&B's own process, and a
+    kill loses them. So only what was logged before an orderly end counts as delivered; the rest is logged again.
 
     Args:
         project: W&B project.
@@ -42,9 +51,20 @@ class Wandb(Logger):
         mode: ``auto`` is online if an API key is configured (``WANDB_API_KEY`` or a netrc entry), else offline;
             ``WANDB_MODE`` overrides that.
         tags: shown beside the run.
+        notes: a text about the run.
+        job_type: None uses the name of the run: method, network and buffer.
     """
 
-    def __init__(self, *, project: str, entity: str | None, mode: str, tags: list[str]) -> None:
+    def __init__(
+        self,
+        *,
+        project: str,
+        entity: str | None,
+        mode: str,
+        tags: list[str],
+        notes: str | None,
+        job_type: str | None,
+    ) -> None:
         require(
             mode in MODES, "mode", expected=f"one of {', '.join(MODES)}", got=mode, fix="Use mode=offline if unsure."
         )
@@ -55,46 +75,53 @@ class Wandb(Logger):
             got="none in WANDB_API_KEY or netrc",
             fix="Run wandb login, or use mode=offline.",
         )
-        self._project, self._entity, self._tags = project, entity, list(tags)
-        self._mode = resolve_mode(mode)
+        self._project, self._entity = project, entity
+        self._tags, self._notes, self._job_type = list(tags), notes, job_type
+        self.mode = resolve_mode(mode)
         self._run: wandb.Run | None = None
 
     def start(self, run: RunInfo) -> None:
         """Open the run, or continue it."""
-        if self._mode == "disabled":
+        if self.mode == "disabled":
             return
         self._folder = run.folder
         self._delivered = Delivered(run.folder, "wandb/delivered.json")
+        self._series = Series(run.folder)
         opened = self._open(run)
-        opened.config.update(hide_secrets(run.config), allow_val_change=True)
-        opened.define_metric("step")
-        opened.define_metric("*", step_metric="step")
+        opened.config.update(make_config(run), allow_val_change=True)
+        for axis in AXES:
+            opened.define_metric(axis, hidden=True)  # an axis needs no panel of its own
+        for name, axis in SERIES.items():
+            opened.define_metric(name, step_metric=axis)
 
-    def log_event(self, number: int, event: dict[str, Any]) -> None:
+    def log_event(self, number: int, event: Event) -> None:
         """Log the event, unless it was delivered."""
         if self._run is None:
             return
         self._log(self._run, self._delivered.list_due(number, event))
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
-        """Add the summary and the accuracy matrix, and close the run."""
+        """Add the summary, the pictures of the report and the files, and close the run."""
         run, self._run = self._run, None
         if run is None:
             return
         try:
-            if summary is not None:
-                run.summary.update(flatten_summary(summary))
             if status == "finished":
                 self._log(run, self._delivered.list_undelivered())
-                _log_matrix(run, self._folder / "accuracy_matrix.csv", number=self._delivered.count)
+            if summary is not None:
+                run.summary.update(flatten_summary(summary))
+                if end := _draw_end(self._folder, summary):
+                    run.log(end, step=self._delivered.count, commit=True)
+                for path in write_files(self._folder, Path(run.dir) / COPIES):
+                    run.save(str(path), base_path=run.dir, policy="now")
         finally:
             run.finish(exit_code=EXIT_CODES.get(status, 1))
-        self._delivered.mark(self._delivered.count)
+        self._delivered.mark(self._delivered.count, finished=status == "finished")
 
-    def _log(self, run: "wandb.Run", events: list[tuple[int, dict[str, Any]]]) -> None:
+    def _log(self, run: "wandb.Run", events: list[tuple[int, Event]]) -> None:
         for number, content in events:
-            if curves := extract_curves(content):
-                run.log({"step": content["step"], **curves}, step=number, commit=True)
+            if point := self._series.extract(number, content):
+                run.log({**point.axes, **point.values}, step=number, commit=True)
             self._delivered.count = number + 1
 
     def _open(self, info: RunInfo) -> "wandb.Run":
@@ -111,7 +138,7 @@ class Wandb(Logger):
             attempt += 1
             name = f"{first}-{attempt}"
             run = self._run = self._init(info, name)
-        self._delivered.mark(self._delivered.count, id=name)
+        self._delivered.mark(self._delivered.count, id=run.id)  # a W&B sweep chooses the id itself
         self._delivered.count = max(self._delivered.count, run.step)  # what the server got before a kill
         return run
 
@@ -125,12 +152,13 @@ class Wandb(Logger):
         return wandb.init(
             project=self._project,
             entity=self._entity,
-            mode=self._mode,  # type: ignore[arg-type]  # one of MODES
+            mode=self.mode,  # type: ignore[arg-type]  # one of MODES
             tags=self._tags,
+            notes=self._notes,
             id=name,
             name=make_name(info),
             group=make_group(info),
-            job_type=info.name,
+            job_type=self._job_type or info.name,
             dir=str(info.folder),
             resume="allow",
             reinit="create_new",  # the next job of a multirun gets a run of its own
@@ -146,21 +174,6 @@ def compute_run_id(info: RunInfo) -> str:
     """
     identity = json.dumps([info.experiment, info.name, info.fingerprint, info.seed])
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
-
-
-def make_name(info: RunInfo) -> str:
-    """The name of a run in W&B: what was typed, and its seed."""
-    return _join(info.name, info.label, end=f"seed {info.seed}")
-
-
-def make_group(info: RunInfo) -> str:
-    """The W&B group of a run: its row, so that W&B averages over seeds."""
-    return _join(info.experiment, info.name, info.label, end=info.fingerprint)
-
-
-def _join(*parts: str, end: str) -> str:
-    """A name of at most 128 characters, which is what W&B accepts."""
-    return " ".join(filter(None, parts))[: 127 - len(end)] + f" {end}"
 
 
 def resolve_mode(mode: str) -> str:
@@ -197,77 +210,13 @@ def find_home() -> Path | None:
         return None
 
 
-def hide_secrets(value: Any) -> Any:
-    """The configuration with ``***`` for secrets of the environment that ``${oc.env:...}`` inserted."""
-    if isinstance(value, dict):
-        return {key: hide_secrets(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [hide_secrets(item) for item in value]
-    if isinstance(value, str):
-        for name, secret in os.environ.items():
-            if _SECRET_NAME.search(name) and len(secret) >= _SHORTEST_SECRET:
-                value = value.replace(secret, "***")
-    return value
-
-
-def flatten_summary(summary: dict[str, Any]) -> dict[str, float]:
-    """The known numbers of ``summary.json`` for W&B's table of runs, e.g. ``class_il/forgetting``."""
-    return {
-        f"{group}/{key}": value
-        for group in ("class_il", "task_il", "cost")
-        for key, value in (summary.get(group) or {}).items()
-        if value is not None
-    }
-
-
-def _log_matrix(run: "wandb.Run", path: Path, number: int) -> None:
-    """Log the accuracy matrix as a table and, for each setting, as a picture."""
-    if not path.exists():
-        return
+def _draw_end(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The pictures of the report, and what the buffer holds."""
     import wandb
 
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    columns: list[str | int] = list(lines[0]) if lines else []
-    content: dict[str, Any] = {
-        "accuracy_table": wandb.Table(columns=columns, data=[_convert_line(line) for line in lines])
-    }
-    for setting in dict.fromkeys(line["setting"] for line in lines):
-        entries = {
-            (int(line["after_task"]), int(line["task"])): float(line["accuracy"])
-            for line in lines
-            if line["setting"] == setting and int(line["after_task"]) >= 0  # -1: the untrained network
-        }
-        if entries:
-            content[f"accuracy_matrix/{setting}"] = wandb.Image(_draw_heat_map(entries, setting))
-    run.log(content, step=number, commit=True)
-
-
-def _convert_line(line: dict[str, str]) -> list[str | int | float]:
-    return [
-        value if column == "setting" else float(value) if column == "accuracy" else int(value)
-        for column, value in line.items()
-    ]
-
-
-def _draw_heat_map(entries: dict[tuple[int, int], float], title: str) -> Any:
-    """An image of (after task, task) -> accuracy in percent."""
-    import numpy as np
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-    from matplotlib.ticker import MaxNLocator
-    from PIL import Image
-
-    size = 1 + max(max(entry) for entry in entries)
-    matrix = np.full((size, size), np.nan)
-    for entry, accuracy in entries.items():
-        matrix[entry] = accuracy
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(matrix, vmin=0, vmax=100)
-    axes.set(title=title, xlabel="accuracy on task", ylabel="after task")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, label="accuracy [%]")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return Image.open(file)
+    content: dict[str, Any] = {f"plots/{name}": wandb.Image(str(path)) for name, path in list_pictures(folder).items()}
+    if counts := summary.get("buffer_by_class"):
+        names: list[str | int] = ["class", "images"]
+        table = wandb.Table(columns=names, data=[list(pair) for pair in zip(summary["class_names"], counts)])
+        content["buffer_by_class"] = wandb.plot.bar(table, "class", "images", title="images in the buffer")
+    return content

@@ -5,7 +5,6 @@ A row holds runs that differ in nothing but ``seed``: equal experiment, name and
 
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,17 +14,16 @@ import numpy as np
 import pandas as pd
 
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.core.record import FAILURE
 from cl_bench.metrics.order_robustness import (
     Classes,
     average_order_disparity,
     final_accuracies,
     maximum_order_disparity,
 )
+from cl_bench.report.folders import LeftOut, scan
 from cl_bench.report.labels import make_labels
 from cl_bench.report.page import Run
 from cl_bench.report.statistics import Stat
-from cl_bench.system.atomic import is_locked
 
 MAIN = "class_il.average_accuracy"
 """The number that orders the rows and that the paired tests compare, as ``section.name`` of ``summary.json``."""
@@ -82,25 +80,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A run that is not finished: its folder; ``running``, ``failed`` or ``interrupted``; and why it failed."""
-
-    folder: Path
-    state: str
-    why: str = ""
-
-    @classmethod
-    def of(cls, folder: Path) -> "LeftOut":
-        """What the files of a run folder say. A run that was killed has been interrupted."""
-        if is_locked(folder / ".lock"):
-            return cls(folder, "running")
-        try:
-            return cls(folder, "failed", " ".join((folder / FAILURE).read_text(encoding="utf-8").split()))
-        except OSError:
-            return cls(folder, "interrupted")
-
-
-@dataclass(frozen=True)
 class Orders:
     """Runs that differ only in ``seed`` and in the order of the same tasks.
 
@@ -143,7 +122,7 @@ def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[LeftOut]]:
             got=f"{text!r}, which is {'a file' if path.exists() else 'not there'}",
             fix="Name a folder, e.g. results/.",
         )
-        found, begun = _scan(path)
+        found, begun = scan(path)
         if not found:
             raise _explain_nothing(text, begun)
         for folders, all_folders in ((found, finished), (begun, unfinished)):
@@ -215,20 +194,6 @@ def find_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]
     missing = object()
     keys = sorted(first.keys() | second.keys())
     return [key for key in keys if first.get(key, missing) != second.get(key, missing)]
-
-
-def _scan(path: Path) -> tuple[list[Path], list[Path]]:
-    """Folders of finished and of begun runs at or below ``path``, sorted; a run folder has no other inside."""
-    finished, begun = [], []
-    for folder, folders, files in os.walk(path):
-        if "summary.json" in files:
-            finished.append(Path(folder))
-        elif "env.json" in files and "config.yaml" in files:
-            begun.append(Path(folder))
-        else:
-            continue
-        folders.clear()
-    return sorted(finished), sorted(begun)
 
 
 def _explain_nothing(text: str, unfinished: Sequence[Path]) -> ConfigError:

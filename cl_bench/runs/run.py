@@ -25,7 +25,7 @@ from cl_bench.config.schema import (
     to_plain_dict,
 )
 from cl_bench.core.errors import ConfigError, RunError, require
-from cl_bench.core.labels import format_settings
+from cl_bench.core.labels import shorten_label
 from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, replace_non_finite
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.step import StepGenerator
@@ -159,16 +159,31 @@ def _generate_steps(
         with allow_interruption():
             parts = build(config, scenario)
         chosen = {name: logger for name, logger in build_loggers(config).items() if terminal or name != "console"}
-        with files.lock_run_dir(run_dir), files.note_failure(run_dir), files.explain_write_errors(run_dir):
+        with files.lock_run_dir(run_dir):
             if values["overwrite"]:
                 _clear(run_dir)
                 again = f"the same command without overwrite=true goes on from here: {run_dir}"
-            files.write_config(run_dir, values)
-            files.write_environment(run_dir, parts.device)
-            summary = yield from _train(run_dir, values, parts, chosen, begin_summary(values, settings), caught)
-        again = f"this run is finished, and the same command writes its report: {run_dir}"
+            logger = Loggers([JsonLines(), Pace(), *chosen.values()])
+            summary: dict[str, Any] | None = None
+            status = "failed"
+            try:
+                with files.note_failure(run_dir), files.explain_write_errors(run_dir):
+                    files.write_config(run_dir, values)
+                    files.write_environment(run_dir, parts.device)
+                    summary = yield from _train(run_dir, values, parts, logger, begin_summary(values, settings), caught)
+                status = "finished"
+                again = f"this run is finished, and the same command writes its report: {run_dir}"
+                with allow_interruption():
+                    prepare_report(run_dir)  # before loggers end: dashboards get its pictures
+            except Interrupted:
+                status = "interrupted" if summary is None else "finished"
+                raise
+            finally:
+                with files.explain_write_errors(run_dir):
+                    logger.finish(status, summary)
+        assert summary is not None
         with allow_interruption():
-            show_result(run_dir, summary, report=True)
+            show_result(run_dir, summary, report=False)
     except Interrupted:
         _print(f"Stopped; {again}")
         raise
@@ -193,9 +208,9 @@ def _refuse_false_names(values: dict[str, Any]) -> None:
 
 def show_result(run_dir: Path, summary: dict[str, Any], report: bool) -> None:
     """Print the table of a finished run, and write its report if asked; training does not need their packages."""
+    if report:
+        prepare_report(run_dir)
     try:
-        if report:
-            _write_whole_report(run_dir)
         print_result(run_dir, summary)
     except OSError as error:
         raise RunError(
@@ -203,10 +218,11 @@ def show_result(run_dir: Path, summary: dict[str, Any], report: bool) -> None:
             "Make room; the same command writes it."
         ) from error
     except ModuleNotFoundError as error:
-        print(f"No report: {error.name} is not installed. Install it; the same command writes it.", file=sys.stderr)
+        print(f"No table: {error.name} is not installed. Install it; the same command prints it.", file=sys.stderr)
 
 
-def _write_whole_report(run_dir: Path) -> None:
+def prepare_report(run_dir: Path) -> None:
+    """Write the report of a finished run. If it cannot be made, say why; only a full disk is an error."""
     try:
         write_report(run_dir)
     except OSError as error:
@@ -214,8 +230,8 @@ def _write_whole_report(run_dir: Path) -> None:
             f"{run_dir}: the run is finished, but its report could not be written: {error.strerror or error}. "
             "Make room or fix the folder; the same command writes it."
         ) from error
-    except ModuleNotFoundError:
-        raise
+    except ModuleNotFoundError as error:
+        print(f"No report: {error.name} is not installed. Install it; the same command writes it.", file=sys.stderr)
     except Exception as error:  # the results of the run are complete, whatever is wrong with the page
         why = " ".join(f"{type(error).__name__}: {error}".split())
         _print(f"No report ({why}). The run is finished: {run_dir}")
@@ -282,14 +298,6 @@ def _list_changes() -> list[str]:
     return [text for text, key in typed if key not in neutral and key.split(".")[0] not in free]
 
 
-def _label_run() -> str:
-    """The typed overrides with short keys, without what the name of a run says."""
-    settings = dict(map(split_override, _list_changes()))
-    return format_settings(
-        {key: value for key, value in settings.items() if key not in ("method", "backbone", "buffer")}
-    )
-
-
 def _print(line: str) -> None:
     """Print a line on stderr that begins with the job that it is about, if there are several."""
     print(f"[{get_job_label()}] {line}" if get_job_label() else line, file=sys.stderr)
@@ -299,13 +307,12 @@ def _train(
     run_dir: Path,
     values: dict[str, Any],
     parts: Parts,
-    chosen: dict[str, Logger],
+    logger: Logger,
     summary: dict[str, Any],
     caught: list[int],
 ) -> StepGenerator[dict[str, Any]]:
-    logger = Loggers([JsonLines(), Pace(), *chosen.values()])
+    """Train and measure; returns the content of ``summary.json``, and all files but those of the report are written."""
     scenario = parts.scenario
-    status, done = "failed", None
     info = RunInfo(
         folder=run_dir,
         experiment=values["experiment"],
@@ -314,40 +321,44 @@ def _train(
         fingerprint=summary["fingerprint"],
         config=values,
         num_tasks=len(scenario.tasks),
-        label=values["label"] or _label_run(),
+        label=shorten_label(summary["label"]),
         job=get_job_label(),
+        data=scenario.data,
+        class_order=list(scenario.class_order),
     )
-    try:
-        logger.start(info)
-        reset_peak(parts.device)
-        trainer = parts.build_trainer(logger, Checkpoint(run_dir / "checkpoint"), stop=lambda: bool(caught))
-        try:
-            with explain_errors(parts):
-                record = yield from trainer.generate_steps()
-        except Interrupted:
-            status = "interrupted"
-            raise
-        record.cost.peak_memory_bytes = get_peak_bytes(parts.device)
-        record.cost.buffer_bytes = parts.buffer.nbytes
-        record.write_csv(run_dir / "accuracy_matrix.csv")
-        if record.curves:
-            record.write_curve_csv(run_dir / "curve.csv")
-        assert trainer.answers is not None
-        files.write_predictions(run_dir, trainer.answers, scenario)
-        summary = summary | parts.describe() | {"status": "finished"}
-        for setting in SETTINGS:
-            values = {name: record.compute(metric, setting) for name, metric in parts.metrics.items()}
-            summary[setting] = replace_non_finite(values)
-        areas = trainer.answers.compute_auroc(scenario.tasks)
-        summary["task_il_auroc"] = replace_non_finite({"mean": math.fsum(areas) / len(areas), "tasks": areas})
-        summary["cost"] = record.to_json()["cost"]
-        summary["speed"] = trainer.executor.describe() | {"replicas": parts.settings.replicas}
-        summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
-        files.write_json(run_dir / "summary.json", summary)  # from here on the run is finished
-        status, done = "finished", summary
-    finally:
-        logger.finish(status, done)
+    logger.start(info)
+    reset_peak(parts.device)
+    trainer = parts.build_trainer(logger, Checkpoint(run_dir / "checkpoint"), stop=lambda: bool(caught))
+    with explain_errors(parts):
+        record = yield from trainer.generate_steps()
+    record.cost.peak_memory_bytes = get_peak_bytes(parts.device)
+    record.cost.buffer_bytes = parts.buffer.nbytes
+    record.write_csv(run_dir / "accuracy_matrix.csv")
+    if record.curves:
+        record.write_curve_csv(run_dir / "curve.csv")
+    assert trainer.answers is not None
+    files.write_predictions(run_dir, trainer.answers, scenario)
+    summary = summary | parts.describe() | {"status": "finished"}
+    for setting in SETTINGS:
+        values = {name: record.compute(metric, setting) for name, metric in parts.metrics.items()}
+        summary[setting] = replace_non_finite(values)
+    areas = trainer.answers.compute_auroc(scenario.tasks)
+    summary["task_il_auroc"] = replace_non_finite({"mean": math.fsum(areas) / len(areas), "tasks": areas})
+    summary["cost"] = record.to_json()["cost"]
+    summary["speed"] = trainer.executor.describe() | {"replicas": parts.settings.replicas}
+    summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
+    summary["buffer_by_class"] = _count_by_class(parts)
+    files.write_json(run_dir / "summary.json", summary)  # from here on the run is finished
     return summary
+
+
+def _count_by_class(parts: Parts) -> list[int] | None:
+    """Images in the buffer of each class, in the order of ``class_names``; None if there is no buffer."""
+    if not parts.buffer.capacity:
+        return None
+    position = parts.buffer.data().labels.cpu().bincount(minlength=parts.scenario.num_classes).tolist()
+    counts = dict(zip(parts.scenario.class_order, position))
+    return [counts.get(number, 0) for number in range(len(parts.scenario.class_names))]
 
 
 @contextmanager

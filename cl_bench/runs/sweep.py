@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 
 from cl_bench.config.explain import choose_exit_status, explain
 from cl_bench.config.schema import list_typed_overrides, split_override
+from cl_bench.core.errors import ConfigError
 from cl_bench.core.labels import format_settings
 from cl_bench.system.signals import handle_once
 from cl_bench.system.streams import outlive_readers
@@ -187,6 +188,17 @@ class Sweep:
             over.set()
             thread.join()
             signal.signal(signal.SIGTERM, before)
+
+
+def refuse_test_images(evaluate_on: Any, search: str) -> None:
+    """Refuse a search that would choose settings by test images."""
+    if evaluate_on != "val":
+        raise ConfigError(
+            "trainer.evaluate_on",
+            expected=f"val in a search ({search}), so that no setting is chosen on test images",
+            got=str(evaluate_on),
+            fix="Add trainer.evaluate_on=val scenario.val_fraction=0.1.",
+        )
 
 
 _child = False  # whether the command is this process's parent: after its death this cannot be found out

@@ -1,0 +1,182 @@
+"""For W&B: a sweep file from a search space of Hydra's; a workspace that compares the rows of a project.
+
+cl_bench wandb sweep +experiment=NAME +search=NAME [KEY=VALUE ...] > sweep.yaml
+cl_bench wandb workspace ENTITY/PROJECT [--print]
+
+`wandb sweep sweep.yaml` then starts the sweep, and `wandb agent ID` runs it.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cl_bench.config.explain import to_config_error
+from cl_bench.config.packages import find_installed
+from cl_bench.config.schema import CONFIGS, compose_config
+from cl_bench.core.errors import ConfigError, require
+from cl_bench.core.labels import format_value
+from cl_bench.core.record import TITLES
+from cl_bench.runs.sweep import refuse_test_images
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
+
+OBJECTIVE = "class_il/average_accuracy"
+"""What a search maximises, as Hydra's does."""
+
+COMPARED = ("average_accuracy", "forgetting", "backward_transfer", "learning_accuracy")
+"""Metrics that have a panel over tasks in the workspace, in each setting."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit status: 0, or 2 if the space, a key or a name is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="cl_bench wandb", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    sweep = kinds.add_parser("sweep", help="print a sweep file")
+    sweep.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as for python -m cl_bench -m")
+    page = kinds.add_parser("workspace", help="create a workspace that compares the rows of a project")
+    page.add_argument("project", metavar="ENTITY/PROJECT")
+    page.add_argument("--print", action="store_true", help="print what would be created, and create nothing")
+    options = parser.parse_args(arguments)
+    if options.kind == "sweep":
+        print(yaml.safe_dump(make_sweep(options.overrides), sort_keys=False), end="")
+        return 0
+    workspace = make_workspace(options.project)
+    if options.print:
+        print(json.dumps(json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True)), indent=2))
+    else:
+        print(workspace.save().url)
+    return 0
+
+
+def make_sweep(overrides: Sequence[str]) -> dict[str, Any]:
+    """The content of a W&B sweep file.
+
+    Args:
+        overrides: as for ``python -m cl_bench -m``. Lists, ``choice``, ``range`` and ``interval`` are searched, beside
+            the space of ``+search=NAME``; the others go into the command of every run.
+
+    Raises:
+        ConfigError: there is no space, or the runs would be measured on test images.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        names = [str(text.value()) for text in parsed if text.key_or_group == "search"]
+        found = _read_search(names[0]) if names else {}
+        hydra = found.pop("hydra", {}).get("sweeper", {})
+        space = [f"{key}={value}" for key, value in hydra.get("params", {}).items()]
+        searched = [*OverridesParser.create().parse_overrides(space), *parsed]
+        fixed = [t.input_line for t in parsed if t.key_or_group != "search" and not t.is_sweep_override()]
+        kept = [text for text in fixed if not text.startswith(("hydra.", "hydra/"))]
+        settings = _resolve(found, kept)
+        config = compose_config([*settings, *kept])
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        raise to_config_error(error, overrides) from error
+    refuse_test_images(config.trainer.get("evaluate_on"), "a W&B sweep")
+    parameters = {t.key_or_group: _convert(t) for t in searched if t.is_sweep_override()}
+    require(
+        bool(parameters),
+        "+search",
+        expected="a search space",
+        got="none",
+        fix="Add +search=NAME, or e.g. 'optimizer.lr=interval(0.01,0.3)'.",
+    )
+    logger = [] if any(text.startswith("logger=") for text in kept) else ["logger=wandb"]
+    return {
+        "method": "bayes",
+        "metric": {"name": OBJECTIVE, "goal": "maximize"},
+        **({"run_cap": hydra["n_trials"]} if "n_trials" in hydra else {}),
+        "parameters": parameters,
+        "command": ["${env}", "python", "-m", "cl_bench", *settings, *kept, *logger, "${args_no_hyphens}"],
+    }
+
+
+def make_workspace(project: str) -> "Workspace":
+    """A workspace that is not saved yet: metrics over tasks, runs grouped into rows.
+
+    There is no report beside it: wandb-workspaces asks the server about the runs of a report while it builds one.
+
+    Raises:
+        ConfigError: no ``ENTITY/PROJECT``, or the package is not installed.
+    """
+    entity, _, name = project.partition("/")
+    require(bool(entity and name), "ENTITY/PROJECT", expected="two names", got=project, fix="e.g. me/cl_bench.")
+    try:
+        from wandb_workspaces.reports.v2 import LinePlot
+        from wandb_workspaces.workspaces import Metric, RunsetSettings, Section, Workspace
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "workspace", expected="the package wandb-workspaces", got="none", fix="pip install 'cl-bench[dashboards]'"
+        ) from error
+
+    def make_plot(setting: str, metric: str) -> LinePlot:
+        return LinePlot(x="task", y=[f"{setting}/{metric}"], title=metric.replace("_", " "))
+
+    sections = [
+        Section(name=title, panels=[make_plot(setting, metric) for metric in COMPARED], is_open=True)
+        for setting, title in TITLES.items()
+    ]
+    rows = RunsetSettings(groupby=[Metric("Group")])
+    return Workspace(entity=entity, project=name, name="Comparison of rows", sections=sections, runset_settings=rows)
+
+
+def _read_search(name: str) -> dict[str, Any]:
+    """The content of ``search/NAME.yaml``; its sweeper need not be installed."""
+    files = [Path(folder) / "search" / f"{name}.yaml" for folder in (CONFIGS, *find_installed().values())]
+    known = sorted(path.stem for file in files for path in file.parent.glob("*.yaml"))
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ConfigError(
+            "search", expected=f"one of {', '.join(known)}", got=name, fix="Or type the space: key=choice(a,b)."
+        )
+    content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    assert isinstance(content, dict)
+    content.pop("defaults", None)
+    return {str(key): value for key, value in content.items()}
+
+
+def _resolve(found: dict[str, Any], kept: Sequence[str]) -> list[str]:
+    """The settings of a search file as overrides, without interpolations, which W&B would take for its own."""
+    config = compose_config(kept)
+    OmegaConf.set_struct(config, False)
+    merged = OmegaConf.merge(config, found)
+    return [f"{key}={format_value(OmegaConf.select(merged, key))}" for key in _list_keys(found)]
+
+
+def _list_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in tree.items():
+        keys += _list_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return keys
+
+
+def _convert(override: Override) -> dict[str, Any]:
+    """One parameter of a W&B sweep."""
+    value = override.value()
+    if not isinstance(value, IntervalSweep):
+        return {"values": [_read_number(text) for text in override.sweep_string_iterator()]}
+    assert value.start is not None
+    assert value.end is not None
+    whole, log = isinstance(value.start, int), "log" in value.tags
+    names = {(0, 0): "uniform", (0, 1): "log_uniform_values", (1, 0): "int_uniform", (1, 1): "q_log_uniform_values"}
+    return {"distribution": names[whole, log], "min": value.start, "max": value.end}
+
+
+def _read_number(text: str) -> str | int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
