@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from speed.common import choose_random_pixels, collect_facts
 
-BATCH, CLASSES, STEPS = 32, 100, 5
+BATCH, CLASSES, STEPS = 32, 100, 3
 METHODS = ("finetune", "er", "joint")
 """Whose accuracies the table shows."""
 
