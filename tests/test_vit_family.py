@@ -192,7 +192,11 @@ def test_a_block_of_cct_normalises_the_sum_after_attention():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("network", "parameters", "macs"), SIZES, ids=lambda value: "-".join(map(str, [value])))
+@pytest.mark.parametrize(
+    ("network", "parameters", "macs"),
+    SIZES,
+    ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
+)
 def test_sizes_are_those_of_the_papers_networks(network, parameters, macs):
     net = network_of(*choose(*network)).eval()
     assert sum(p.numel() for p in net.parameters()) == parameters
