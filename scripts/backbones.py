@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from speed.common import choose_random_pixels, collect_facts
 
-BATCH, CLASSES, STEPS = 32, 100, 5
+BATCH, CLASSES, STEPS = 32, 100, 3
 METHODS = ("finetune", "er", "joint")
 """Whose accuracies the table shows."""
 
@@ -46,7 +47,8 @@ def find_backbones() -> list[str]:
 
 def build_backbone(name: str, scale: Sequence[str]) -> Backbone:
     """The network for 100 classes of 32 x 32 pixels."""
-    return build(compose_config([f"backbone={name}", "device=cpu", *scale, *choose_random_pixels(1)])).method.net
+    net: Any = build(compose_config([f"backbone={name}", "device=cpu", *scale, *choose_random_pixels(1)])).method.net
+    return net
 
 
 def count_macs(net: Backbone, image: torch.Tensor) -> float:

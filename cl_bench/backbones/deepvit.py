@@ -19,7 +19,7 @@ Departures:
 4. Q, K and V have biases, as timm's ViT. No dropout, no stochastic depth. The sizes are ours (docs/methods/deepvit.md).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import Attention
@@ -62,8 +62,8 @@ class ReAttention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return maps, self.norm(torch.einsum("hg,bhij->bgij", self.theta, maps.to(self.theta.dtype))), v
 
-    def forward(self, x: Tensor, **_: object) -> Tensor:
-        """(B, n, D) -> (B, n, D); timm's block also passes a mask, which is always None here."""
+    def forward(self, x: Tensor, **masks: object) -> Tensor:
+        """(B, n, D) -> (B, n, D); timm's block also passes masks, which are None here."""
         _, mixed, v = self.compute_maps(x)
         return self.proj((mixed.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
@@ -102,7 +102,8 @@ class DeepViT(SingleHead):
         )
         self.head = net.get_classifier()
         net.reset_classifier(0)
-        for block in net.blocks:
+        blocks: Any = net.blocks
+        for block in blocks:
             block.attn = ReAttention(block.attn, norm)
         self.net = net
 

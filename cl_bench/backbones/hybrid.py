@@ -113,7 +113,7 @@ class Hybrid(SingleHead):
         channels, height, width = image_shape
         _check_stride(stride, family, name, (height, width))
         factor = family.stride // stride
-        size = {"img_size": height * factor} if family.sized else {}
+        size: dict[str, Any] = {"img_size": height * factor} if family.sized else {}
         try:
             trunk: Any = timm.create_model(name, num_classes=0, in_chans=channels, **size, **options)
         except Exception as error:  # an unknown option, lists of the wrong length, widths that heads do not divide
