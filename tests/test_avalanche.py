@@ -404,6 +404,33 @@ def test_what_avalanches_fisher_information_is(comparison, image_by_image):
         torch.testing.assert_close(other.data, mine, rtol=1e-4, atol=1e-8)
 
 
+def test_mir_has_the_same_loss_on_the_same_candidates(comparison):
+    from cl_bench.core.types import Batch
+
+    theirs = parts_of(*comparison.name_plugin("MIRPlugin", mem_size=20, batch_size_mem=4, subsample=10)).method.strategy
+    ours = build(
+        configure(
+            *TINY, "method=mir", "buffer=fixed_memory", "buffer.capacity=20", "backbone=mlp", "backbone.hidden=[32]",
+            "method.replay_size=4", "method.candidates=10",
+        )
+    )  # fmt: skip
+    data, normalise = ours.scenario.tasks[0].train, ours.scenario.transform.normalise
+    stream, drawn = data.take(slice(0, 16)), data.take(slice(16, 26))
+    x, y = normalise(stream.images), stream.labels
+    batch = Batch(x, y, stream.images, 1)
+    candidates = Batch(normalise(drawn.images), drawn.labels, drawn.images, 1)
+    ours.method.draw = lambda *_: candidates
+    found = ours.method.inputs(batch)
+    expected = sum(ours.method.terms(found, 1)[0].values())
+
+    plugin = next(p for p in theirs.plugins if type(p).__name__ == "MIRPlugin")
+    plugin.replay_loader = iter([(candidates.x, candidates.y, torch.zeros(10, dtype=torch.int64))])
+    theirs.mbatch = [x, y, torch.zeros(16, dtype=torch.int64)]
+    theirs.loss = theirs._criterion(theirs.model(x), y)
+    plugin.before_backward(theirs)
+    torch.testing.assert_close(theirs.loss, expected)
+
+
 def test_the_table_says_where_the_seeds_differ(comparison):
     naive = comparison.ROWS["naive"]
 
