@@ -441,8 +441,11 @@ def test_the_table_says_where_the_seeds_differ(comparison):
         {"naive": {naive.theirs.name: seeds(10, 12, 14), naive.others[0].name: seeds(20, 22.5, 24)}}
     )
     lines = table.splitlines()[2:]
-    assert lines[0] == "| Plain training | Avalanche `Naive` | 3 | 12.0 ± 2.0 |  | 12.0 ± 2.0 |  |"
-    assert "22.2 ± 2.0 | +10.2 [+9.4, +10.9] *" in lines[1]
+    assert lines[1] == "| 1. Avalanche `Naive` |  | 3 | 12.0 ± 2.0 |  | 12.0 ± 2.0 |  |"
+    assert lines[2].startswith("| 2. ours, `finetune` | 1 | 3 | 22.2 ± 2.0 | +10.2 [+9.4, +10.9] * |")
+    for row in comparison.ROWS.values():
+        names = [line.name for line in [row.theirs, *row.others]]
+        assert {line.against for line in row.others} <= {None, *names}
 
 
 def test_a_comparison_goes_on_where_it_stopped(comparison, tmp_path, monkeypatch):
