@@ -26,7 +26,7 @@ import torch
 from cl_bench.config.build import build
 from cl_bench.config.schema import compose_config
 from cl_bench.metrics.accuracy import average_accuracy
-from cl_bench.report.statistics import Stat, run_paired_test
+from cl_bench.report.statistics import MIN_SEEDS, Stat, run_paired_test
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.atomic import write_text
 from cl_bench.testing import make_trainer
@@ -56,11 +56,13 @@ class Line:
         name: what it is.
         overrides: beside :data:`SETTING`.
         patch: replaces a part of Avalanche while it runs.
+        against: the line that it is compared with; None for the row's first one.
     """
 
     name: str
     overrides: list[str]
     patch: Patch = contextlib.nullcontext
+    against: str | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,11 @@ ROWS: Mapping[str, Row] = {
                 "ours, `empirical`, strength 2 lambda / 32",
                 name_ours("ewc", fisher="empirical", strength=2 * LAMBDA / BATCH),
             ),
-            Line("ours, `empirical`, strength 2 lambda", name_ours("ewc", fisher="empirical", strength=2 * LAMBDA)),
+            Line(
+                "ours, `empirical`, strength 2 lambda",
+                name_ours("ewc", fisher="empirical", strength=2 * LAMBDA),
+                against="Avalanche, Fisher image by image",
+            ),
             Line(
                 "Avalanche, Fisher image by image",
                 name_strategy("EWC", ewc_lambda=LAMBDA),
@@ -206,7 +212,11 @@ ROWS: Mapping[str, Row] = {
                 [*name_strategy("LwF", alpha=1.0, temperature=2.0), MASKED],
                 distil_each_task,
             ),
-            Line("ours, no warm-up", name_ours("lwf", alpha=1.0, temperature=2.0, warm_up_epochs=0)),
+            Line(
+                "ours, no warm-up",
+                name_ours("lwf", alpha=1.0, temperature=2.0, warm_up_epochs=0),
+                against="Avalanche, the same, each old task distilled by itself",
+            ),
             Line("ours as usual, a warm-up of 1 epoch", name_ours("lwf", alpha=1.0, temperature=2.0, warm_up_epochs=1)),
         ],
     ),
@@ -222,7 +232,11 @@ ROWS: Mapping[str, Row] = {
                 [*name_strategy("ICaRL", memory_size=MEMORY, buffer_transform=None, fixed_memory=True), ICARL_LR],
                 leave_images_unmirrored,
             ),
-            Line("ours, `mean_over=all`", [*name_ours("icarl", "herding", mean_over="all"), ICARL_LR]),
+            Line(
+                "ours, `mean_over=all`",
+                [*name_ours("icarl", "herding", mean_over="all"), ICARL_LR],
+                against="Avalanche, class means without mirror images",
+            ),
             Line("ours as usual, `mean_over=seen`", [*name_ours("icarl", "herding", mean_over="seen"), ICARL_LR]),
         ],
     ),
@@ -241,20 +255,22 @@ ROWS: Mapping[str, Row] = {
     ),
     "mir": Row(
         "MIR, 200 exemplars, 32 of 100 candidates",
-        Line(
-            "Avalanche `MIRPlugin`", name_plugin("MIRPlugin", mem_size=MEMORY, batch_size_mem=BATCH, subsample=100)
-        ),
+        Line("Avalanche `MIRPlugin`", name_plugin("MIRPlugin", mem_size=MEMORY, batch_size_mem=BATCH, subsample=100)),
         [
             Line(
                 "Avalanche, which replays the last task's classes, too",
                 name_plugin("MIRPlugin", mem_size=MEMORY, batch_size_mem=BATCH, subsample=100),
                 replay_the_last_task_too,
             ),
-            Line("ours, `fixed_memory`", name_ours("mir", "fixed_memory", replay_size=BATCH, candidates=100)),
+            Line(
+                "ours, `fixed_memory`",
+                name_ours("mir", "fixed_memory", replay_size=BATCH, candidates=100),
+                against="Avalanche, which replays the last task's classes, too",
+            ),
             Line("ours as usual, `reservoir`", name_ours("mir", "reservoir", replay_size=BATCH, candidates=100)),
         ],
     ),
-}  # fmt: skip
+}
 
 Records = dict[str, dict[str, dict[str, dict[str, float]]]]
 """By row, line and seed: the average accuracy of each setting, in percent."""
@@ -275,21 +291,26 @@ def run_line(line: Line, seed: int, setting: list[str], scenario: Scenario | Non
 def make_table(records: Records) -> str:
     """The table of all rows, in Markdown."""
     titles = [f"{title}, {what}" for title in SETTINGS.values() for what in ("mean ± SD", "difference")]
-    text = [f"| method | line | n | {' | '.join(titles)} |", "| :--- | :--- | ---: | ---: | ---: | ---: | ---: |"]
+    text = [
+        f"| line | compared with | n | {' | '.join(titles)} |",
+        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for name, row in ROWS.items():
-        for line in [row.theirs, *row.others]:
-            found = pd.DataFrame(records.get(name, {}).get(line.name, {})).T
-            if not len(found):
-                continue
-            theirs = pd.DataFrame(records[name][row.theirs.name]).T
+        lines = [line for line in [row.theirs, *row.others] if records.get(name, {}).get(line.name)]
+        number = {line.name: f"{i + 1}" for i, line in enumerate(lines)}
+        text += [f"| **{row.title}** | | | | | | |"] if lines else []
+        for line in lines:
+            found, against = pd.DataFrame(records[name][line.name]).T, line.against or row.theirs.name
+            other = pd.DataFrame(records[name].get(against, {})).T
+            compared = line is not row.theirs and len(found.index.intersection(other.index)) >= MIN_SEEDS
             cells = []
             for setting in SETTINGS:
                 stat = Stat.of(found[setting])
                 cells.append(f"{stat.mean:.1f}" if stat.std is None else f"{stat.mean:.1f} ± {stat.std:.1f}")
-                both = pd.concat([found[setting], theirs[setting]], axis=1, join="inner")
-                cells.append("" if line is row.theirs or len(both) < 3 else _format_difference(both))
-            title = row.title if line is row.theirs else ""
-            text.append(f"| {title} | {line.name} | {len(found)} | {' | '.join(cells)} |")
+                both = pd.concat([found[setting], other[setting]], axis=1, join="inner") if compared else None
+                cells.append("" if both is None else _format_difference(both))
+            first = f"{number[line.name]}. {line.name}"
+            text.append(f"| {first} | {number[against] if compared else ''} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 
 

@@ -30,7 +30,7 @@ FLOORS = [
 """From the ground up. A file imports only from lower floors, and from its own folder only as :data:`ORDER` says."""
 
 ORDER = {
-    "core": ["images", "types"],
+    "core": ["errors images", "avalanche types"],
     "engine": ["checkpoint evaluate probe step", "trainer", "replicas"],
     "config": ["packages", "schema", "build command_line", "explain"],
     "report": [

@@ -404,6 +404,33 @@ def test_what_avalanches_fisher_information_is(comparison, image_by_image):
         torch.testing.assert_close(other.data, mine, rtol=1e-4, atol=1e-8)
 
 
+def test_mir_has_the_same_loss_on_the_same_candidates(comparison):
+    from cl_bench.core.types import Batch
+
+    theirs = parts_of(*comparison.name_plugin("MIRPlugin", mem_size=20, batch_size_mem=4, subsample=10)).method.strategy
+    ours = build(
+        configure(
+            *TINY, "method=mir", "buffer=fixed_memory", "buffer.capacity=20", "backbone=mlp", "backbone.hidden=[32]",
+            "method.replay_size=4", "method.candidates=10",
+        )
+    )  # fmt: skip
+    data, normalise = ours.scenario.tasks[0].train, ours.scenario.transform.normalise
+    stream, drawn = data.take(slice(0, 16)), data.take(slice(16, 26))
+    x, y = normalise(stream.images), stream.labels
+    batch = Batch(x, y, stream.images, 1)
+    candidates = Batch(normalise(drawn.images), drawn.labels, drawn.images, 1)
+    ours.method.draw = lambda *_: candidates
+    found = ours.method.inputs(batch)
+    expected = sum(ours.method.terms(found, 1)[0].values())
+
+    plugin = next(p for p in theirs.plugins if type(p).__name__ == "MIRPlugin")
+    plugin.replay_loader = iter([(candidates.x, candidates.y, torch.zeros(10, dtype=torch.int64))])
+    theirs.mbatch = [x, y, torch.zeros(16, dtype=torch.int64)]
+    theirs.loss = theirs._criterion(theirs.model(x), y)
+    plugin.before_backward(theirs)
+    torch.testing.assert_close(theirs.loss, expected)
+
+
 def test_the_table_says_where_the_seeds_differ(comparison):
     naive = comparison.ROWS["naive"]
 
@@ -414,8 +441,11 @@ def test_the_table_says_where_the_seeds_differ(comparison):
         {"naive": {naive.theirs.name: seeds(10, 12, 14), naive.others[0].name: seeds(20, 22.5, 24)}}
     )
     lines = table.splitlines()[2:]
-    assert lines[0] == "| Plain training | Avalanche `Naive` | 3 | 12.0 ± 2.0 |  | 12.0 ± 2.0 |  |"
-    assert "22.2 ± 2.0 | +10.2 [+9.4, +10.9] *" in lines[1]
+    assert lines[1] == "| 1. Avalanche `Naive` |  | 3 | 12.0 ± 2.0 |  | 12.0 ± 2.0 |  |"
+    assert lines[2].startswith("| 2. ours, `finetune` | 1 | 3 | 22.2 ± 2.0 | +10.2 [+9.4, +10.9] * |")
+    for row in comparison.ROWS.values():
+        names = [line.name for line in [row.theirs, *row.others]]
+        assert {line.against for line in row.others} <= {None, *names}
 
 
 def test_a_comparison_goes_on_where_it_stopped(comparison, tmp_path, monkeypatch):

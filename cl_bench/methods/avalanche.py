@@ -344,7 +344,7 @@ def _call(found: type, arguments: dict[str, Any], key: str) -> Any:
 # -- its state ---------------------------------------------------------------------------------------------------------
 
 
-def _take_shapes(method: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _take_shapes(method: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Give the model's buffers the shapes of those that are loaded: a classifier of class means has none at first."""
     for key, value in state.items():
         path, _, name = key.removeprefix(prefix).rpartition(".")

@@ -104,7 +104,7 @@ class AvalancheBenchmark(Scenario):
         self.class_order = per_task[0] if self.shared_labels else [c for own in per_task for c in own]
         names = _find_class_names(made, max(self.class_order) + 1)
         self.class_names = names
-        self.image_shape = tuple(train.images.shape[1:])  # type: ignore[assignment]
+        self.image_shape = tuple(train.images.shape[1:])
 
         # one class for each task and label, so that images are chosen in each task separately
         pairs = [self._number_pairs(stream, per_task) for stream in (train, test)]
