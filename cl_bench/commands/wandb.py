@@ -77,7 +77,7 @@ def make_sweep(overrides: Sequence[str]) -> dict[str, Any]:
         hydra = found.pop("hydra", {}).get("sweeper", {})
         space = [f"{key}={value}" for key, value in hydra.get("params", {}).items()]
         searched = [*OverridesParser.create().parse_overrides(space), *parsed]
-        fixed = [t.input_line for t in parsed if t.key_or_group != "search" and not t.is_sweep_override()]
+        fixed = [t.input_line or "" for t in parsed if t.key_or_group != "search" and not t.is_sweep_override()]
         kept = [text for text in fixed if not text.startswith(("hydra.", "hydra/"))]
         settings = _resolve(found, kept)
         config = compose_config([*settings, *kept])
