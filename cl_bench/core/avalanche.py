@@ -1,6 +1,6 @@
 """What a configuration may name inside Avalanche; importing Avalanche takes seconds, so it happens here, when asked.
 
-Avalanche is not ours, so decision 15 does not cover it: decision 32 says what may be named.
+Avalanche is not ours, so decision 15 does not cover it: decision 30 says what may be named.
 """
 
 import importlib

@@ -141,7 +141,7 @@ class Phase:
         after_epoch: called with the epoch just finished, from 0; returning True ends the phase early.
         order: CPU generator -> positions in ``data`` that an epoch visits, in this order, equally many in every epoch;
             None visits every image once, shuffled.
-        loop: a training loop of its own, for the method of another program (decision 32); None for the trainer's. It is
+        loop: a training loop of its own, for the method of another program (decision 30); None for the trainer's. It is
             saved at its end only, so a run that was stopped inside it begins it again, and the keys of a step have no
             effect on it (:attr:`cl_bench.methods.base.Method.own_loop`).
     """

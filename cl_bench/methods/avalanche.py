@@ -3,7 +3,7 @@
 The training loop, loss, replay and optimizer steps are Avalanche's. Ours are the images with their augmentation, the
 network, the optimizer's settings, the evaluation after each task, and the run folder (docs/avalanche.md).
 
-A strategy keeps part of its state in objects that no checkpoint of ours can hold (decision 32). So every task draws
+A strategy keeps part of its state in objects that no checkpoint of ours can hold (decision 30). So every task draws
 from generators that only ``seed`` and the task determine, and a run that goes on learns its earlier tasks again first.
 It stops if the weights are then not those of the checkpoint, bit by bit.
 """
