@@ -12,7 +12,6 @@ import functools
 import itertools
 import json
 import math
-import re
 import statistics
 import tempfile
 import time
@@ -82,7 +81,7 @@ def measure_length() -> Figures:
     """Seconds of one layer of attention and of separable attention (MobileViTv2), projections included."""
     torch.manual_seed(0)
     plain, fused, separable = Attention(WIDTH, HEADS), Attention(WIDTH, HEADS), LinearSelfAttention(WIDTH)
-    plain.fused_attn, fused.fused_attn = False, True
+    plain.fused_attn, fused.fused_attn = False, True  # type: ignore[misc]  # timm declares a constant
     works: dict[str, Callable[[], object]] = {}
     for length in LENGTHS:
         tokens = torch.randn(1, length, WIDTH)
@@ -293,7 +292,8 @@ def list_blocks() -> Iterator[tuple[str, nn.Module, Tensor]]:
     torch.manual_seed(0)
     tokens, image = torch.randn(16, 196, 192), torch.randn(16, 192, 14, 14)
     plain, fused = (Block(192, 3, 4.0, qkv_bias=True).eval() for _ in range(2))
-    plain.attn.fused_attn, fused.attn.fused_attn = False, True
+    for block, is_fused in ((plain, False), (fused, True)):
+        setattr(block.attn, "fused_attn", is_fused)  # noqa: B010  # timm declares a constant
     yield "ViT block", plain, tokens
     yield "ViT block, fused attention", fused, tokens
     for title, change in (("", lambda block: block), (", BatchNorm folded", fold_norms)):
@@ -314,9 +314,10 @@ def measure_sandwich() -> Figures:
     for name, module, x in list_blocks():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             if isinstance(module, Block):  # the fused operation is not counted
-                module.attn.fused_attn, before = False, module.attn.fused_attn
+                attention: Any = module.attn
+                attention.fused_attn, before = False, attention.fused_attn
                 module(x)
-                module.attn.fused_attn = before
+                attention.fused_attn = before
             else:
                 module(x)
         result["macs"][name] = counter.get_total_flops() / 2 / len(x)
@@ -335,7 +336,7 @@ def draw_all(figures: Figures) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 12,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -496,9 +497,8 @@ def fill_page(text: str, figures: Figures) -> str:
     """The page with the tables of these figures."""
     for name, table in make_tables(figures).items():
         begin, end = f"<!-- figures: {name} -->\n", "\n<!-- end -->"
-        text = re.sub(
-            re.escape(begin) + ".*?" + re.escape(end), lambda _, b=begin, t=table, e=end: b + t + e, text, flags=re.S
-        )
+        before, after = text.partition(begin)[0], text.partition(begin)[2].partition(end)[2]
+        text = before + begin + table + end + after
     return text
 
 
