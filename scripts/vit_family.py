@@ -292,8 +292,8 @@ def list_blocks() -> Iterator[tuple[str, nn.Module, Tensor]]:
     torch.manual_seed(0)
     tokens, image = torch.randn(16, 196, 192), torch.randn(16, 192, 14, 14)
     plain, fused = (Block(192, 3, 4.0, qkv_bias=True).eval() for _ in range(2))
-    for block, is_fused in ((plain, False), (fused, True)):
-        setattr(block.attn, "fused_attn", is_fused)  # noqa: B010  # timm declares a constant
+    for vit, is_fused in ((plain, False), (fused, True)):
+        setattr(vit.attn, "fused_attn", is_fused)  # noqa: B010  # timm declares a constant
     yield "ViT block", plain, tokens
     yield "ViT block, fused attention", fused, tokens
     for title, change in (("", lambda block: block), (", BatchNorm folded", fold_norms)):
