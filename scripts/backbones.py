@@ -26,6 +26,7 @@ from cl_bench.config.build import build
 from cl_bench.config.schema import CONFIGS, compose_config
 from cl_bench.core.record import TITLES
 from cl_bench.report.compare import compare
+from cl_bench.report.page import format_number
 from cl_bench.report.rows import MAIN
 from cl_bench.report.tables import Table, format_markdown
 
@@ -81,7 +82,7 @@ def collect_accuracies(records: str | None) -> dict[tuple[str, str], str]:
     for row in compare([records]).rows:
         summary = row.runs[0].summary
         cells = [row.stat(key) for key in (MAIN, MAIN.replace("class_il", "task_il"))]
-        shown = [f"{cell.mean:.1f} ± {cell.std or 0:.1f}" for cell in cells]
+        shown = [f"{format_number(cell.mean)} ± {format_number(cell.std)}" for cell in cells]
         found[summary["backbone"], summary["method"]] = f"{' / '.join(shown)} ({cells[0].n})"
     return found
 
