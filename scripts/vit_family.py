@@ -42,7 +42,6 @@ Figures = dict[str, Any]
 """What a part measured, as plain JSON values."""
 
 REPETITIONS = 7
-PASSES = 15
 
 # -- time --------------------------------------------------------------------------------------------------------------
 
@@ -261,23 +260,19 @@ def name_kind(event: Any) -> str:
 
 @torch.no_grad()
 def profile_shares(module: nn.Module, x: Tensor) -> dict[str, float]:
-    """The share of each kind of operation in the time of a forward pass, in percent.
-
-    Of each operation the shortest time of :data:`PASSES` passes counts: the profiler's clock goes on while another
-    program has the processor.
-    """
-    shortest: list[float] = []
-    for number in range(PASSES + 1):
+    """The share of each kind of operation in the time of a forward pass, in percent; a median over repetitions."""
+    shares: list[dict[str, float]] = []
+    for repetition in range(REPETITIONS + 1):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-            module(x)
-        events: list[Any] = sorted(profiler.events(), key=lambda event: event.time_range.start)
-        taken = [event.self_cpu_time_total for event in events]
-        if number:  # the first pass warms up
-            shortest = [min(pair) for pair in zip(shortest, taken, strict=True)] if shortest else taken
-    totals = dict.fromkeys(KINDS, 0.0)
-    for event, time_of_event in zip(events, shortest):
-        totals[name_kind(event)] += time_of_event
-    return {kind: 100 * total / sum(totals.values()) for kind, total in totals.items()}
+            for _ in range(3):
+                module(x)
+        totals = dict.fromkeys(KINDS, 0.0)
+        for event in profiler.key_averages(group_by_input_shape=True):
+            totals[name_kind(event)] += event.self_cpu_time_total
+        if repetition:  # the first one also warms up
+            shares.append({kind: 100 * total / sum(totals.values()) for kind, total in totals.items()})
+    medians = {kind: statistics.median(share[kind] for share in shares) for kind in KINDS}
+    return {kind: 100 * median / sum(medians.values()) for kind, median in medians.items()}
 
 
 def fold_norms(module: nn.Module) -> nn.Module:
