@@ -4,8 +4,8 @@ python scripts/compare_avalanche.py [--rows er,ewc] [--seeds 5] [--minutes M] [-
 
 Each row is a method. Its first line is Avalanche's strategy, and the others are compared with it, seed by seed: ours
 with the keys that come nearest, ours as it usually is, and Avalanche's with a part replaced, which shows where a
-difference comes from. Finished runs are skipped, and the same command goes on. It writes records.json and table.md;
-what they say is explained in docs/avalanche.md. Exit status: 0 all runs are finished, 143 stopped with runs left.
+difference comes from. Finished runs are skipped, and the same command goes on. It writes records.json and table.md,
+and the table of docs/avalanche.md, which explains it. Exit status: 0 all runs are finished, 143 stopped with runs left.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from cl_bench.system.atomic import write_text
 from cl_bench.testing import make_trainer
 
 OUT = Path("results/avalanche")
+PAGE = Path("docs/avalanche.md")
 STOPPED = 143
 SETTINGS = {"class_il": "Class-IL", "task_il": "Task-IL"}
 
@@ -314,6 +315,15 @@ def make_table(records: Records) -> str:
     return "\n".join(text) + "\n"
 
 
+def write_table(out: Path, records: Records) -> None:
+    """Write the table of all rows, and put it on the page if ``out`` is the place of its records."""
+    table = make_table(records)
+    write_text(out / "table.md", table)
+    if out == OUT:
+        first, mark, rest = PAGE.read_text().partition("<!-- table -->\n")
+        write_text(PAGE, first + mark + table + rest[rest.index("<!-- end of table -->") :])
+
+
 def _format_difference(both: pd.DataFrame) -> str:
     """Mean difference with its 95 % interval over the seeds, marked if it does not contain 0."""
     test = run_paired_test(both)
@@ -338,7 +348,7 @@ def main() -> int:
     records: Records = json.loads(file.read_text()) if file.exists() else {}
     end = time.monotonic() + 60 * options.minutes
     torch.set_num_threads(1)
-    scenario = build(compose_config(SETTING)).scenario
+    scenario = build(compose_config(SETTING)).scenario if options.seeds else None
     for seed in range(options.seeds):
         for name in options.rows.split(","):
             for line in [ROWS[name].theirs, *ROWS[name].others]:
@@ -350,10 +360,10 @@ def main() -> int:
                 began = time.monotonic()
                 seeds[str(seed)] = run_line(line, seed, SETTING, scenario)
                 write_text(file, json.dumps(records, indent=1) + "\n")
-                write_text(options.out / "table.md", make_table(records))
+                write_table(options.out, records)
                 seconds = time.monotonic() - began
                 print(f"{name}, {line.name}, seed {seed}: {seeds[str(seed)]}, {seconds:.0f} s", flush=True)
-    write_text(options.out / "table.md", make_table(records))
+    write_table(options.out, records)
     return 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -264,8 +265,6 @@ def test_a_run_on_a_machine_that_rounds_differently_is_not_gone_on_with(tmp_path
 
 
 def test_the_whole_command_and_a_loaded_run(tmp_path, monkeypatch):
-    import json
-
     import cl_bench
 
     words = [*RUN, *STRATEGIES["icarl"], f"results_dir={tmp_path}", "trainer.evaluate_every=5", "metrics=online"]
@@ -446,6 +445,13 @@ def test_the_table_says_where_the_seeds_differ(comparison):
     for row in comparison.ROWS.values():
         names = [line.name for line in [row.theirs, *row.others]]
         assert {line.against for line in row.others} <= {None, *names}
+
+
+def test_the_page_has_the_table_of_the_records(comparison):
+    records = json.loads((ROOT / comparison.OUT / "records.json").read_text())
+    table = comparison.make_table(records)
+    assert (ROOT / comparison.OUT / "table.md").read_text() == table
+    assert f"<!-- table -->\n{table}<!-- end of table -->" in (ROOT / comparison.PAGE).read_text()
 
 
 def test_a_comparison_goes_on_where_it_stopped(comparison, tmp_path, monkeypatch):
