@@ -92,7 +92,15 @@ def test_every_command_explains_itself(name, capsys):
 
 
 def test_settings_are_hydras(capsys):
-    for words in ([], ["seed=1"], ["+experiment=quickstart"], ["--help"], ["-m", "seed=0,1"], ["~schedule"]):
+    for words in (
+        [],
+        ["seed=1"],
+        ["+experiment=quickstart"],
+        ["--help"],
+        ["-m", "seed=0,1"],
+        ["~schedule"],
+        ["quickstart"],
+    ):
         assert run_command(words) is None
     assert run_command(["comapre", "results"]) == 2
     assert "got comapre. Did you mean compare?" in capsys.readouterr().err

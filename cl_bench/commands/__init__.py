@@ -30,9 +30,12 @@ def run_command(words: Sequence[str]) -> int | None:
     if not words or "=" in words[0] or words[0].startswith(("-", "+", "~")):
         return None
     name, *arguments = words
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    if name not in COMMANDS and not close:
+        return None  # perhaps a setting without its key, which Hydra's part explains
     try:
         if name not in COMMANDS:
-            raise _explain_unknown(name)
+            raise _explain_unknown(name, close[0])
         return importlib.import_module(f"{__name__}.{name}").main(arguments)
     except ConfigError as error:
         print(f"cl_bench: {error}", file=sys.stderr)
@@ -59,11 +62,10 @@ def complete(line: str) -> tuple[list[str], bool]:
     return [option for option in options if begun.startswith("-") and option.startswith(begun)], False
 
 
-def _explain_unknown(name: str) -> ConfigError:
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
+def _explain_unknown(name: str, close: str) -> ConfigError:
     return ConfigError(
         "command line",
         expected=f"a command ({', '.join(COMMANDS)}) or settings such as key=value",
         got=name,
-        fix=f"Did you mean {close[0]}?" if close else "python -m cl_bench --help shows examples.",
+        fix=f"Did you mean {close}?",
     )

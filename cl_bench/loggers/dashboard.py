@@ -56,11 +56,10 @@ class Series:
         folder: the run folder.
     """
 
-    _next: int
-    _epochs: int
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._next: int = 0  # the number of the event that it expects
+        self._epochs: int = 0
         self._forget()
 
     def extract(self, number: int, event: Event) -> Point | None:
@@ -75,7 +74,7 @@ class Series:
         return Point(axes, values) if values else None
 
     def _forget(self) -> None:
-        self._next = self._epochs = 0
+        self._next, self._epochs = 0, 0
         self._rows: dict[str, dict[int, list[float]]] = {setting: {} for setting in SETTINGS}
         self._curves = {setting: Curve([]) for setting in SETTINGS}
 
