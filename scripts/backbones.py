@@ -8,6 +8,7 @@ machine disturb it little; it is of this machine. With ``--records`` there are a
 """
 
 import argparse
+import copy
 import shlex
 import statistics
 import sys
@@ -55,7 +56,7 @@ def build_backbone(name: str, scale: Sequence[str]) -> Backbone:
 def count_macs(net: Backbone, image: torch.Tensor) -> float:
     """Multiply-adds of a forward pass; products with the maps of an attention are counted, too."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        net.eval()(image)
+        copy.deepcopy(net).eval().requires_grad_(False)(image)  # the counter hooks every tensor that has a gradient
     return counter.get_total_flops() / 2
 
 
