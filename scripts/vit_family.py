@@ -80,7 +80,9 @@ WIDTH, HEADS = 64, 4
 def measure_length() -> Figures:
     """Seconds of one layer of attention and of separable attention (MobileViTv2), projections included."""
     torch.manual_seed(0)
-    plain, fused, separable = Attention(WIDTH, HEADS), Attention(WIDTH, HEADS), LinearSelfAttention(WIDTH)
+    plain: Any = Attention(WIDTH, HEADS)
+    fused: Any = Attention(WIDTH, HEADS)
+    separable = LinearSelfAttention(WIDTH)
     plain.fused_attn, fused.fused_attn = False, True
     works: dict[str, Callable[[], object]] = {}
     for length in LENGTHS:
@@ -287,7 +289,8 @@ def list_blocks() -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Blocks of width 192 on a map of 14 x 14: DeiT-Tiny's, and EfficientViT-M0's with its parts."""
     torch.manual_seed(0)
     tokens, image = torch.randn(16, 196, 192), torch.randn(16, 192, 14, 14)
-    plain, fused = (Block(192, 3, 4.0, qkv_bias=True).eval() for _ in range(2))
+    blocks: list[Any] = [Block(192, 3, 4.0, qkv_bias=True).eval() for _ in range(2)]
+    plain, fused = blocks
     plain.attn.fused_attn, fused.attn.fused_attn = False, True
     yield "ViT block", plain, tokens
     yield "ViT block, fused attention", fused, tokens
@@ -309,9 +312,10 @@ def measure_sandwich() -> Figures:
     for name, module, x in list_blocks():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             if isinstance(module, Block):  # the fused operation is not counted
-                module.attn.fused_attn, before = False, module.attn.fused_attn
+                attention: Any = module.attn
+                attention.fused_attn, before = False, attention.fused_attn
                 module(x)
-                module.attn.fused_attn = before
+                attention.fused_attn = before
             else:
                 module(x)
         result["macs"][name] = counter.get_total_flops() / 2 / len(x)
@@ -330,7 +334,7 @@ def draw_all(figures: Figures) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 12,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -492,7 +496,7 @@ def fill_page(text: str, figures: Figures) -> str:
     for name, table in make_tables(figures).items():
         begin, end = f"<!-- figures: {name} -->\n", "\n<!-- end -->"
         text = re.sub(
-            re.escape(begin) + ".*?" + re.escape(end), lambda _, b=begin, t=table, e=end: b + t + e, text, flags=re.S
+            re.escape(begin) + ".*?" + re.escape(end), (begin + table + end).replace("\\", r"\\"), text, flags=re.S
         )
     return text
 
