@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import statistics
 import tempfile
 import time
@@ -79,8 +80,10 @@ WIDTH, HEADS = 64, 4
 def measure_length() -> Figures:
     """Seconds of one layer of attention and of separable attention (MobileViTv2), projections included."""
     torch.manual_seed(0)
-    plain, fused, separable = Attention(WIDTH, HEADS), Attention(WIDTH, HEADS), LinearSelfAttention(WIDTH)
-    plain.fused_attn, fused.fused_attn = False, True  # type: ignore[misc]  # timm declares a constant
+    plain: Any = Attention(WIDTH, HEADS)
+    fused: Any = Attention(WIDTH, HEADS)
+    separable = LinearSelfAttention(WIDTH)
+    plain.fused_attn, fused.fused_attn = False, True
     works: dict[str, Callable[[], object]] = {}
     for length in LENGTHS:
         tokens = torch.randn(1, length, WIDTH)
@@ -286,9 +289,9 @@ def list_blocks() -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Blocks of width 192 on a map of 14 x 14: DeiT-Tiny's, and EfficientViT-M0's with its parts."""
     torch.manual_seed(0)
     tokens, image = torch.randn(16, 196, 192), torch.randn(16, 192, 14, 14)
-    plain, fused = (Block(192, 3, 4.0, qkv_bias=True).eval() for _ in range(2))
-    for vit, is_fused in ((plain, False), (fused, True)):
-        setattr(vit.attn, "fused_attn", is_fused)  # noqa: B010  # timm declares a constant
+    blocks: list[Any] = [Block(192, 3, 4.0, qkv_bias=True).eval() for _ in range(2)]
+    plain, fused = blocks
+    plain.attn.fused_attn, fused.attn.fused_attn = False, True
     yield "ViT block", plain, tokens
     yield "ViT block, fused attention", fused, tokens
     for title, change in (("", lambda block: block), (", BatchNorm folded", fold_norms)):
@@ -492,8 +495,9 @@ def fill_page(text: str, figures: Figures) -> str:
     """The page with the tables of these figures."""
     for name, table in make_tables(figures).items():
         begin, end = f"<!-- figures: {name} -->\n", "\n<!-- end -->"
-        before, after = text.partition(begin)[0], text.partition(begin)[2].partition(end)[2]
-        text = before + begin + table + end + after
+        text = re.sub(
+            re.escape(begin) + ".*?" + re.escape(end), (begin + table + end).replace("\\", r"\\"), text, flags=re.S
+        )
     return text
 
 
