@@ -13,7 +13,7 @@ SWEEP := OMP_NUM_THREADS=1 $(RUN) -m cl_bench -m hydra/launcher=joblib hydra.lau
 RESNET18 := $(foreach method,finetune er derpp joint icarl lwf ewc,resnet18_$(method)_cifar100_10split)
 MINI := $(RESNET18) $(foreach net,lvt den apd memory_vit vit_er,$(net)_cifar100_10split) dytox_cifar100_10step
 LVT_PARTS := inter_task injection_head accumulation_head confidence
-FAMILY := vit deepvit cvt cct efficientvit mobilevit mobilevitv2 levit coat
+FAMILY := vit deepvit navit cvt cct efficientvit mobilevit mobilevitv2 levit coat
 DYTOX_PARTS := token_expansion divergence_head finetuning independent_classifiers
 # a b c -> a,b,c
 , := ,

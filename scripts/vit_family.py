@@ -390,7 +390,7 @@ def draw_collapse(plt: Any, figures: Figures) -> Any:
                 values = figures[backbone][when][measure]
                 axes.plot(range(2, len(values) + 2), values, line, color=colour, ms=4, label=f"{name}, {WHEN[when]}")
         axes.set(ylabel=f"{measure} with the block before")
-    rows[0].legend(frameon=False, fontsize=10)
+    rows[0].legend(frameon=False, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     rows[1].set(xlabel="block")
     return figure
 
