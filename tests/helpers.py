@@ -30,6 +30,7 @@ from cl_bench.data.base import ImageSet
 from cl_bench.data.transform import Transform
 from cl_bench.engine.trainer import Trainer
 from cl_bench.loggers.base import Logger
+from cl_bench.report.folders import scan
 from cl_bench.scenarios.split import Split
 from cl_bench.testing import SMALL, make_trainer
 
@@ -269,8 +270,8 @@ def cpuinfo() -> list[str]:
 
 
 def find_run(folder: Path) -> Path:
-    (found,) = folder.glob("**/summary.json")
-    return found.parent
+    (found,), _ = scan(folder)
+    return found
 
 
 def run_in_process(*arguments: str, monkeypatch, cwd: Path) -> int:
