@@ -4,8 +4,6 @@ PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
 TESTS := $(RUN) -m pytest --numprocesses=auto --maxprocesses=4
-# The tests that rounding can change; CI has time for the fast ones of them.
-ROUNDED := arithmetic
 # What makes torch compute as it does on other processors.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
@@ -46,14 +44,14 @@ test-fast: $(VENV)/.made ## the tests that take less than half a second each: un
 
 test-portable: $(VENV)/.made ## all tests; those that rounding can change also as on other processors, and with two threads
 	$(TESTS)
-	CL_BENCH_TEST_THREADS=2 $(TESTS) -m '$(ROUNDED)'
+	CL_BENCH_TEST_THREADS=2 $(TESTS) -m arithmetic
 	$(MAKE) test-avx2 test-sse
 
 test-avx2: $(VENV)/.made ## the tests that rounding can change, computed as on a processor with AVX2 only
-	$(AVX2) $(TESTS) -m '$(ROUNDED)'
+	$(AVX2) $(TESTS) -m arithmetic
 
 test-sse: $(VENV)/.made ## the same without AVX
-	$(SSE) $(TESTS) -m '$(ROUNDED)'
+	$(SSE) $(TESTS) -m arithmetic
 
 lint: $(VENV)/.made ## ruff: format and lint
 	$(VENV)/bin/ruff format --check .

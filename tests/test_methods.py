@@ -13,10 +13,13 @@ EASIER = {
     "ewc": ["trainer.clip_norm=1"],  # without it one seed in ten diverges, on every instruction set
     "lvt": ["optimizer.lr=0.03"],  # at 0.1 one seed in ten learns half of the second task, on one instruction set
     # a trunk that has seen seven digits, for longer, tells three new ones apart; with five it stays near the bound
-    "memory_vit": ["scenario.classes_per_task=[7,3]", "method.warm_up_epochs=30"],
+    "memory_vit": ["scenario.classes_per_task=[7,3]", "method.warm_up_epochs=15"],
     "den": ["trainer.epochs=25"],  # at 8 one seed in ten stays near the bound
 }
 """What makes learning sure over ten seeds and three instruction sets."""
+
+SEVERAL = {"memory_vit": 3}
+"""Seeds that are averaged, where one alone comes near the bound: with Class-IL from 38 to 66, three give 42 or more."""
 
 
 @pytest.mark.slow
@@ -37,7 +40,8 @@ def test_predict_has_a_score_a_class(method):
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("method", METHODS)
 def test_learns_two_toy_tasks(method, tmp_path):
-    check_learning(lambda *more: parts_of(method, *more, *EASIER.get(method, [])), tmp_path, seed=SEED)
+    seeds = range(SEED, SEED + SEVERAL.get(method, 1))
+    check_learning(lambda *more: parts_of(method, *more, *EASIER.get(method, [])), tmp_path, seeds=seeds)
 
 
 @pytest.mark.slow
