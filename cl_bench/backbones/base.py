@@ -15,9 +15,19 @@ MOST_LAYERS = 1000
 """The largest number of layers of one kind: building more takes minutes and then fails for lack of memory."""
 
 
+LEAST_SIDE = 2
+"""The smallest side of the last map of a network that pools or attends to it: one pixel or token is none."""
+
+
 def check_layers(key: str, layers: int) -> None:
     """Refuse a number of layers that must be a mistake."""
     require(0 < layers <= MOST_LAYERS, key, expected=f"1 to {MOST_LAYERS} layers", got=layers, fix="2 to 24 are usual.")
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Refuse attention heads that do not divide the width of a token."""
+    expected, fix = f"a divisor of dim = {dim}", "64 or 32 channels per head are usual."
+    require(dim % heads == 0, "heads", expected=expected, got=heads, fix=fix)
 
 
 class Backbone(nn.Module, ABC):

@@ -21,14 +21,11 @@ import torch
 from timm.layers import Attention, DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import SingleHead, check_layers
+from cl_bench.backbones.base import LEAST_SIDE, SingleHead, check_layers
 from cl_bench.core.errors import require, require_fraction, require_positive
 
 TOKENIZER_CHANNELS = 64
 """Of the convolutions before the last one, in the authors' code."""
-
-LEAST_SIDE = 2
-"""The smallest side of the map of tokens: pooling one token is none."""
 
 
 class Block(nn.Module):

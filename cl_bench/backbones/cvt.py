@@ -28,11 +28,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import SingleHead, check_layers
+from cl_bench.backbones.base import LEAST_SIDE, SingleHead, check_layers
 from cl_bench.core.errors import require, require_positive
-
-LEAST_SIDE = 2
-"""The smallest side of the keys' last map: attention to a single key is none."""
 
 
 class ConvProjection(nn.Module):

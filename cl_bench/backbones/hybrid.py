@@ -22,12 +22,9 @@ import timm
 from timm.models.coat import PatchEmbed
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import SingleHead
+from cl_bench.backbones.base import LEAST_SIDE, SingleHead
 from cl_bench.backbones.layers.timm import check_options, keep_no_biases, say
 from cl_bench.core.errors import ConfigError, require
-
-LEAST_SIDE = 2
-"""The smallest side of the last map."""
 
 
 class Family(NamedTuple):

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import SingleHead, check_layers
+from cl_bench.backbones.base import SingleHead, check_heads, check_layers
 from cl_bench.core.errors import require, require_fraction, require_positive, void
 
 
@@ -282,8 +282,7 @@ def _check_sizes(patch_size: int, dim: int, heads: int, image_shape: tuple[int, 
         got=patch_size,
         fix="4 suits 32 x 32 pixels, 2 suits 8 x 8.",
     )
-    fix = "64 or 32 channels per head are usual."
-    require(dim % heads == 0, "heads", expected=f"a divisor of dim = {dim}", got=heads, fix=fix)
+    check_heads(dim, heads)
 
 
 def _list_low_grids(scales: list[float], grid: tuple[int, int]) -> list[tuple[int, int]]:

@@ -18,12 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import SingleHead, turn_into_buffers
+from cl_bench.backbones.base import LEAST_SIDE, SingleHead, turn_into_buffers
 from cl_bench.backbones.layers.timm import check_options, keep_no_biases, say
 from cl_bench.core.errors import ConfigError, require
-
-LEAST_SIDE = 2
-"""The smallest side of a trunk's last map, in pixels of the map."""
 
 
 class TimmModel(SingleHead):

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from cl_bench.config.schema import select_comparable
 from cl_bench.core.errors import require
+from cl_bench.core.record import TITLES
 from cl_bench.loggers.pace import FILE as PACE
 from cl_bench.report.folders import LeftOut, scan
 from cl_bench.report.labels import make_labels
@@ -107,16 +108,13 @@ def make_table(lines: Sequence[Line]) -> Table:
 def _describe(folder: Path, label: str, summary: dict[str, Any] | None) -> Line:
     seed = folder.name.removeprefix("seed")
     if summary is not None:
-        accuracies = [(name, (summary[key] or {}).get("average_accuracy")) for key, name in _SETTINGS.items()]
+        accuracies = [(name, (summary[key] or {}).get("average_accuracy")) for key, name in TITLES.items()]
         told = ", ".join(f"{name} {value:.2f}" for name, value in accuracies if value is not None)
         return Line(label, seed, "finished", told, folder)
     run = LeftOut.of(folder)
     if run.state == "interrupted" and (folder / "summary.json").exists():
         return Line(label, seed, "failed", "summary.json cannot be read", folder)
     return Line(label, seed, run.state, run.why or _describe_position(folder, running=run.state == "running"), folder)
-
-
-_SETTINGS = {"class_il": "Class-IL", "task_il": "Task-IL"}
 
 
 def _describe_position(folder: Path, *, running: bool) -> str:

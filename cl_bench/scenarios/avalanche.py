@@ -106,8 +106,10 @@ class AvalancheBenchmark(Scenario):
         self.class_names = names
         self.image_shape = tuple(train.images.shape[1:])
 
+        position = np.full(max(self.class_order) + 1, -1)
+        position[self.class_order] = np.arange(len(self.class_order))
         # one class for each task and label, so that images are chosen in each task separately
-        pairs = [self._number_pairs(stream, per_task) for stream in (train, test)]
+        pairs = [self._number_pairs(stream, position) for stream in (train, test)]
         of_pairs = [names[c] for own in per_task for c in own]
         channels = self.image_shape[0]
         source = ImageSet(
@@ -132,12 +134,14 @@ class AvalancheBenchmark(Scenario):
             train_per_class=train_per_class,
             test_per_class=test_per_class,
         )
-        self._cut(train, test, [len(own) for own in per_task], *chosen)
+        self._cut(train, test, position, [len(own) for own in per_task], *chosen)
 
-    def _number_pairs(self, stream: Images, per_task: list[list[int]]) -> np.ndarray:
-        """(N,) the number of each image's pair of task and label, in the order of learning."""
-        position = np.full(max(self.class_order) + 1, -1)
-        position[self.class_order] = np.arange(len(self.class_order))
+    def _number_pairs(self, stream: Images, position: np.ndarray) -> np.ndarray:
+        """(N,) the number of each image's pair of task and label, in the order of learning.
+
+        Args:
+            position: class id -> position in the class order, -1 for none.
+        """
         found = np.where(stream.labels < len(position), position[np.minimum(stream.labels, len(position) - 1)], -1)
         if (found < 0).any():
             label = int(stream.labels[found < 0][0])
@@ -145,11 +149,16 @@ class AvalancheBenchmark(Scenario):
         return found + len(self.class_order) * stream.experience if self.shared_labels else found
 
     def _cut(
-        self, train: Images, test: Images, sizes: list[int], chosen: Positions, held: Positions, tested: Positions
+        self,
+        train: Images,
+        test: Images,
+        position: np.ndarray,
+        sizes: list[int],
+        chosen: Positions,
+        held: Positions,
+        tested: Positions,
     ) -> None:
         """Set :attr:`tasks`; :attr:`pretrain` is empty."""
-        position = np.full(max(self.class_order) + 1, -1)
-        position[self.class_order] = np.arange(len(self.class_order))
 
         def gather(stream: Images, own: Positions) -> Data:
             which = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *own]))

@@ -2,7 +2,7 @@
 
 from timm.models.vision_transformer import VisionTransformer
 
-from cl_bench.backbones.base import check_layers
+from cl_bench.backbones.base import check_heads, check_layers
 from cl_bench.core.errors import require, require_positive
 
 
@@ -36,13 +36,7 @@ def build_small_vit(
         got=patch_size,
         fix="4 suits 32 x 32 pixels, 2 suits 8 x 8.",
     )
-    require(
-        dim % heads == 0,
-        "heads",
-        expected=f"a divisor of dim = {dim}",
-        got=heads,
-        fix="64 or 32 channels per head are usual.",
-    )
+    check_heads(dim, heads)
     return VisionTransformer(
         img_size=(height, width),
         patch_size=patch_size,
