@@ -201,7 +201,9 @@ def test_the_networks_of_agem():
     convolutions = [m for m in resnet.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [c.out_channels for c in convolutions[:5]] == [20] * 5
     assert len(convolutions) == 20
-    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in resnet.modules()) == 17  # not on the three shortcuts
+    norms = [m for m in resnet.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == 20  # after each convolution, the three shortcuts' too
+    assert {m.eps for m in norms} == {1e-3}
     for c in convolutions[1:]:  # the first one has few weights
         bound = (c.kernel_size[0] * c.in_channels) ** -0.5
         assert 0.9 * bound < c.weight.abs().max().item() <= bound * (1 + 1e-6)

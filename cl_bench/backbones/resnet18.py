@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.base import SingleHead
 from cl_bench.backbones.layers.cosine import CosineHead
-from cl_bench.backbones.layers.resnet import BasicBlock, build_resnet_layers
+from cl_bench.backbones.layers.resnet import build_resnet_layers
 from cl_bench.core.errors import require_positive
 
 
@@ -18,9 +18,9 @@ class ResNet18(SingleHead):
     Args:
         width: channels of the first layer; 64 is the ResNet18, 20 the slim one of GEM.
         head: ``linear``, or ``cosine`` (:class:`~cl_bench.backbones.layers.cosine.CosineHead`).
-        variant: ``standard``, or ``agem``: the RESNET-S of the code of A-GEM (Chaudhry et al. 2019), where projection
-            shortcuts have no BatchNorm, its eps is 0.001, and the first weights of a k x k convolution are uniform in
-            +- 1 / sqrt(k C_in), not 1 / sqrt(k k C_in).
+        variant: ``standard``, or ``agem``: the RESNET-S of the code of A-GEM (Chaudhry et al. 2019), where the eps of
+            BatchNorm is 0.001, and the first weights of a k x k convolution are uniform in +- 1 / sqrt(k C_in), not
+            1 / sqrt(k k C_in).
     """
 
     def __init__(
@@ -47,9 +47,7 @@ class ResNet18(SingleHead):
 @torch.no_grad()
 def _change_to_agem(layers: nn.Module) -> None:
     for module in layers.modules():
-        if isinstance(module, BasicBlock) and isinstance(module.shortcut, nn.Sequential):
-            module.shortcut = module.shortcut[0]
-        elif isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d):
             module.weight *= math.sqrt(module.kernel_size[0])
         elif isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-3
