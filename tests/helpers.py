@@ -72,7 +72,7 @@ METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml") if pa
 
 FUNCTIONAL = [
     *("agem", "derpp", "dytox", "er", "er_ace", "ewc", "ewc_pp", "finetune", "gdumb", "icarl", "joint", "lvt", "lwf"),
-    *("memory_vit", "mir", "scr"),
+    *("memory_vit", "mir", "ocs", "scr"),
 ]
 """The methods whose step is a function of tensors alone."""
 
@@ -104,6 +104,10 @@ SUITS = {
     "ewc_pp": ["backbone=mlp", "backbone.hidden=[32]", "method.every=3", "method.strength=1"],
     "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
     "gdumb": ["backbone=mlp", "backbone.hidden=[32]", "buffer=greedy", "buffer.capacity=20"],
+    "ocs": [
+        *("backbone=mlp", "backbone.hidden=[32]", "buffer=ordered", "buffer.capacity=20", "method.tau=1"),
+        "method.candidates=40",
+    ],
     "lvt": ["backbone=lvt_digits", "buffer.capacity=20"],
     # class means answer: a trunk that knows only the first task's digits favours their head over the second one's
     "memory_vit": [
@@ -246,6 +250,7 @@ class TwoTasks:
     """What a method asks of a scenario: two tasks of two classes."""
 
     num_classes = 4
+    image_shape = (1, 8, 8)
     transform = identity_transform()
     tasks = (SimpleNamespace(classes=range(0, 2)), SimpleNamespace(classes=range(2, 4)))
 

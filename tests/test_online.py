@@ -2,6 +2,7 @@
 
 import colorsys
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from helpers import (
 )
 
 from cl_bench.backbones.mlp import MLP
+from cl_bench.buffers.ordered import Ordered
 from cl_bench.buffers.reservoir import Reservoir
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
@@ -32,6 +34,7 @@ from cl_bench.methods.ewc import EWC
 from cl_bench.methods.ewc_pp import EWCpp
 from cl_bench.methods.gdumb import mix_boxes
 from cl_bench.methods.mir import MIR
+from cl_bench.methods.ocs import OCS
 from cl_bench.methods.scr import supervised_contrastive_loss
 from cl_bench.optim import WarmRestarts
 
@@ -355,6 +358,84 @@ def test_mir_scores_by_the_candidates_statistics_and_the_virtual_network_leaves_
     assert len(seen) == 3  # the stream, the virtual network, the real one
     torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * seen[2])
     assert norm.num_batches_tracked == 1
+
+
+# OCS
+
+
+OCS_KEYS = {"replay_size": 6, "tau": 2.0, "strength": 0.5, "candidates": 4, "loss_classes": "all"}
+
+
+def numpy_image_gradients(net: MLP, x: np.ndarray, y: list[int]) -> np.ndarray:
+    lr = 1.0
+    weights = [array(p) for p in net.parameters()]
+    moved = [numpy_step(net, x[i : i + 1], np.array(y[i : i + 1]), lr) for i in range(len(y))]
+    return np.stack([np.concatenate([(w - m).ravel() for w, m in zip(weights, one)]) for one in moved])
+
+
+def numpy_cosines(g: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    return g @ direction / np.linalg.norm(g, axis=1) / np.linalg.norm(direction)
+
+
+def numpy_similarity_and_diversity(g: np.ndarray) -> np.ndarray:
+    return numpy_cosines(g, g.mean(axis=0)) - np.stack([numpy_cosines(g, one) for one in g]).mean(axis=0)
+
+
+def test_ocs_learns_the_images_whose_gradients_suit_the_batch_and_the_memory(three_images):
+    raw, y = three_images
+    method = make(OCS, select=2, **OCS_KEYS)
+    pixels = raw.flatten(1).double().numpy() / 255
+    g = numpy_image_gradients(method.net, pixels, y.tolist())
+    np.testing.assert_allclose(array(method.compute_image_gradients(raw.float() / 255, y, 1)), g, rtol=1e-3, atol=1e-5)
+    first = np.argsort(-numpy_similarity_and_diversity(g))[:2]
+    batch = batch_of(raw, y, task=1)
+    inputs = method.inputs(batch)
+    assert set(inputs) == {"x", "y"}
+    torch.testing.assert_close(inputs["x"], batch.x[first])
+
+    labels = [2, 3, 2, 0, 1, 3]
+    old = remember(method, labels, task=0)
+    stored = numpy_image_gradients(method.net, old.flatten(1).double().numpy() / 255, labels)
+    both = np.argsort(-numpy_similarity_and_diversity(g) - 2 * numpy_cosines(g, stored.mean(axis=0)))[:2]
+    inputs = method.inputs(batch)
+    torch.testing.assert_close(inputs["x"], batch.x[both])
+    assert inputs["y"].tolist() == y[both].tolist()
+    losses, _ = method.terms(inputs, 1)
+    by_label = sorted(inputs["y'"].tolist())
+    assert by_label == sorted(labels)
+    assert losses["ce"].item() == pytest.approx(cross_entropy(logits(method, raw[both]), y[both]), rel=1e-4)
+    assert losses["replay_ce"].item() == pytest.approx(0.5 * cross_entropy(logits(method, old), labels), rel=1e-4)
+    assert all(p.grad is None for p in method.net.parameters())
+
+
+def test_ocs_stores_the_best_of_the_images_picked_in_the_last_epoch(three_images):
+    raw, y = three_images
+    method = make(OCS, select=2, **OCS_KEYS)
+    method.buffer = Ordered(capacity=4, context=buffer_context())
+    offered = []
+    phase = next(method.learn(SimpleNamespace(id=0, train=None)))
+    for epoch in range(2):
+        batch = batch_of(raw, y)
+        inputs = method.inputs(batch)
+        _, columns = method.terms(inputs, 0)
+        method.offer(batch, columns)
+        offered = (inputs["x"] * 255).round().to(torch.uint8)
+        phase.after_epoch(epoch)
+    assert len(method.picked) == 2  # not those of the first epoch
+    torch.testing.assert_close(method.picked.data().images, offered)
+    whole = Data(raw, y, torch.arange(3))
+    g = numpy_image_gradients(method.net, raw.flatten(1).double().numpy() / 255, y.tolist())
+    expected = numpy_similarity_and_diversity(g)
+    np.testing.assert_allclose(array(method.rank(whole, 0)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_ordered_buffer_keeps_the_first_images_of_a_class():
+    buffer = Ordered(capacity=4, context=buffer_context())
+    raw = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 1, 8, 8)
+    train = Data(raw, torch.tensor([1, 0, 1, 0, 1, 0]), torch.arange(6))
+    buffer.close_task(Task(id=0, classes=range(2), train=train, val=train, test=train), lambda x, y: {})
+    assert buffer.images[:4, 0, 0, 0].tolist() == [1, 3, 0, 2]
+    assert buffer.labels[:4].tolist() == [0, 0, 1, 1]
 
 
 # GDumb

@@ -412,7 +412,7 @@ def test_what_counts_on_new_classes_is_refused_where_labels_are_shared(overrides
         build(configure("scenario=permuted_digits_shared", "scenario.disjoint.num_tasks=2", *overrides, "device=cpu"))
 
 
-ONLINE = ["er_ace", "agem", "mir", "gdumb", "scr"]
+ONLINE = ["er_ace", "agem", "mir", "gdumb", "ocs", "scr"]
 """Methods with a buffer that is filled during a task."""
 
 
