@@ -91,8 +91,8 @@ def test_a_run_from_end_to_end_and_once_more(tmp_path):
 @pytest.mark.slow
 def test_real_cifar100_killed_in_mid_task_goes_on_bit_equal(tmp_path):
     arguments = [
-        "+experiment=lvt_cifar100_10split", "+scale=mini", "scenario.train_per_class=8", "scenario.test_per_class=2",
-        "scenario.num_tasks=5", "trainer.epochs=3", "trainer.checkpoint_steps=4", "buffer.capacity=100", "device=cpu",
+        "+experiment=lvt_cifar100_10split", "+scale=mini", "scenario.train_per_class=3", "scenario.test_per_class=1",
+        "scenario.num_tasks=2", "trainer.epochs=3", "trainer.checkpoint_steps=2", "buffer.capacity=100", "device=cpu",
     ]  # fmt: skip
     straight = command(*arguments, "results_dir=straight", cwd=tmp_path)
     assert straight.returncode == 0, straight.stderr
