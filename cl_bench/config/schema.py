@@ -46,6 +46,7 @@ VARIABLES = "CL_BENCH_"
 INCOMPARABLE = (
     "seed", "experiment", "name", "scale", "device", "images", "results_dir", "data_dir", "overwrite", "dry_run",
     "published", "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed", "label", "threads",
+    "report",
     "scenario.source.root", "scenario.root", "scenario.source.cache", "scenario.source.download",
     "trainer.checkpoint_seconds", "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
     "trainer.cudnn_benchmark", "trainer.keep_tasks",
@@ -126,6 +127,7 @@ class Run:
     data_seed: int = MISSING
     device: str = MISSING
     threads: Any = "auto"
+    report: bool = True
     precision: Precision = MISSING
     images: Images = MISSING
     results_dir: str = MISSING

@@ -154,7 +154,7 @@ def _generate_steps(
         finished = None if values["overwrite"] else files.read_summary(run_dir)
         if finished:
             _print(f"Already finished, nothing to do: {run_dir} (overwrite=true starts again)")
-            show_result(run_dir, finished, report=not (run_dir / "report.html").exists())
+            show_result(run_dir, finished, report=values["report"] and not (run_dir / "report.html").exists())
             return run_dir, finished
         with allow_interruption():
             parts = build(config, scenario)
@@ -172,9 +172,11 @@ def _generate_steps(
                     files.write_environment(run_dir, parts.device)
                     summary = yield from _train(run_dir, values, parts, logger, begin_summary(values, settings), caught)
                 status = "finished"
-                again = f"this run is finished, and the same command writes its report: {run_dir}"
-                with allow_interruption():
-                    prepare_report(run_dir)  # before loggers end: dashboards get its pictures
+                again = f"this run is finished: {run_dir}"
+                if values["report"]:
+                    again = f"this run is finished, and the same command writes its report: {run_dir}"
+                    with allow_interruption():
+                        prepare_report(run_dir)  # before loggers end: dashboards get its pictures
             except Interrupted:
                 status = "interrupted" if summary is None else "finished"
                 raise
@@ -433,4 +435,6 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
         table.add_row(metric.replace("_", " "), *("-" if cell is None else f"{cell:.2f}" for cell in cells))
     console = Console()
     console.print(table)
-    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True, highlight=False)
+    page = run_dir / "report.html"
+    line = f"report: {page}" if page.exists() else f"no report; cl_bench report {run_dir} makes it"
+    console.print(line, soft_wrap=True, highlight=False)
