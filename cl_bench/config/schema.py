@@ -162,10 +162,16 @@ OmegaConf.register_new_resolver("by_scale", _choose_by_scale, replace=True)
 
 
 class InstalledPackages(SearchPathPlugin):
-    """Lets Hydra find the files of installed packages, after our own: they add choices and replace none."""
+    """Lets Hydra find the files of installed packages, after our own: they add choices and replace none.
+
+    Launchers and sweepers of the same name as one of our files give way to it. Hydra would merge both, and warn.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Called by Hydra for every command."""
+        """Called by Hydra for every command, after its plugins have registered what they offer."""
+        offered = ConfigStore.instance().repo.get("hydra", {})
+        for file in CONFIGS.glob("hydra/*/*.yaml"):
+            offered.get(file.parent.name, {}).pop(file.name, None)
         for name, folder in find_installed().items():
             search_path.append(provider=name, path=f"file://{folder}")
 

@@ -35,7 +35,7 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
 from cl_bench.runs import run_dir as files
-from cl_bench.runs.sweep import get_job_label
+from cl_bench.runs.sweep import get_job_label, note_run
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.memory import get_peak_bytes, is_out_of_memory, list_largest_tensors, reset_peak
 from cl_bench.system.signals import Interrupted, allow_interruption, collect_stop_signals
@@ -152,6 +152,7 @@ def _generate_steps(
         run_dir = choose_run_dir(values, settings)
         again = f"the same command goes on from here: {run_dir}"
         finished = None if values["overwrite"] else files.read_summary(run_dir)
+        note_run(run_dir, finished_before=bool(finished))
         if finished:
             _print(f"Already finished, nothing to do: {run_dir} (overwrite=true starts again)")
             show_result(run_dir, finished, report=values["report"] and not (run_dir / "report.html").exists())
