@@ -4,14 +4,13 @@ Every trial draws with a sampler of its own seed, so it depends only on the tria
 interrupted therefore ends with the same trials as one that was not.
 """
 
-import functools
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep, Transformer
 from hydra.plugins.launcher import Launcher
@@ -20,10 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from cl_bench.config.schema import INCOMPARABLE
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.report.trials import write_trials
-from cl_bench.runs.sweep import JobFailed
-from cl_bench.system.atomic import hold_lock, write_text
+from cl_bench.runs.sweep import JobFailed, refuse_test_images
+from cl_bench.system.atomic import hold_lock
 
-NEUTRAL = {*INCOMPARABLE, "hydra"} - {"experiment", "scale", "seed"}
+NEUTRAL = {*INCOMPARABLE} - {"experiment", "scale", "seed", "class_order_seed", "data_seed"}
 """Overrides that do not make another study."""
 
 
@@ -37,9 +36,10 @@ def search(config: DictConfig, settings: dict[str, Any], launcher: Launcher, arg
         arguments: the overrides as typed; each with several values is searched.
 
     Raises:
-        ConfigError: a wrong setting, or the search is running in another process.
+        ConfigError: a wrong setting, a search on test images, or one that is running in another process.
         JobFailed: a trial's configuration is wrong, and so is that of all others.
     """
+    refuse_test_images(config.trainer.get("evaluate_on"), "hydra/sweeper=optuna")
     optuna = _import_optuna()
     space, fixed = read_space(optuna, [f"{key}={value}" for key, value in (settings["params"] or {}).items()], arguments)
     require(bool(space), "hydra.sweeper", expected="a key to search", got="none", fix="Add 'KEY=interval(LOW,HIGH)'.")
@@ -116,7 +116,7 @@ def choose_sampler(optuna: Any, settings: DictConfig) -> Callable[[int], Any]:
     require(
         kind in kinds, "hydra.sweeper.sampler.kind", expected=" or ".join(kinds), got=kind, fix="tpe is the default."
     )
-    return lambda number: kinds[kind](seed=seed + number)
+    return lambda number: kinds[kind](seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
 
 
 def read_space(optuna: Any, *overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
