@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import TINY, assert_equal_results, command, command_environment, run_in_process
 
+from cl_bench.config.explain import choose_exit_status, explain
 from cl_bench.report.folders import LeftOut, scan
 from cl_bench.runs import run as run_module
 from cl_bench.runs.sweep import Job, format_table
@@ -104,6 +105,23 @@ def test_reports_are_made_later(run, tmp_path, monkeypatch):
     assert "Already finished" in again[2]
 
 
+@pytest.mark.slow
+def test_a_launcher_without_its_package_gives_one_message(run, monkeypatch):
+    for package in ("ray", "submitit", "optuna"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    for choice in ("launcher=ray", "sweeper=optuna"):
+        arguments = ["trainer.evaluate_on=val", "scenario.val_fraction=0.2", f"hydra/{choice}"]
+        status, said, error = run("-m", *SMALL, *arguments, "optimizer.lr=choice(0.1,0.2)")
+        group, _, name = choice.partition("=")
+        assert (status, said) == (2, ""), error
+        expected = f"cl_bench: hydra/{group}: expected a {group} whose package is installed; got {name}, which is not"
+        assert expected in error
+    hydra_error = RuntimeError("Unknown plugin class : 'hydra_plugins.hydra_submitit_launcher.submitit_launcher.Local'")
+    assert choose_exit_status(hydra_error) == 2
+    assert explain(hydra_error).startswith("hydra/launcher: expected a launcher whose package is installed; got submitit")
+    assert choose_exit_status(RuntimeError("another")) is None
+
+
 # -- Ray -----------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +165,11 @@ def test_a_sweep_on_ray_survives_the_loss_of_a_machine(run, tmp_path, monkeypatc
         cluster.shutdown()
 
 
+def find_jobs(folder: Path) -> list[int]:
+    """The processes of the jobs of a sweep that has its temporary folder in ``folder``."""
+    return [int(file.suffix[1:]) for file in folder.glob("cl_bench-*/job.*")]
+
+
 def count_running(folder: Path) -> int:
     """Runs that have a checkpoint and a process."""
     _, begun = scan(folder)
@@ -175,9 +198,8 @@ def test_a_job_of_submitit_stops_with_a_checkpoint_and_goes_on_when_it_is_requeu
     environment = command_environment(TMPDIR=str(tmp_path))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(call, cwd=tmp_path, env=environment, text=True, **pipes) as command:
-        wait_until(lambda: count_running(tmp_path / "submitit") == 1, command)
-        (job,) = [int(file.suffix[1:]) for file in tmp_path.glob("cl_bench-*/job.*")]
-        os.kill(job, signal.SIGUSR2)
+        wait_until(lambda: count_running(tmp_path / "submitit") == 1 and len(find_jobs(tmp_path)) == 1, command)
+        os.kill(find_jobs(tmp_path)[0], signal.SIGUSR2)
         said, error = command.communicate(timeout=500)
     assert command.returncode == 2, error
     assert "Sweep: 1 finished, 1 failed\n" in said
