@@ -278,6 +278,8 @@ def test_every_failed_job_is_told_of_at_once_and_at_the_end(monkeypatch, tmp_pat
     assert compare == f"Compare: cl_bench compare {Path(good).parent}"
     width = max(len(f"optimizer.lr={rate}") for rate in tried)
     for number, rate in enumerate(tried):
-        reasons = [line[len(start) :] for line, start in zip(lines, begin) if start.startswith(f"cl_bench: job {number} ")]
+        reasons = [
+            line[len(start) :] for line, start in zip(lines, begin) if start.startswith(f"cl_bench: job {number} ")
+        ]
         told = f"failed: {reasons[0]}" if reasons else f"finished, {good}"
         assert rows[number] == f"  {number:>3}  {f'optimizer.lr={rate}':<{width}}  {told}"

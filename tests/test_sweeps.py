@@ -118,7 +118,9 @@ def test_a_launcher_without_its_package_gives_one_message(run, monkeypatch):
         assert expected in error
     hydra_error = RuntimeError("Unknown plugin class : 'hydra_plugins.hydra_submitit_launcher.submitit_launcher.Local'")
     assert choose_exit_status(hydra_error) == 2
-    assert explain(hydra_error).startswith("hydra/launcher: expected a launcher whose package is installed; got submitit")
+    assert explain(hydra_error).startswith(
+        "hydra/launcher: expected a launcher whose package is installed; got submitit"
+    )
     assert choose_exit_status(RuntimeError("another")) is None
 
 
@@ -153,7 +155,9 @@ def test_a_sweep_on_ray_survives_the_loss_of_a_machine(run, tmp_path, monkeypatc
         machine = cluster.add_node(num_cpus=1)
         call = [sys.executable, "-m", "cl_bench", *sweep, "results_dir=ray", "hydra/launcher=ray"]
         call += [f"hydra.launcher.address={cluster.address}"]
-        with subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as command:
+        with subprocess.Popen(
+            call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as command:
             wait_until(lambda: count_running(tmp_path / "ray") == 2, command)
             cluster.remove_node(machine, allow_graceful=False)
             wait_until(lambda: count_running(tmp_path / "ray") < 2, command)

@@ -17,7 +17,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="cl_bench report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_FOLDER", help="a run folder, or a folder of runs")
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="RUN_OR_FOLDER", help="a run folder, or a folder of runs"
+    )
     parser.add_argument("--again", action="store_true", help="also where there is a report")
     options = parser.parse_args(arguments)
     found = [scan(path) for path in options.paths]

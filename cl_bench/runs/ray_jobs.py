@@ -1,6 +1,7 @@
 """The jobs of a sweep on Ray: on this machine, or on a cluster whose machines share the results folder.
 
-If a machine is lost, Ray starts its jobs again on another one. A job goes on from its last checkpoint, as after any kill.
+If a machine is lost, Ray starts its jobs again on another one. A job goes on from its last checkpoint, as after any
+kill.
 """
 
 import os
@@ -51,7 +52,9 @@ def launch(launcher: "RayLauncher", jobs: list[list[str]], first: int) -> list[J
             job = launcher.hydra_context.config_loader.load_sweep_config(config, overrides)
             with open_dict(job):
                 job.hydra.job.id, job.hydra.job.num = f"ray_{number}", number
-            task = remote.remote(launcher.hydra_context, job, launcher.task_function, Singleton.get_state(), os.getcwd())
+            task = remote.remote(
+                launcher.hydra_context, job, launcher.task_function, Singleton.get_state(), os.getcwd()
+            )
             numbers[task] = number
         returned: dict[int, JobReturn] = {}
         waiting = list(numbers)

@@ -41,7 +41,9 @@ def search(config: DictConfig, settings: dict[str, Any], launcher: Launcher, arg
     """
     refuse_test_images(config.trainer.get("evaluate_on"), "hydra/sweeper=optuna")
     optuna = _import_optuna()
-    space, fixed = read_space(optuna, [f"{key}={value}" for key, value in (settings["params"] or {}).items()], arguments)
+    space, fixed = read_space(
+        optuna, [f"{key}={value}" for key, value in (settings["params"] or {}).items()], arguments
+    )
     require(bool(space), "hydra.sweeper", expected="a key to search", got="none", fix="Add 'KEY=interval(LOW,HIGH)'.")
     name = settings["study_name"] or _name_study(config, space, fixed)
     folder = Path(settings["folder"]) / name
