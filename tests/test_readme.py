@@ -17,9 +17,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def find_commands() -> list[list[str]]:
-    """Every indented command of the README and of the pages about dashboards and sweeps, split into words."""
-    pages = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("dashboards", "sweeps")]
-    text = "".join([README, *pages]).replace("\\\n", " ")
+    """Every indented command of the README and of the page about dashboards, split into words."""
+    text = (README + (ROOT / "docs" / "dashboards.md").read_text()).replace("\\\n", " ")
     lines = re.findall(r"^    (?=python |cl_bench |make |timeout |source |\.venv)(.*)$", text, flags=re.M)
     return [shlex.split(line, comments=True) for line in lines]
 

@@ -40,6 +40,7 @@ def search(config: DictConfig, settings: dict[str, Any], launcher: Launcher, arg
         JobFailed: a trial's configuration is wrong, and so is that of all others.
     """
     refuse_test_images(config.trainer.get("evaluate_on"), "hydra/sweeper=optuna")
+    require(not config.dry_run, "dry_run", expected="false in a search", got="true", fix="Try it without the sweeper.")
     optuna = _import_optuna()
     space, fixed = read_space(
         optuna, [f"{key}={value}" for key, value in (settings["params"] or {}).items()], arguments
