@@ -127,7 +127,10 @@ class Sweep:
     def handle_signals(self) -> Iterator[None]:
         """Inside, SIGINT or SIGTERM stops the jobs, each after a checkpoint, then this process; a second kills it."""
 
+        caught: list[int] = []
+
         def stop(number: int) -> None:
+            caught.append(number)
             self._make_folder()
             (self.folder / "stop").touch()
             while any(_is_alive(int(file.suffix[1:])) for file in self.folder.glob("job.*")):
@@ -135,7 +138,12 @@ class Sweep:
             raise SystemExit(128 + number)
 
         with handle_once(stop, "Stopping the jobs of this sweep; repeat the signal to stop at once."):
-            yield
+            try:
+                yield
+            except SystemExit:
+                if caught:  # Ray makes a status 1 of every SystemExit
+                    raise SystemExit(128 + caught[0]) from None
+                raise
 
     @contextmanager
     def report_failures(self) -> Iterator[None]:
