@@ -48,4 +48,6 @@ class OptunaSweeper(Sweeper):
         """Run the trials of a search."""
         from cl_bench.runs.search import search
 
+        assert self.config is not None
+        assert self.launcher is not None
         search(self.config, self.settings, self.launcher, arguments)

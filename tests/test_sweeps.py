@@ -17,6 +17,7 @@ from helpers import TINY, assert_equal_results, command, command_environment, ru
 from cl_bench.config.explain import choose_exit_status, explain
 from cl_bench.report.folders import LeftOut, scan
 from cl_bench.runs import run as run_module
+from cl_bench.runs.search import read_space
 from cl_bench.runs.sweep import Job, format_table
 
 SMALL = [*TINY, "backbone.hidden=[4]", "logger=none", "report=false"]
@@ -221,6 +222,24 @@ def read_trials(folder: Path) -> list[dict[str, str]]:
     (file,) = folder.glob("searches/*/trials.csv")
     with file.open() as lines:
         return list(csv.DictReader(lines))
+
+
+def test_what_is_searched_and_what_is_fixed():
+    optuna = pytest.importorskip("optuna")
+    kinds = optuna.distributions
+    file = ["a.choice=choice(1,x,true)", "a.fixed=choice(1,2)"]
+    typed = ["+experiment=quickstart", "a.log=tag(log,interval(0.001,1))", "a.whole=int(interval(1,8))"]
+    typed += ["a.range=range(1,10,4)", "a.steps=range(0.0,1.0,0.25)", "a.list=3,1", "a.fixed=5", "a.words=[1,2]"]
+    space, fixed = read_space(optuna, file, typed)
+    assert space == {
+        "a.choice": kinds.CategoricalDistribution([1, "x", True]),
+        "a.log": kinds.FloatDistribution(0.001, 1, log=True),
+        "a.whole": kinds.IntDistribution(1, 8),
+        "a.range": kinds.IntDistribution(1, 9, step=4),
+        "a.steps": kinds.FloatDistribution(0.0, 0.75, step=0.25),
+        "a.list": kinds.CategoricalDistribution([3, 1]),
+    }
+    assert fixed == ["+experiment=quickstart", "a.fixed=5", "a.words=[1,2]"]
 
 
 @pytest.mark.slow

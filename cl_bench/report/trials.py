@@ -44,7 +44,7 @@ def draw_trials(trials: Sequence[Mapping[str, Any]]) -> Figure:
     for ax, key in zip(axes[1:], keys):
         shown = [trial for trial in complete if key in trial]
         numbers = all(isinstance(trial[key], int | float) and not isinstance(trial[key], bool) for trial in shown)
-        places = [trial[key] if numbers else str(trial[key]) for trial in shown]
+        places: list[Any] = [trial[key] if numbers else str(trial[key]) for trial in shown]
         ax.plot(places, [trial["value"] for trial in shown], "o")
         ax.set_xlabel(key)
         if numbers and shown and min(places) > 0 and max(places) > 20 * min(places):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep, Transformer
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
@@ -141,19 +141,15 @@ def read_space(optuna: Any, *overrides: list[str]) -> tuple[dict[str, Any], list
 def make_distribution(optuna: Any, override: Override) -> Any:
     """The values of an override as Optuna's distribution: a choice, a range or an interval."""
     value, kinds = override.value(), optuna.distributions
-    if isinstance(value, ChoiceSweep) or getattr(value, "shuffle", False):
-        return kinds.CategoricalDistribution(list(override.sweep_iterator(transformer=Transformer.encode)))
-    log = "log" in value.tags
-    if isinstance(value, RangeSweep):
-        numbers = [value.start, value.stop, value.step]
-        if all(isinstance(number, int) for number in numbers):
-            last = value.start + (value.stop - 1 - value.start) // value.step * value.step  # type: ignore[operator]
-            return kinds.IntDistribution(value.start, last, step=value.step)
-        return kinds.FloatDistribution(*map(float, numbers[:2]), step=float(value.step))  # type: ignore[arg-type]
-    assert isinstance(value, IntervalSweep)
-    whole = isinstance(value.start, int) and isinstance(value.end, int)
-    kind = kinds.IntDistribution if whole else kinds.FloatDistribution
-    return kind(value.start, value.end, log=log)
+    if isinstance(value, IntervalSweep):
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        kind = kinds.IntDistribution if whole else kinds.FloatDistribution
+        return kind(value.start, value.end, log="log" in value.tags)
+    values: list[Any] = list(override.sweep_iterator(transformer=Transformer.encode))
+    if not isinstance(value, RangeSweep) or value.shuffle:
+        return kinds.CategoricalDistribution(values)
+    kind = kinds.IntDistribution if all(isinstance(number, int) for number in values) else kinds.FloatDistribution
+    return kind(min(values), max(values), step=abs(value.step))
 
 
 def _format(value: Any) -> str:
