@@ -6,8 +6,7 @@ Heavy packages are imported only when a run starts, so that ``--help`` and wrong
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import hydra
@@ -18,7 +17,7 @@ from cl_bench.commands import complete, run_command
 from cl_bench.config.explain import choose_exit_status, explain
 from cl_bench.config.schema import CONFIGS, allow_typed_package
 from cl_bench.core.errors import ConfigError
-from cl_bench.runs.sweep import JobFailed, Sweep, refuse_test_images
+from cl_bench.runs.sweep import JobFailed, Sweep, format_table, refuse_test_images
 from cl_bench.system.streams import outlive_readers
 
 
@@ -62,7 +61,10 @@ def main() -> None:
             failures.append(error)
 
     try:
-        with sweep.handle_signals() if multirun else nullcontext():
+        with ExitStack() as stack:
+            if multirun:
+                stack.enter_context(sweep.handle_signals())
+                stack.enter_context(sweep.report_failures())
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(task)()
         if failures:
             raise failures[0]
@@ -70,9 +72,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if isinstance(error, JobFailed):
-            failed = sweep.close() or [error]
-            _repeat_failures(failed)
-            sys.exit(2 if all(job.status == 2 for job in failed) else 1)
+            sys.exit(sweep.choose_exit_status(error))
         # If no job has started, the command line is wrong; the jobs of a sweep may start in other processes.
         composing = not started and not multirun
         status = 2 if composing else choose_exit_status(error)
@@ -84,7 +84,8 @@ def main() -> None:
             print(f"cl_bench: {explain(error, sys.argv[1:])}", file=sys.stderr)
         sys.exit(status)
     finally:
-        _repeat_failures(sweep.close())
+        if jobs := sweep.close():
+            print(format_table(jobs))
 
 
 def wait_passively() -> None:
@@ -95,14 +96,6 @@ def wait_passively() -> None:
     """
     for name, value in {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}.items():  # GNU's OpenMP, and Intel's
         os.environ.setdefault(name, value)
-
-
-def _repeat_failures(failed: Sequence[JobFailed]) -> None:
-    """Print the failures of a sweep again at its end: they may be hours old."""
-    if failed:
-        print(f"cl_bench: {len(failed)} job{'s' if len(failed) > 1 else ''} of this sweep failed:", file=sys.stderr)
-    for failure in failed:
-        print(f"cl_bench: {failure.message}", file=sys.stderr)
 
 
 def _is_sweeping() -> bool:

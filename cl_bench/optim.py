@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules of a phase."""
 
+import functools
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -19,14 +21,16 @@ def sgd(
     require(
         momentum > 0 or not nesterov, "nesterov", expected="false without momentum", got=nesterov, fix="Set a momentum."
     )
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    kind = without_compiler(torch.optim.SGD)
+    return kind(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 
 def adam(params: Iterable[Parameter], *, lr: float, betas: list[float], weight_decay: float) -> torch.optim.Optimizer:
     """Adam (Kingma and Ba 2015); ``weight_decay`` is the L2 coefficient, part of the gradient."""
     _check_rates(lr, weight_decay)
     _check_betas(betas)
-    return torch.optim.Adam(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
+    kind = without_compiler(torch.optim.Adam)
+    return kind(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
 
 
 @void("decay_vectors", when=lambda v: not v["weight_decay"], why="optimizer.weight_decay is 0")
@@ -43,7 +47,7 @@ def adamw(
     vectors = [p for p in params if p.ndim <= 1 and not decay_vectors]
     others = [p for p in params if p.ndim > 1 or decay_vectors]
     groups: list[dict[str, Any]] = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+    return without_compiler(torch.optim.AdamW)(
         [group for group in groups if group["params"]],
         lr=lr,
         betas=(betas[0], betas[1]),
@@ -56,7 +60,21 @@ def rmsprop(params: Iterable[Parameter], *, lr: float, alpha: float, weight_deca
     """RMSprop (Tieleman and Hinton 2012); ``alpha`` smooths the squared gradients, ``weight_decay`` is L2."""
     _check_rates(lr, weight_decay)
     require_fraction(fix="0.99 is usual.", below_one=True, alpha=alpha)
-    return torch.optim.RMSprop(params, lr=lr, alpha=alpha, weight_decay=weight_decay, foreach=True)
+    kind = without_compiler(torch.optim.RMSprop)
+    return kind(params, lr=lr, alpha=alpha, weight_decay=weight_decay, foreach=True)
+
+
+@functools.cache
+def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
+    """A class of optimizers that computes the same as ``kind``, without importing torch's compiler.
+
+    Torch wraps these methods so that its compiler skips them, and so the first optimizer imports the compiler: 4 s of
+    CPU. Nothing here compiles a call of an optimizer (``engine/step.py``).
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), methods)
 
 
 def _check_betas(betas: list[float]) -> None:

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # loaded by the first optimizer otherwise: seconds in every fork
 from helpers import (
     METHODS,
     MLP_RESERVOIR,

@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo  # which the first optimizer imports, and which then wants torch's own calls
+import torch._dynamo  # where something imports it, it wants torch's own calls
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary

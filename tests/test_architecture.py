@@ -34,7 +34,7 @@ ORDER = {
     "engine": ["checkpoint evaluate probe step", "trainer", "replicas"],
     "config": ["packages", "schema", "build command_line", "explain"],
     "report": [
-        "folders labels plots published statistics",
+        "folders labels plots published statistics trials",
         "page",
         "rows",
         "selection",
@@ -42,7 +42,7 @@ ORDER = {
         "compare",
         "reproduction",
     ],
-    "runs": ["run_dir sweep timing", "dry_run audit", "run", "load"],
+    "runs": ["run_dir sweep timing", "dry_run audit ray_jobs search", "run", "load"],
 }
 """Inside these folders a file imports from the earlier ones."""
 

@@ -178,21 +178,25 @@ def test_a_signal_to_a_sweep_stops_its_jobs_in_other_processes(tmp_path):
     call = [sys.executable, "-m", "cl_bench", "-m", *TINY, "trainer.epochs=2000", "backbone.hidden=[4]", "seed=0,-1,1"]
     call += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=3", "logger=console", "results_dir=r"]
     environment = command_environment(TMPDIR=str(tmp_path))
-    with subprocess.Popen(call, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as sweep:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(call, cwd=tmp_path, env=environment, text=True, **pipes) as sweep:
         wait_until(lambda: len(list(tmp_path.glob("r/*/*/*/checkpoint/last.pt"))) == 2, sweep)
-        wait_until(lambda: list(tmp_path.glob("cl_bench-*/failures")), sweep)
+        wait_until(lambda: '"failed"' in "".join(read_texts(tmp_path.glob("r/sweeps/*/jobs-*/1.json"))), sweep)
         children = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children")
         workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
         began = time.monotonic()
         sweep.send_signal(signal.SIGTERM)
-        _, error = sweep.communicate(timeout=60)
+        table, error = sweep.communicate(timeout=60)
     assert time.monotonic() - began < SECONDS
     assert sweep.returncode == 143, error
+    assert "Sweep: 1 failed, 2 stopped\n" in table
     for seed in (0, 1):  # which job says it
         assert error.count(f"[seed={seed}] Stopped; the same command goes on from here") == 1
         assert f"[seed={seed}] default: finetune-mlp-none, seed {seed}, " in error
         assert f"\n[seed={seed}] interrupted after " in error
-    assert error.count("cl_bench: job 1 (seed=-1): seed: expected a whole number in [0, 2^32); got -1.") == 2
+    assert error.count("cl_bench: job 1 (seed=-1): seed: expected a whole number in [0, 2^32); got -1.") == 1
+    assert "    1  seed=-1  failed: seed: expected a whole number in [0, 2^32); got -1." in table
+    assert not list(tmp_path.glob("r/sweeps/*/jobs-*"))
     assert "Traceback" not in error
     for last in tmp_path.glob("r/*/*/*/checkpoint/last.pt"):
         assert torch.load(last, weights_only=True)["now"] is not None  # in mid-task
@@ -200,6 +204,10 @@ def test_a_signal_to_a_sweep_stops_its_jobs_in_other_processes(tmp_path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it
     assert not list(tmp_path.glob("cl_bench-*"))
     wait_until_gone(workers)
+
+
+def read_texts(files) -> list[str]:
+    return [file.read_text() for file in files]
 
 
 def wait_until_gone(pids: list[int]) -> None:
@@ -253,16 +261,25 @@ def test_the_jobs_of_a_killed_sweep_save_and_leave(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rates", "status"), [("-1,0.1,nan", 2), ("0.1,-1,1e30", 1)])
-def test_every_failed_job_is_told_of_at_once_and_at_the_end(run, rates, status):
+def test_every_failed_job_is_told_of_at_once_and_at_the_end(monkeypatch, tmp_path, capsys, rates, status):
     arguments = ["-m", *TINY, f"optimizer.lr={rates}", "backbone.hidden=[4]", "trainer.epochs=20", "results_dir=r"]
-    got, error = run(*arguments, "logger=none")
+    got = run_in_process(*arguments, "logger=none", "report=false", monkeypatch=monkeypatch, cwd=tmp_path)
+    said, error = capsys.readouterr()
     assert got == status, error
     lines = [line for line in error.splitlines() if line.startswith("cl_bench: ")]
-    failed = [f"cl_bench: job {i} (optimizer.lr={rate}): " for i, rate in enumerate(rates.split(",")) if rate != "0.1"]
-    failed = [line.replace("1e30", "1e+30") for line in failed]
-    begin = [
-        next(f for f in [*failed, "cl_bench: 2 jobs of this sweep failed:"] if line.startswith(f)) for line in lines
-    ]
-    assert begin == [*failed, "cl_bench: 2 jobs of this sweep failed:", *failed]
-    assert lines[:2] == lines[3:]
+    tried = [rate.replace("1e30", "1e+30") for rate in rates.split(",")]
+    failed = [number for number, rate in enumerate(tried) if rate != "0.1"]
+    begin = [f"cl_bench: job {number} (optimizer.lr={tried[number]}): " for number in failed]
+    assert [line[: len(start)] for line, start in zip(lines, begin, strict=True)] == begin
     assert "Traceback" not in error
+    title, *rows, compare = said[said.index("Sweep: ") :].splitlines()
+    assert title == "Sweep: 1 finished, 2 failed"
+    (good,) = (str(path.parent.relative_to(tmp_path)) for path in tmp_path.glob("r/*/*/*/summary.json"))
+    assert compare == f"Compare: cl_bench compare {Path(good).parent}"
+    width = max(len(f"optimizer.lr={rate}") for rate in tried)
+    for number, rate in enumerate(tried):
+        reasons = [
+            line[len(start) :] for line, start in zip(lines, begin) if start.startswith(f"cl_bench: job {number} ")
+        ]
+        told = f"failed: {reasons[0]}" if reasons else f"finished, {good}"
+        assert rows[number] == f"  {number:>3}  {f'optimizer.lr={rate}':<{width}}  {told}"

@@ -25,7 +25,7 @@ from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Batch, Phase, Task
 from cl_bench.engine.trainer import Interrupted, Trainer
 from cl_bench.methods.base import Method
-from cl_bench.optim import Constant, Cosine, MultiStep, adamw, sgd
+from cl_bench.optim import Constant, Cosine, MultiStep, adamw, sgd, without_compiler
 from cl_bench.report.page import Run
 
 
@@ -135,6 +135,30 @@ def test_schedules():
     cosine = Cosine(warmup_epochs=2, warmup_factor=0.5, min_factor=0.1)
     assert [cosine(e, 6) for e in (0, 1, 2, 4)] == pytest.approx([0.5, 0.75, 1.0, 0.55])
     assert cosine(6, 6) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_an_optimizer_without_the_compiler_computes_the_same(kind):
+    keys = {"lr": 0.1, "weight_decay": 0.01} | ({"momentum": 0.9} if kind is torch.optim.SGD else {})
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 6)) for _ in range(2))
+    pairs = [(ours, without_compiler(kind)([ours], **keys)), (theirs, kind([theirs], **keys))]
+    for step in range(4):
+        for parameter, optimizer in pairs:
+            optimizer.zero_grad()
+            (parameter * (parameter - step)).sum().backward()
+            assert optimizer.step() is None
+    assert torch.equal(ours, theirs)
+    assert not ours.equal(torch.linspace(-1, 1, 6))
+    one, other = (optimizer.state_dict() for _, optimizer in pairs)
+    assert one["param_groups"] == other["param_groups"]
+    assert one["state"].keys() == other["state"].keys() == {0}
+    assert all(
+        torch.equal(torch.as_tensor(one["state"][0][n]), torch.as_tensor(v)) for n, v in other["state"][0].items()
+    )
+    again = without_compiler(kind)([torch.nn.Parameter(torch.zeros(6))], **keys)
+    again.load_state_dict(other)
+    assert isinstance(again, kind)
+    assert again.state_dict()["state"].keys() == {0}
 
 
 def test_optimizers_are_torchs():

@@ -15,6 +15,7 @@ from cl_bench.core.errors import ConfigError
 COMMANDS = {
     "compare": "tables, tests, plots and a page over finished runs",
     "status": "all runs below a folder: finished, running, interrupted, failed and why",
+    "report": "report.html and plots of finished runs",
     "audit": "whether a finished run leaks task ids, labels or test images",
     "metrics": "other metrics for a finished run, without training",
     "export": "finished runs to W&B, TensorBoard, MLflow or Trackio",

@@ -29,7 +29,7 @@ ANYWHERE = "--cfg job prints every key."
 
 def choose_exit_status(error: Exception) -> int | None:
     """The exit status of an error: 2 wrong configuration or data, 1 another error with a message, None a bug."""
-    if isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)):
+    if isinstance(error, (ConfigError, HydraException, OmegaConfBaseException)) or find_missing_plugin(error):
         return 2
     return 1 if isinstance(error, (FloatingPointError, RunError)) else None
 
@@ -44,9 +44,24 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     if isinstance(error, (FloatingPointError, RunError)):
         return str(error)
     line = CommandLine(arguments)
+    if missing := find_missing_plugin(error):
+        return str(missing)
     if isinstance(error, ConfigError):
         return f"{error}{line.find_location(error.key)}"
     return _explain_hydra(error, line)
+
+
+def find_missing_plugin(error: Exception) -> ConfigError | None:
+    """What Hydra's error for a launcher or sweeper without its package means; None if it is another error."""
+    found = re.search(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+)_(launcher|sweeper)\.", str(error))
+    if not isinstance(error, RuntimeError) or not found:
+        return None
+    return ConfigError(
+        f"hydra/{found[2]}",
+        expected=f"a {found[2]} whose package is installed",
+        got=f"{found[1]}, which is not installed",
+        fix="pip install 'cl-bench[sweep]'.",
+    )
 
 
 def to_config_error(error: Exception, arguments: Sequence[str] = ()) -> ConfigError:

@@ -46,6 +46,7 @@ VARIABLES = "CL_BENCH_"
 INCOMPARABLE = (
     "seed", "experiment", "name", "scale", "device", "images", "results_dir", "data_dir", "overwrite", "dry_run",
     "published", "allow_packages", "choices", "logger", "metrics", "class_order_seed", "data_seed", "label", "threads",
+    "report",
     "scenario.source.root", "scenario.root", "scenario.source.cache", "scenario.source.download",
     "trainer.checkpoint_seconds", "trainer.checkpoint_steps", "trainer.speed", "trainer.replicas",
     "trainer.cudnn_benchmark", "trainer.keep_tasks",
@@ -126,6 +127,7 @@ class Run:
     data_seed: int = MISSING
     device: str = MISSING
     threads: Any = "auto"
+    report: bool = True
     precision: Precision = MISSING
     images: Images = MISSING
     results_dir: str = MISSING
@@ -160,10 +162,16 @@ OmegaConf.register_new_resolver("by_scale", _choose_by_scale, replace=True)
 
 
 class InstalledPackages(SearchPathPlugin):
-    """Lets Hydra find the files of installed packages, after our own: they add choices and replace none."""
+    """Lets Hydra find the files of installed packages, after our own: they add choices and replace none.
+
+    Launchers and sweepers of the same name as one of our files give way to it. Hydra would merge both, and warn.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Called by Hydra for every command."""
+        """Called by Hydra for every command, after its plugins have registered what they offer."""
+        offered = ConfigStore.instance().repo.get("hydra", {})
+        for file in CONFIGS.glob("hydra/*/*.yaml"):
+            offered.get(file.parent.name, {}).pop(file.name, None)
         for name, folder in find_installed().items():
             search_path.append(provider=name, path=f"file://{folder}")
 

@@ -254,6 +254,8 @@ def _compile(method: FunctionalMethod) -> Callable[[Inputs, int], Terms]:
     Shapes are static: the last batch of an epoch is one more shape, not a variable one. A method may read the task's
     number, so each task is one more compilation. Beyond the limit torch would be eager without a message.
     """
+    import torch._dynamo  # seconds, so only where something is compiled
+
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(method.terms, dynamic=False)

@@ -35,7 +35,7 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
 from cl_bench.runs import run_dir as files
-from cl_bench.runs.sweep import get_job_label
+from cl_bench.runs.sweep import get_job_label, note_run
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.memory import get_peak_bytes, is_out_of_memory, list_largest_tensors, reset_peak
 from cl_bench.system.signals import Interrupted, allow_interruption, collect_stop_signals
@@ -152,9 +152,10 @@ def _generate_steps(
         run_dir = choose_run_dir(values, settings)
         again = f"the same command goes on from here: {run_dir}"
         finished = None if values["overwrite"] else files.read_summary(run_dir)
+        note_run(run_dir, finished_before=bool(finished))
         if finished:
             _print(f"Already finished, nothing to do: {run_dir} (overwrite=true starts again)")
-            show_result(run_dir, finished, report=not (run_dir / "report.html").exists())
+            show_result(run_dir, finished, report=values["report"] and not (run_dir / "report.html").exists())
             return run_dir, finished
         with allow_interruption():
             parts = build(config, scenario)
@@ -172,9 +173,11 @@ def _generate_steps(
                     files.write_environment(run_dir, parts.device)
                     summary = yield from _train(run_dir, values, parts, logger, begin_summary(values, settings), caught)
                 status = "finished"
-                again = f"this run is finished, and the same command writes its report: {run_dir}"
-                with allow_interruption():
-                    prepare_report(run_dir)  # before loggers end: dashboards get its pictures
+                again = f"this run is finished: {run_dir}"
+                if values["report"]:
+                    again = f"this run is finished, and the same command writes its report: {run_dir}"
+                    with allow_interruption():
+                        prepare_report(run_dir)  # before loggers end: dashboards get its pictures
             except Interrupted:
                 status = "interrupted" if summary is None else "finished"
                 raise
@@ -433,4 +436,6 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
         table.add_row(metric.replace("_", " "), *("-" if cell is None else f"{cell:.2f}" for cell in cells))
     console = Console()
     console.print(table)
-    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True, highlight=False)
+    page = run_dir / "report.html"
+    line = f"report: {page}" if page.exists() else f"no report; cl_bench report {run_dir} makes it"
+    console.print(line, soft_wrap=True, highlight=False)

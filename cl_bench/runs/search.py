@@ -1,0 +1,179 @@
+"""A search with Optuna that is kept on disk and goes on after an interruption.
+
+Every trial draws with a sampler of its own seed, so it depends only on the trials before it. A search that was
+interrupted therefore ends with the same trials as one that was not.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf
+
+from cl_bench.config.schema import INCOMPARABLE
+from cl_bench.core.errors import ConfigError, require
+from cl_bench.report.trials import write_trials
+from cl_bench.runs.sweep import JobFailed, refuse_test_images
+from cl_bench.system.atomic import hold_lock
+
+NEUTRAL = {*INCOMPARABLE} - {"experiment", "scale", "seed", "class_order_seed", "data_seed"}
+"""Overrides that do not make another study."""
+
+
+def search(config: DictConfig, settings: dict[str, Any], launcher: Launcher, arguments: list[str]) -> None:
+    """Run the trials that are missing, ``n_jobs`` at a time, and draw all trials.
+
+    Args:
+        config: of the command, with its ``hydra`` part.
+        settings: the keys of ``configs/hydra/sweeper/optuna.yaml``.
+        launcher: runs the trials.
+        arguments: the overrides as typed; each with several values is searched.
+
+    Raises:
+        ConfigError: a wrong setting, a search on test images, or one that is running in another process.
+        JobFailed: a trial's configuration is wrong, and so is that of all others.
+    """
+    refuse_test_images(config.trainer.get("evaluate_on"), "hydra/sweeper=optuna")
+    require(not config.dry_run, "dry_run", expected="false in a search", got="true", fix="Try it without the sweeper.")
+    optuna = _import_optuna()
+    space, fixed = read_space(
+        optuna, [f"{key}={value}" for key, value in (settings["params"] or {}).items()], arguments
+    )
+    require(bool(space), "hydra.sweeper", expected="a key to search", got="none", fix="Add 'KEY=interval(LOW,HIGH)'.")
+    name = settings["study_name"] or _name_study(config, space, fixed)
+    folder = Path(settings["folder"]) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold_lock(folder / ".lock"):
+            study = optuna.create_study(
+                study_name=name,
+                storage=settings["storage"] or f"sqlite:///{folder / 'study.db'}",
+                direction=settings["direction"],
+                load_if_exists=True,
+            )
+            try:
+                _run_trials(optuna, study, settings, launcher, space, fixed)
+            finally:
+                _write_results(study, folder)
+    except BlockingIOError as error:
+        raise ConfigError(
+            "hydra.sweeper",
+            expected="a search that no other process is running",
+            got=name,
+            fix="Wait for it, or set hydra.sweeper.study_name=NAME.",
+        ) from error
+
+
+def _import_optuna() -> Any:
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "hydra/sweeper",
+            expected="a sweeper whose package is installed",
+            got="optuna, which is not installed",
+            fix="pip install 'cl-bench[sweep]'.",
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _run_trials(
+    optuna: Any, study: Any, settings: dict[str, Any], launcher: Launcher, space: dict[str, Any], fixed: list[str]
+) -> None:
+    make_sampler = choose_sampler(optuna, settings["sampler"])
+    states = optuna.trial.TrialState
+    interrupted = study.get_trials(states=(states.RUNNING,))
+    for trial in [trial for trial in interrupted if trial.params.keys() != space.keys()]:  # stopped while it drew
+        study.tell(trial.number, state=states.FAIL)
+    waiting = [(trial.number, trial.params) for trial in interrupted if trial.params.keys() == space.keys()]
+    while True:
+        asked = len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL))) + len(waiting)
+        for _ in range(min(settings["n_jobs"] - len(waiting), settings["n_trials"] - asked)):
+            study.sampler = make_sampler(len(study.get_trials(deepcopy=False)))
+            trial = study.ask(space)
+            waiting.append((trial.number, trial.params))
+        if not waiting:
+            return
+        batch, waiting = waiting[: settings["n_jobs"]], waiting[settings["n_jobs"] :]
+        jobs = [[*fixed, *(f"{key}={_format(value)}" for key, value in params.items())] for _, params in batch]
+        for (number, _), job in zip(batch, launcher.launch(jobs, initial_job_idx=batch[0][0])):
+            try:
+                study.tell(number, float(job.return_value))
+            except JobFailed as error:  # it diverged, say
+                study.tell(number, state=states.FAIL)
+                if error.status == 2:
+                    raise
+
+
+def choose_sampler(optuna: Any, settings: DictConfig) -> Callable[[int], Any]:
+    """A function: number of a trial -> the sampler that draws it."""
+    kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    kind, seed = settings["kind"], settings["seed"]
+    require(
+        kind in kinds, "hydra.sweeper.sampler.kind", expected=" or ".join(kinds), got=kind, fix="tpe is the default."
+    )
+    return lambda number: kinds[kind](seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+
+
+def read_space(optuna: Any, *overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The distribution of each searched key, and the other overrides; of two for one key the later one counts."""
+    space: dict[str, Any] = {}
+    fixed: dict[str, str] = {}
+    parser = OverridesParser.create()
+    for override in parser.parse_overrides([text for part in overrides for text in part]):
+        key = override.get_key_element()
+        space.pop(key, None)
+        fixed.pop(key, None)
+        if override.is_sweep_override():
+            space[key] = make_distribution(optuna, override)
+        else:
+            fixed[key] = override.input_line or ""
+    return space, list(fixed.values())
+
+
+def make_distribution(optuna: Any, override: Override) -> Any:
+    """The values of an override as Optuna's distribution: a choice, a range or an interval."""
+    value, kinds = override.value(), optuna.distributions
+    if isinstance(value, IntervalSweep):
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        kind = kinds.IntDistribution if whole else kinds.FloatDistribution
+        return kind(value.start, value.end, log="log" in value.tags)
+    values: list[Any] = list(override.sweep_iterator(transformer=Transformer.encode))
+    if not isinstance(value, RangeSweep) or value.shuffle:
+        return kinds.CategoricalDistribution(values)
+    kind = kinds.IntDistribution if all(isinstance(number, int) for number in values) else kinds.FloatDistribution
+    return kind(min(values), max(values), step=abs(value.step))
+
+
+def _format(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _name_study(config: DictConfig, space: dict[str, Any], fixed: list[str]) -> str:
+    """The experiment, and a hash of what is searched and of the other overrides: the same command, the same study."""
+    settings = sorted(text for text in fixed if text.lstrip("+~").partition("=")[0].split(".")[0] not in NEUTRAL)
+    sampler = OmegaConf.to_container(config.hydra.sweeper.sampler)
+    facts = json.dumps([{key: repr(space[key]) for key in sorted(space)}, settings, sampler], sort_keys=True)
+    return f"{config.experiment}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
+
+
+def _write_results(study: Any, folder: Path) -> None:
+    """``trials.csv`` and ``trials.png``; prints the best trial."""
+    trials = [
+        {"number": trial.number, "state": trial.state.name.lower(), "value": trial.value, **trial.params}
+        for trial in study.get_trials(deepcopy=False)
+    ]
+    write_trials(trials, folder)
+    complete = [trial for trial in trials if trial["value"] is not None]
+    if complete:
+        best = max(complete, key=lambda trial: trial["value"])
+        words = " ".join(f"{key}={_format(best[key])}" for key in best if key not in ("number", "state", "value"))
+        print(f"Best of {len(complete)} trials: {best['value']:.2f} with {words}")
+    print(f"Trials: {folder / 'trials.csv'}, {folder / 'trials.png'}", flush=True)
