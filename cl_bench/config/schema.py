@@ -80,6 +80,8 @@ LATER_KEYS = {
     "scenario.normalisation": "standard",
     "scenario.disjoint.val_choice": "random",
     "scenario.disjoint.normalisation": "standard",
+    "scenario.source.test_fraction": 0.0,
+    "scenario.source.split_seed": 0,
     "backbone.head": "linear",
     "backbone.variant": "standard",
     "backbone.norm": "none",
