@@ -16,7 +16,7 @@ from torch.func import functional_call
 from cl_bench.backbones.base import Backbone, check_single_images, turn_into_buffers
 from cl_bench.buffers.base import CHUNK, Buffer, Columns
 from cl_bench.core.errors import require_positive
-from cl_bench.core.types import Batch, Losses, Phase, Task
+from cl_bench.core.types import Batch, Losses, Phase, Task, list_seen_classes
 from cl_bench.scenarios.base import Scenario
 
 Predict = Callable[[Tensor, Tensor | None], Tensor]
@@ -49,6 +49,9 @@ class Method(nn.Module, ABC):
     shared_labels: ClassVar[bool] = False
     """Whether it can learn tasks that share their classes. A method cannot if it needs new classes in each task, e.g.
     for a new head, for distillation on the old ones, or for a quota of the buffer."""
+
+    recurring_classes: ClassVar[bool] = True
+    """Whether a method with :attr:`shared_labels` can also learn tasks with images of other tasks' classes."""
 
     draws_weights: ClassVar[bool] = False
     """Whether the method draws the weights of its network itself. Then ``backbone.weights`` would have no effect, so
@@ -181,8 +184,8 @@ class RehearsalMethod(FunctionalMethod):
 class ClassLoss(nn.Module):
     """Cross-entropy over some of the K outputs; the others are left out, as if they were -inf.
 
-    ``all``: over every output. ``seen``: over the classes of the tasks up to the current one. ``task``: for each image,
-    over the classes of its own task, so that the rows of a task are a head of its own (multi-head).
+    ``all``: over every output. ``seen``: over the classes seen in the tasks up to the current one. ``task``: for each
+    image, over the classes of its own task, so that the rows of a task are a head of its own (multi-head).
 
     An output that is left out gets no gradient. So ``seen`` gives the gradients of a head that grows with each task,
     and those of one whose other outputs are set to -1000, where exp underflows to 0.
@@ -192,18 +195,28 @@ class ClassLoss(nn.Module):
     """
 
     task_of: Tensor
+    unseen: Tensor | None
 
     def __init__(self, scenario: Scenario, classes: LossClasses) -> None:
         super().__init__()
         self.classes = classes
-        self._ends = [task.classes.stop for task in scenario.tasks]
+        seen = [list_seen_classes(scenario.tasks[: number + 1]) for number in range(len(scenario.tasks))]
+        self._ends = [1 + max(own) for own in seen]
+        unseen = None  # (T, K), only if the classes seen are not the first ones
+        if any(len(own) < end for own, end in zip(seen, self._ends)):
+            unseen = torch.ones(len(seen), scenario.num_classes, dtype=torch.bool)
+            for number, own in enumerate(seen):
+                unseen[number, own] = False
         task_of = torch.zeros(scenario.num_classes, dtype=torch.int64)  # (K,); if tasks share classes, the last one
         for number, task in enumerate(scenario.tasks):
             task_of[task.classes.start : task.classes.stop] = number
         self.register_buffer("task_of", task_of, persistent=False)
+        self.register_buffer("unseen", unseen, persistent=False)
 
     def mask(self, logits: Tensor, y: Tensor, task: int) -> Tensor:
         """(B, K) logits of images with labels (B,), while ``task`` is learned -> (B, k), those that are compared."""
+        if self.classes == "seen" and self.unseen is not None:
+            return logits.masked_fill(self.unseen[task], -torch.inf)
         if self.classes == "seen":
             return logits[:, : self._ends[task]]
         if self.classes == "task":
