@@ -205,8 +205,13 @@ def _is_fixed_by_settings(node: Any, allow: list[str]) -> bool:
     path = node.get("_target_") if isinstance(node, dict) else None
     if not isinstance(path, str) or not is_fixed_by_settings(import_allowed(path, "scenario._target_", allow)):
         return False
-    below = [part for part in node.values() if isinstance(part, dict) and "_target_" in part]
-    return all(_is_fixed_by_settings(part, allow) for part in below)
+    return all(_is_fixed_by_settings(part, allow) for part in _list_parts_below(node))
+
+
+def _list_parts_below(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts that a part of the scenario is built from, alone or several by name."""
+    below = [value for value in node.values() if isinstance(value, dict)]
+    return [part for value in below for part in ([value] if "_target_" in value else _list_parts_below(value))]
 
 
 RUNTIME: dict[str, tuple[str, ...]] = {
@@ -259,6 +264,9 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
     for name, value in values.items():
         if isinstance(node[name], DictConfig) and "_target_" in node[name]:
             values[name] = value = build_component(node[name], f"{key}.{name}", allow, parameters[name].annotation)
+        elif (inner := _find_kind_of_values(parameters[name].annotation)) and isinstance(node[name], DictConfig):
+            below = {str(part): node[name][part] for part in node[name]}
+            values[name] = {part: build_component(n, f"{key}.{name}.{part}", allow, inner) for part, n in below.items()}
         expected_kind = parameters[name].annotation
         ours = inspect.isclass(expected_kind) and expected_kind.__module__.startswith("cl_bench.")
         if ours and not isinstance(value, expected_kind):
@@ -293,6 +301,12 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
             ) from error
 
     return make
+
+
+def _find_kind_of_values(annotation: Any) -> type | None:
+    """The class of ours that ``dict[str, class]`` names: such an argument is built from nodes by name; else None."""
+    inner = typing.get_args(annotation)[1] if typing.get_origin(annotation) is dict else None
+    return inner if inspect.isclass(inner) and inner.__module__.startswith("cl_bench.") else None
 
 
 def _refuse_other_kinds(built: Callable[..., Any], key: str, path: str, kind: type) -> None:

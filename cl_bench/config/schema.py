@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -54,6 +55,9 @@ INCOMPARABLE = (
 The two scenario seeds count under the keys where they are used, ``scenario.class_order_seed`` and
 ``scenario.data_seed``."""
 
+
+_BY_NAME = re.compile(r"\.sources\.[^.]+\.")
+"""In ``scenario.source.sources.NAME.root``, what such a key has beside ``scenario.source.root``."""
 
 OLD_PATHS = {"cl_bench.engine.trainer.Settings": "cl_bench.trainer.Settings"}
 """New path -> old path of each component that has moved. A fingerprint uses the old path, and a ``_target_`` may still
@@ -433,7 +437,7 @@ def select_comparable(config: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
-        if prefix in INCOMPARABLE:
+        if _BY_NAME.sub(".", prefix) in INCOMPARABLE:
             return
         if prefix in FILES and isinstance(value, str):
             value = _hash_content(value)

@@ -282,7 +282,7 @@ class _Reader:
             return f"{to_text(file.path)} ({' '.join(reason.split())})"
 
     def _describe(self, images: np.ndarray) -> dict[str, Any]:
-        mean, std = _measure_moments(images)
+        mean, std = measure_moments(images)
         return {"mean": mean, "std": std, "left_out": self.left_out}
 
     def _refuse_empty_classes(self) -> None:
@@ -297,10 +297,10 @@ class _Reader:
         )
 
 
-def _measure_moments(images: np.ndarray) -> tuple[list[float], list[float]]:
+def measure_moments(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the pixels in [0, 1], one value per channel."""
     spread = np.unique(np.linspace(0, len(images) - 1, min(len(images), MEASURED)).astype(int))
-    sums, squares = np.zeros(3), np.zeros(3)
+    sums, squares = np.zeros(images.shape[1]), np.zeros(images.shape[1])
     for start in range(0, len(spread), 500):
         part = images[spread[start : start + 500]].astype(np.float64) / 255
         sums += part.mean(axis=(2, 3)).sum(axis=0)
