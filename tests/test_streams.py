@@ -21,6 +21,7 @@ from helpers import (
 
 from cl_bench.commands.metrics import add_metrics
 from cl_bench.config.build import build
+from cl_bench.config.schema import import_target
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import list_seen_classes
 from cl_bench.engine.evaluate import evaluate
@@ -172,16 +173,14 @@ RECURRING = [("scenario.blurry=0.1", "scenario.blurry_classes=0.5"), ("scenario.
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_learns_the_stream_or_is_refused(method, tmp_path):
-    keys = [
-        *TINY,
-        *SUITS.get(method, MLP_RESERVOIR),
-        f"method={method}",
-        "trainer.epochs=1",
-    ]
+    keys = [*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}", "trainer.epochs=1"]
     able = ["agem", "derpp", "er", "er_ace", "ewc", "ewc_pp", "finetune", "gdumb", "joint", "mir", "scr"]
-    if method not in able:
+    kind = import_target(configure(*keys).method, "method", [])
+    assert (kind.shared_labels and kind.recurring_classes) == (method in able)
+    if method in ("lwf", "supsup"):
         with pytest.raises(ConfigError, match=r"method: expected one that can learn tasks that share classes"):
             build(configure(*keys, *RECURRING[1]))
+    if method not in able:
         return
     seen = ["method.loss_classes=seen"] if "loss_classes" in configure(*keys).method else []
     record = make_trainer(build(configure(*keys, *RECURRING[0], *seen)), tmp_path).run()
@@ -205,8 +204,8 @@ def test_a_one_pass_run_over_a_blurry_stream_says_what_is_not_defined(tmp_path, 
     monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
     keys = [
         "scenario=digits", "scenario.blurry=0.1", "scenario.train_per_class=40", "scenario.test_per_class=4",
-        "device=cpu", "method=er", "buffer=reservoir", "buffer.capacity=20", "backbone.hidden=[8]", "trainer.epochs=1", "logger=none",
-        "trainer.batch_size=10", "trainer.evaluate_every=5", "metrics=online", "results_dir=r",
+        "device=cpu", "method=er", "buffer=reservoir", "buffer.capacity=20", "backbone.hidden=[8]", "trainer.epochs=1",
+        "logger=none", "trainer.batch_size=10", "trainer.evaluate_every=5", "metrics=online", "results_dir=r",
     ]  # fmt: skip
     assert run_in_process(*keys, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     run = find_run(tmp_path / "r")

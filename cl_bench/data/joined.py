@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cl_bench.core.errors import require
-from cl_bench.data.base import ImageSet, fixed_by_settings
+from cl_bench.data.base import ImageSet
 from cl_bench.data.decoded import LARGEST_SIDE, measure_moments
 
 VERSION = 1
@@ -23,8 +23,7 @@ CHUNK = 5000
 """Images that are changed together."""
 
 
-@fixed_by_settings  # if the sets are
-def joined(
+def joined(  # not fixed by its settings, which say nothing of the order of the sets
     *, sources: dict[str, ImageSet], size: int, fit: Literal["pad", "resize"], channels: Literal[1, 3]
 ) -> ImageSet:
     """The images of all ``sources``, (N, channels, size, size) uint8, one set after the other; labels are shifted.
