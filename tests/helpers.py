@@ -67,6 +67,10 @@ DIGITS_INSTEAD = [
 ]  # fmt: skip
 """The bundled digits in place of a data set that may not be here."""
 
+HEAVY = ("avalanche", "matplotlib", "mlflow", "optuna", "pandas", "PIL", "scipy", "sklearn", "tensorboard", "timm")
+HEAVY += ("torchvision", "trackio", "wandb")
+"""Packages that neither ``--help`` nor a plain run imports, so that both begin in a moment."""
+
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml") if path.stem != "avalanche")
 """Every method with steps of ours; Avalanche's loop is tested in ``test_avalanche.py``."""
 

@@ -205,13 +205,8 @@ def _is_fixed_by_settings(node: Any, allow: list[str]) -> bool:
     path = node.get("_target_") if isinstance(node, dict) else None
     if not isinstance(path, str) or not is_fixed_by_settings(import_allowed(path, "scenario._target_", allow)):
         return False
-    return all(_is_fixed_by_settings(part, allow) for part in _list_parts_below(node))
-
-
-def _list_parts_below(node: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts that a part of the scenario is built from, alone or several by name."""
-    below = [value for value in node.values() if isinstance(value, dict)]
-    return [part for value in below for part in ([value] if "_target_" in value else _list_parts_below(value))]
+    below = [part for part in node.values() if isinstance(part, dict) and "_target_" in part]
+    return all(_is_fixed_by_settings(part, allow) for part in below)
 
 
 RUNTIME: dict[str, tuple[str, ...]] = {
