@@ -55,6 +55,7 @@ def draw_streams(streams: dict[str, np.ndarray], out: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/images/streams.png"))
     parser.add_argument("--scenario", action="append", help="overrides of a stream to draw instead; several times")

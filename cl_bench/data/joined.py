@@ -2,8 +2,8 @@
 
 So tasks can come from different data sets. The best-known sequence is that of Ebrahimi et al. (ECCV 2020, adversarial
 continual learning; "5-datasets" in later papers): CIFAR-10, MNIST, SVHN, notMNIST and Fashion-MNIST, ten classes each.
-They pad MNIST and its like to 32 x 32 pixels and repeat the grey channel three times. Departure: they normalise each set
-by its own mean and standard deviation; here all images have the same.
+They pad MNIST and its like to 32 x 32 pixels and repeat the grey channel three times. Departure: they normalise each
+set by its own mean and standard deviation; here all images have the same.
 """
 
 import hashlib

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from cl_bench.backbones.base import Backbone, check_single_images, turn_into_buffers
 from cl_bench.buffers.base import CHUNK, Buffer, Columns
 from cl_bench.core.errors import require_positive
-from cl_bench.core.types import Batch, Losses, Phase, Task, list_seen_classes
+from cl_bench.core.types import Batch, Losses, Phase, Task
 from cl_bench.scenarios.base import Scenario
 
 Predict = Callable[[Tensor, Tensor | None], Tensor]
@@ -200,18 +200,17 @@ class ClassLoss(nn.Module):
     def __init__(self, scenario: Scenario, classes: LossClasses) -> None:
         super().__init__()
         self.classes = classes
-        seen = [list_seen_classes(scenario.tasks[: number + 1]) for number in range(len(scenario.tasks))]
-        self._ends = [1 + max(own) for own in seen]
-        unseen = None  # (T, K), only if the classes seen are not the first ones
-        if any(len(own) < end for own, end in zip(seen, self._ends)):
-            unseen = torch.ones(len(seen), scenario.num_classes, dtype=torch.bool)
-            for number, own in enumerate(seen):
-                unseen[number, own] = False
+        unseen = torch.ones(len(scenario.tasks), scenario.num_classes, dtype=torch.bool)  # after each task
+        for number, task in enumerate(scenario.tasks):
+            unseen[number:, [*task.classes, *task.other_classes]] = False
+        self._ends = [scenario.num_classes - int(row.flip(0).byte().argmin()) for row in unseen]
+        # only if the classes seen are not the first ones
+        gaps = any(bool(row[:end].any()) for row, end in zip(unseen, self._ends))
         task_of = torch.zeros(scenario.num_classes, dtype=torch.int64)  # (K,); if tasks share classes, the last one
         for number, task in enumerate(scenario.tasks):
             task_of[task.classes.start : task.classes.stop] = number
         self.register_buffer("task_of", task_of, persistent=False)
-        self.register_buffer("unseen", unseen, persistent=False)
+        self.register_buffer("unseen", unseen if gaps else None, persistent=False)
 
     def mask(self, logits: Tensor, y: Tensor, task: int) -> Tensor:
         """(B, K) logits of images with labels (B,), while ``task`` is learned -> (B, k), those that are compared."""
