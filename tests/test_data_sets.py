@@ -258,6 +258,11 @@ def test_sizes_and_colours_are_brought_together_by_key(four):
     alone = [f"~scenario.source.sources.{kind}" for kind in ("svhn", "cifar10")]
     with pytest.raises(ConfigError, match=r"scenario.source.sources: expected two or more data sets, .*got mnist"):
         build_scenario(configure(*typed, *alone))
+    for wrong, got in (("null", "None"), ("mnist", "mnist")):
+        with pytest.raises(ConfigError, match=rf"scenario.source.sources: expected two or more .*got {got}"):
+            build_scenario(configure("scenario=datasets", f"scenario.source.sources={wrong}"))
+    with pytest.raises(ConfigError, match=r"scenario.source.sources.a._target_: expected the dotted path"):
+        build_scenario(configure(*typed, "+scenario.source.sources.a=3"))
     with pytest.raises(ConfigError, match=r"scenario.source.sources.svhn.rot: expected one of the keys"):
         build_scenario(configure(*typed, "+scenario.source.sources.svhn.rot=3"))
 

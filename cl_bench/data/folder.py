@@ -1,5 +1,6 @@
 """Pictures in one folder per class: your own, ImageNet's, and Tiny-ImageNet's as it is unpacked."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -93,7 +94,9 @@ def _list_places(folder: Path, names: list[str]) -> list[str]:
 
 def _find_classes(folder: Path, cache: Path, left_out: Counter[str]) -> list[str]:
     """The names of the classes; two or more. The cache may lie beside them."""
-    names = [name for name in list_classes(folder, left_out) if (folder / name).resolve() != cache.resolve()]
+    names = [
+        name for name in list_classes(folder, left_out) if os.path.abspath(folder / name) != os.path.abspath(cache)
+    ]
     require(
         len(names) > 1,
         "root",

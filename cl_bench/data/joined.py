@@ -43,10 +43,10 @@ def joined(  # not fixed by its settings, which say nothing of the order of the 
         ConfigError: fewer than two data sets, or images that cannot be padded to ``size``.
     """
     require(
-        len(sources) > 1 and all(isinstance(source, ImageSet) for source in sources.values()),
+        isinstance(sources, dict) and len(sources) > 1,
         "sources",
         expected="two or more data sets, each with its _target_ and keys",
-        got=", ".join(sources) or "none",
+        got=(", ".join(sources) or "none") if isinstance(sources, dict) else sources,
         fix="See configs/scenario/datasets.yaml.",
     )
     require(0 < size <= LARGEST_SIDE, "size", expected=f"1 to {LARGEST_SIDE} pixels", got=size, fix="32 is usual.")
