@@ -14,6 +14,7 @@ from cl_bench.core.images import HostImages
 from cl_bench.core.types import Data, Task
 from cl_bench.data.base import ImageSet, fixed_by_settings
 from cl_bench.scenarios.base import Scenario
+from cl_bench.scenarios.recurring import spread_over_tasks
 from cl_bench.scenarios.selection import (
     Normalisation,
     Positions,
@@ -23,7 +24,6 @@ from cl_bench.scenarios.selection import (
     choose_images,
     declare_void_choices,
 )
-from cl_bench.scenarios.streams import spread_over_tasks
 
 SEED_ORDERS = ("ocl_survey", "agem")
 """Orders that the run's ``seed`` draws, as in the code of published experiments."""
@@ -68,7 +68,7 @@ class Split(Scenario):
             :mod:`cl_bench.data.rand_augment`; None for none.
         normalisation: see :data:`~cl_bench.scenarios.selection.Normalisation`.
         blurry: part of the training images of each blurry class that come in other tasks; 0 for disjoint tasks
-            (:mod:`cl_bench.scenarios.streams`).
+            (:mod:`cl_bench.scenarios.recurring`).
         blurry_classes: part of each task's classes that are blurry.
         repeat: probability that a class comes back in a later task.
         run_seed: the run's ``seed``.
