@@ -54,8 +54,8 @@ def folder(
     base, left_out, notes = Path(root), Counter[str](), list[str]()
     test = _find_test_folder(base)
     train = base if test is None and not (base / "train").is_dir() and base.is_dir() else base / "train"
-    check_drawing(test_fraction, split_seed, None if test is None else str(test), f"{base / 'test'} or {base / 'val'}")
     names = _find_classes(train, Path(cache), left_out)
+    check_drawing(test_fraction, split_seed, None if test is None else str(test), f"{base / 'test'} or {base / 'val'}")
     files = [list_files(train / name, left_out) for name in names]
     if test is None:
         files, drawn = draw_test_files(files, list(map(to_text, names)), test_fraction, split_seed)
