@@ -67,6 +67,10 @@ DIGITS_INSTEAD = [
 ]  # fmt: skip
 """The bundled digits in place of a data set that may not be here."""
 
+HEAVY = ("avalanche", "matplotlib", "mlflow", "optuna", "pandas", "PIL", "scipy", "sklearn", "tensorboard", "timm")
+HEAVY += ("torchvision", "trackio", "wandb")
+"""Packages that neither ``--help`` nor a plain run imports, so that both begin in a moment."""
+
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml") if path.stem != "avalanche")
 """Every method with steps of ours; Avalanche's loop is tested in ``test_avalanche.py``."""
 
@@ -153,7 +157,8 @@ FIVE_TASKS = [CLASS_ORDER[i : i + 2] for i in range(0, 10, 2)]
 SPLIT_KEYS = {
     "pretrain_classes": 0, "num_tasks": 2, "classes_per_task": None, "class_order": "natural", "class_order_seed": 0,
     "data_seed": 0, "val_fraction": 0.0, "train_per_class": None, "test_per_class": None, "crop_padding": 0,
-    "flip": False, "rand_augment": None, "val_choice": "random", "normalisation": "standard", "run_seed": 0,
+    "flip": False, "rand_augment": None, "val_choice": "random", "normalisation": "standard", "blurry": 0.0,
+    "blurry_classes": 1.0, "repeat": 0.0, "run_seed": 0,
 }  # fmt: skip
 
 
@@ -252,7 +257,7 @@ class TwoTasks:
     num_classes = 4
     image_shape = (1, 8, 8)
     transform = identity_transform()
-    tasks = (SimpleNamespace(classes=range(0, 2)), SimpleNamespace(classes=range(2, 4)))
+    tasks = tuple(SimpleNamespace(classes=range(i, i + 2), other_classes=()) for i in (0, 2))
 
 
 def batch_of(raw: torch.Tensor, y: torch.Tensor, task: int = 0) -> Batch:

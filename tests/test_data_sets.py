@@ -62,19 +62,24 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS)
-def small(request, tmp_path, monkeypatch):
-    """A small data set in the files of a published one -> scenario, its description, the folder of its files."""
-    name, write = KINDS[request.param]
+def write_small(kind, root, monkeypatch):
+    """Write a small data set in the files of a published one -> its description, the folder of its files."""
+    name, write = KINDS[kind]
     files = getattr(sets, name)
     contents = write()
     sums = {n: None if files.md5[n] is None else md5(c).hexdigest() for n, c in contents.items()}
     monkeypatch.setattr(sets, name, dataclasses.replace(files, md5=sums))
-    folder = tmp_path / files.folder
+    folder = root / files.folder
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in contents.items():
         (folder / file).write_bytes(content)
-    return request.param, getattr(sets, name), folder
+    return getattr(sets, name), folder
+
+
+@pytest.fixture(params=KINDS)
+def small(request, tmp_path, monkeypatch):
+    """A small data set in the files of a published one -> scenario, its description, the folder of its files."""
+    return request.param, *write_small(request.param, tmp_path, monkeypatch)
 
 
 def read(kind: str, root, download: bool = False):
@@ -198,6 +203,107 @@ def test_the_command_gives_one_message(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("data_dir: expected the SVHN files train_32x32.mat, test_32x32.mat in ") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def four(tmp_path, monkeypatch):
+    """The folder of all four."""
+    for kind in KINDS:
+        write_small(kind, tmp_path, monkeypatch)
+    return tmp_path
+
+
+def test_tasks_come_from_different_data_sets(four):
+    scenario = build_scenario(configure("scenario=datasets", f"data_dir={four}", "device=cpu"))
+    assert [task.classes for task in scenario.tasks] == [range(10 * t, 10 * t + 10) for t in range(4)]
+    assert [len(task.train) for task in scenario.tasks] == [TRAIN, TRAIN, TRAIN, 5 * TRAIN + 10]
+    assert [scenario.class_names[c] for c in (0, 13, 29, 30)] == [
+        "mnist 0",
+        "fashion_mnist Dress",
+        "svhn 9",
+        "cifar10 name 0",
+    ]
+    assert scenario.image_shape == (3, 32, 32)
+    for kind, task in zip(KINDS_IN_ORDER, scenario.tasks):
+        own = read(kind, four)
+        assert (task.train.labels - task.classes.start).tolist() == own.train_labels.tolist()
+        images = task.train.images.numpy()
+        if kind in ("svhn", "cifar10"):
+            assert (images == own.train_images).all()
+        else:  # padded, and grey three times
+            assert (images[:, :, 2:30, 2:30] == own.train_images).all()
+            assert images.sum(dtype=np.int64) == 3 * own.train_images.sum(dtype=np.int64)
+
+
+KINDS_IN_ORDER = ["mnist", "fashion_mnist", "svhn", "cifar10"]
+
+
+def test_sizes_and_colours_are_brought_together_by_key(four):
+    from PIL import Image
+
+    typed = ["scenario=datasets", f"data_dir={four}", "~scenario.source.sources.fashion_mnist", "scenario.num_tasks=3"]
+    grey = build_scenario(
+        configure(*typed, "scenario.source.size=16", "scenario.source.fit=resize", "scenario.source.channels=1")
+    )
+    assert grey.image_shape == (1, 16, 16)
+    own = read("svhn", four).train_images[0].transpose(1, 2, 0)
+    expected = Image.fromarray(np.asarray(Image.fromarray(own).convert("L"))).resize(
+        (16, 16), Image.Resampling.BILINEAR
+    )
+    assert (grey.tasks[1].train.images[0, 0].numpy() == np.asarray(expected)).all()
+    pixels = np.concatenate([task.train.images.numpy() for task in grey.tasks]) / 255
+    assert grey.transform.mean == pytest.approx([pixels.mean()], abs=1e-4)
+    with pytest.raises(ConfigError, match=r"scenario.source.size: expected 28 pixels or more, .*got 16 with mnist"):
+        build_scenario(configure(*typed, "scenario.source.size=16"))
+    alone = [f"~scenario.source.sources.{kind}" for kind in ("svhn", "cifar10")]
+    with pytest.raises(ConfigError, match=r"scenario.source.sources: expected two or more data sets, .*got mnist"):
+        build_scenario(configure(*typed, *alone))
+    for wrong, got in (("null", "None"), ("mnist", "mnist")):
+        with pytest.raises(ConfigError, match=rf"scenario.source.sources: expected two or more .*got {got}"):
+            build_scenario(configure("scenario=datasets", f"scenario.source.sources={wrong}"))
+    with pytest.raises(ConfigError, match=r"scenario.source.sources.a._target_: expected the dotted path"):
+        build_scenario(configure(*typed, "+scenario.source.sources.a=3"))
+    with pytest.raises(ConfigError, match=r"scenario.source.sources.svhn.rot: expected one of the keys"):
+        build_scenario(configure(*typed, "+scenario.source.sources.svhn.rot=3"))
+
+
+def test_sets_of_unequal_size_and_pictures_of_ones_own_are_joined(four):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for number, name in enumerate(("ant", "bee", "cat")):
+            (four / "mine" / split / name).mkdir(parents=True)
+            Image.new("RGB", (9, 9), (9 * number,) * 3).save(four / "mine" / split / name / "0.png")
+    own = (
+        "_target_:cl_bench.data.folder.folder,size:32,background:[0,0,0],value_range:null,test_fraction:0,split_seed:0"
+    )
+    typed = [
+        "scenario=datasets", f"data_dir={four}", "~scenario.source.sources.svhn", "~scenario.source.sources.cifar10",
+        f"+scenario.source.sources.mine={{{own},root:{four}/mine,cache:{four}/decoded}}",
+        "scenario.classes_per_task=[10,10,3]",
+    ]  # fmt: skip
+    config = configure(*typed)
+    scenario = build_scenario(config)
+    assert scenario.tasks[2].train.images[:, 0, 5, 5].tolist() == [0, 9, 18]
+    assert scenario.class_names[20:] == ["mine ant", "mine bee", "mine cat"]
+    settings, _ = identify_run(config, to_plain_dict(config))
+    assert settings["data"] == scenario.data  # pictures, and Fashion-MNIST, are told by their digest
+    (four / "mine").rename(four / "yours")
+    moved = configure(*(word.replace("/mine", "/yours") for word in typed))
+    assert identify_run(moved, to_plain_dict(moved))[0] == settings  # wherever they are
+
+
+def test_joined_sets_are_told_by_their_order(four):
+    again = f"{{_target_:cl_bench.data.torchvision_sets.mnist,root:{four},download:false}}"
+    found = []
+    for words in ([], ["~scenario.source.sources.mnist", f"+scenario.source.sources.mnist={again}"]):
+        config = configure("scenario=datasets", f"data_dir={four}", *words)
+        settings, scenario = identify_run(config, to_plain_dict(config))
+        assert not [key for key in settings if key.endswith((".root", ".download"))]
+        found.append((settings, scenario.class_names[0]))
+    (first, name), (other, last) = found
+    assert (name, last) == ("mnist 0", "fashion_mnist T-shirt/top")
+    assert {key for key in first | other if first.get(key) != other.get(key)} == {"data"}
 
 
 @needs_mnist

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -260,7 +261,7 @@ def test_protocol_c_of_the_online_methods():
 
 
 PAGE = (ROOT / "docs" / "scenarios.md").read_text()
-COMMANDS = [line.split()[3:] for line in PAGE.splitlines() if line.startswith("    python -m cl_bench ")]
+COMMANDS = [shlex.split(line)[3:] for line in PAGE.splitlines() if line.startswith("    python -m cl_bench ")]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

@@ -452,7 +452,7 @@ def test_lwf_distils_each_old_task_by_itself(three_images):
     raw, _ = three_images
 
     class ThreeTasks(TwoTasks):
-        tasks = (*[SimpleNamespace(classes=range(i, i + 1)) for i in range(2)], SimpleNamespace(classes=range(2, 4)))
+        tasks = tuple(SimpleNamespace(classes=own, other_classes=()) for own in (range(1), range(1, 2), range(2, 4)))
 
     method = LwF(net=mlp(), scenario=ThreeTasks(), alpha=1.0, temperature=2.0, warm_up_epochs=0)
     losses = method.observe(batch_of(raw, torch.tensor([2, 3, 3]), task=2))

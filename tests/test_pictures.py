@@ -39,10 +39,10 @@ from cl_bench.runs import run as run_module
 WHITE = [255, 255, 255]
 
 
-def opened(root, cache=None, size=8, background=WHITE, value_range=None):
+def opened(root, cache=None, **keys):
     """The set of a folder of pictures."""
-    cache = str(cache or Path(root).parent / "decoded")
-    return folder(root=str(root), size=size, cache=cache, background=background, value_range=value_range)
+    keys = {"size": 8, "background": WHITE, "value_range": None, "test_fraction": 0.0, "split_seed": 0} | keys
+    return folder(root=str(root), cache=str(cache or Path(root).parent / "decoded"), **keys)
 
 
 def counting(monkeypatch) -> list[Path]:
@@ -713,7 +713,7 @@ def test_what_is_made_of_pictures_is_told_by_them(tmp_path):
     root = write_pictures(tmp_path / "mine")
     source = {
         "_target_": "cl_bench.data.folder.folder", "root": str(root), "size": 8, "cache": str(tmp_path / "decoded"),
-        "background": WHITE, "value_range": None,
+        "background": WHITE, "value_range": None, "test_fraction": 0.0, "split_seed": 0,
     }  # fmt: skip
 
     def data() -> str:

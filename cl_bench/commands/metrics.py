@@ -13,6 +13,7 @@ from cl_bench.config.build import load_metric
 from cl_bench.config.schema import CONFIGS
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.record import SETTINGS, TITLES, replace_non_finite, takes_curve
+from cl_bench.metrics.base import RECURRING, is_defined
 from cl_bench.report.page import Run, format_number
 from cl_bench.runs import run_dir as files
 from cl_bench.runs.run import show_result
@@ -95,6 +96,13 @@ def _compute(run: Run, name: str, metric: Callable[..., float]) -> dict[str, Any
         expected="a metric of the accuracy matrix, since this run measured nothing while learning (no curve.csv)",
         got=name,
         fix="Run it with trainer.evaluate_every=100, which is a run of its own.",
+    )
+    require(
+        is_defined(metric, run.summary.get("recurring_classes", False)),
+        KEY,
+        expected="a metric that is defined for this run",
+        got=f"{name}, which is not: {RECURRING}",
+        fix=f"Without {name} the command adds the others.",
     )
     values = {setting: replace_non_finite(run.record.compute(metric, setting)) for setting in SETTINGS}
     require(

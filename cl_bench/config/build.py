@@ -72,6 +72,7 @@ class Parts:
             "data": self.scenario.data,
             "tasks": [self.scenario.list_class_ids(task) for task in self.scenario.tasks],
             "shared_labels": self.scenario.shared_labels,
+            "recurring_classes": self.scenario.recurring,
             "follows_seed": self.scenario.follows_seed,
             "evaluate_on": self.settings.evaluate_on,
             "images": self.scenario.storage,
@@ -116,7 +117,7 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     net = make_network()
     if settings.batch_size == 1:
         check_single_images(net, scenario.image_shape, "trainer.batch_size")
-    pairs = sum(len(task.classes) for task in scenario.tasks)
+    pairs = sum(len(task.classes) + len(task.other_classes) for task in scenario.tasks)
     context = Context(transform=transform, generator=generators["buffer"], device=device, pairs=pairs, **shared)
     buffer = make_buffer(context=context)
     _refuse_unsuitable(config, allow, net, buffer)
@@ -130,8 +131,8 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
         got=weights,
         fix="Leave it out.",
     )
-    if scenario.shared_labels:
-        _refuse_disjoint(config, method, buffer)
+    if scenario.shared_labels or scenario.recurring:
+        _refuse_disjoint(config, scenario, method, buffer)
     _refuse_graphs(settings, method, device)
     if method.own_loop:
         _refuse_steps(config, settings)
@@ -258,6 +259,9 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
     for name, value in values.items():
         if isinstance(node[name], DictConfig) and "_target_" in node[name]:
             values[name] = value = build_component(node[name], f"{key}.{name}", allow, parameters[name].annotation)
+        elif (inner := _find_kind_of_values(parameters[name].annotation)) and isinstance(node[name], DictConfig):
+            below = {str(part): node[name][part] for part in node[name]}
+            values[name] = {part: build_component(n, f"{key}.{name}.{part}", allow, inner) for part, n in below.items()}
         expected_kind = parameters[name].annotation
         ours = inspect.isclass(expected_kind) and expected_kind.__module__.startswith("cl_bench.")
         if ours and not isinstance(value, expected_kind):
@@ -292,6 +296,12 @@ def prepare_component(node: DictConfig, key: str, allow: list[str], kind: type) 
             ) from error
 
     return make
+
+
+def _find_kind_of_values(annotation: Any) -> type | None:
+    """The class of ours that ``dict[str, class]`` names: such an argument is built from nodes by name; else None."""
+    inner = typing.get_args(annotation)[1] if typing.get_origin(annotation) is dict else None
+    return inner if inspect.isclass(inner) and inner.__module__.startswith("cl_bench.") else None
 
 
 def _refuse_other_kinds(built: Callable[..., Any], key: str, path: str, kind: type) -> None:
@@ -358,14 +368,16 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
         )
 
 
-def _refuse_disjoint(config: DictConfig, method: Method, buffer: Buffer) -> None:
-    """Refuse a method or buffer that needs new classes in every task, if the tasks share their classes."""
-    if not method.shared_labels:
+def _refuse_disjoint(config: DictConfig, scenario: Scenario, method: Method, buffer: Buffer) -> None:
+    """Refuse a method or buffer that needs new classes in every task, if the tasks share their classes, or some."""
+    shared = "with shared labels" if scenario.shared_labels else "that share classes"
+    those = "er, derpp, ewc, joint or supsup" if scenario.shared_labels else "er, derpp, ewc or joint"
+    if not method.shared_labels or (scenario.recurring and not method.recurring_classes):
         raise ConfigError(
             "method",
-            expected=f"one that can learn tasks with shared labels, as in scenario={config.choices.scenario}",
+            expected=f"one that can learn tasks {shared}, as in scenario={config.choices.scenario}",
             got=config.choices.method,
-            fix="Use method=finetune, er, derpp, ewc, joint or supsup, or a scenario with new classes in each task.",
+            fix=f"Use method=finetune, {those}, or a scenario with new classes in each task.",
         )
     if isinstance(buffer, PerClassBuffer):
         raise ConfigError(

@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +57,9 @@ The two scenario seeds count under the keys where they are used, ``scenario.clas
 ``scenario.data_seed``."""
 
 
+_BY_NAME = re.compile(r"\.sources\.[^.]+\.")
+"""In ``scenario.source.sources.NAME.root``, what such a key has beside ``scenario.source.root``."""
+
 OLD_PATHS = {"cl_bench.engine.trainer.Settings": "cl_bench.trainer.Settings"}
 """New path -> old path of each component that has moved. A fingerprint uses the old path, and a ``_target_`` may still
 name it. So older runs stay in their row, are found as finished, and can be audited. If you move a component, add it."""
@@ -81,6 +85,14 @@ LATER_KEYS = {
     "scenario.normalisation": "standard",
     "scenario.disjoint.val_choice": "random",
     "scenario.disjoint.normalisation": "standard",
+    "scenario.source.test_fraction": 0.0,
+    "scenario.source.split_seed": 0,
+    "scenario.blurry": 0.0,
+    "scenario.blurry_classes": 1.0,
+    "scenario.repeat": 0.0,
+    "scenario.disjoint.blurry": 0.0,
+    "scenario.disjoint.blurry_classes": 1.0,
+    "scenario.disjoint.repeat": 0.0,
     "backbone.head": "linear",
     "backbone.variant": "standard",
     "backbone.norm": "none",
@@ -433,7 +445,7 @@ def select_comparable(config: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
-        if prefix in INCOMPARABLE:
+        if _BY_NAME.sub(".", prefix) in INCOMPARABLE:
             return
         if prefix in FILES and isinstance(value, str):
             value = _hash_content(value)

@@ -63,6 +63,8 @@ class Task:
         id: 0 for the first task.
         classes: its classes as positions in the class order.
         train, val, test: its images; ``val`` is empty unless ``scenario.val_fraction`` holds some out.
+        other_classes: classes of other tasks that have training images in this one; none unless the stream is blurry
+            or classes come back.
     """
 
     id: int
@@ -70,6 +72,7 @@ class Task:
     train: Data
     val: Data
     test: Data
+    other_classes: tuple[int, ...] = ()
 
     def get_split(self, split: str) -> Data:
         """The ``test`` or the ``val`` images."""
@@ -78,6 +81,11 @@ class Task:
     def change_data(self, change: Callable[[Data], Data]) -> "Task":
         """The same task with ``change`` applied to its training, validation and test images."""
         return replace(self, train=change(self.train), val=change(self.val), test=change(self.test))
+
+
+def list_seen_classes(tasks: Iterable[Task]) -> list[int]:
+    """The classes that have training images in one of the tasks, in ascending order."""
+    return sorted({c for task in tasks for c in (*task.classes, *task.other_classes)})
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,29 @@ def list_files(folder: Path, left_out: Counter[str]) -> list[PictureFile]:
     return list(find(folder, frozenset((state.st_dev, state.st_ino) for state in states)))
 
 
+def find_file(path: Path) -> PictureFile:
+    """The file at a path that a list names; one that is not there is reported with the damaged pictures."""
+    try:
+        state = path.stat()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return PictureFile(str(path), ())
+    return PictureFile(str(path), (state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without empty ones; bytes that are not UTF-8 are kept, as in a file name."""
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "root",
+            expected=f"to read {path}",
+            got=getattr(error, "strerror", None) or str(error),
+            fix="Set scenario.source.root=PATH to the folder that contains it.",
+        ) from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
 def to_text(name: str) -> str:
     r"""A file name for messages and reports; bytes that are not UTF-8 are written as ``\xe9``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

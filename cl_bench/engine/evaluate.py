@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cl_bench.core.errors import ConfigError
-from cl_bench.core.types import Data, Task
+from cl_bench.core.types import Data, Task, list_seen_classes
 from cl_bench.methods.base import Method, Predict
 from cl_bench.metrics.auroc import one_vs_rest
 from cl_bench.scenarios.base import Scenario
@@ -101,8 +101,9 @@ def evaluate(
     classes_of = torch.zeros(len(scenario.tasks), scenario.num_classes, dtype=torch.bool, device=device)  # (T, K)
     for t in scenario.tasks:
         classes_of[t.id, t.classes.start : t.classes.stop] = True
-    num_seen = tasks[learned - 1].classes.stop if learned else 0
-    seen = torch.arange(scenario.num_classes, device=device) < num_seen  # (K,)
+    seen = torch.zeros(scenario.num_classes, dtype=torch.bool)  # (K,)
+    seen[list_seen_classes(tasks[:learned])] = True
+    seen = seen.to(device)
     if arrange is None:
         ways: dict[str, Arrange] = {
             "mixed": lambda task: shuffle_batches(len(task)),

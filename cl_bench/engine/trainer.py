@@ -399,7 +399,9 @@ class Trainer:
         if after_task != BASELINE:
             seen = {s: self.record.get_matrix(s).accuracy[after_task, : after_task + 1] for s in SETTINGS}
             averages = {f"{s}_average": float(row.mean()) for s, row in seen.items()}
-            self._log_event("task", task=after_task, **{s: row.tolist() for s, row in seen.items()}, **averages)
+            stream = {"recurring_classes": True} if self.scenario.recurring else {}
+            rows = {s: row.tolist() for s, row in seen.items()}
+            self._log_event("task", task=after_task, **rows, **averages, **stream)
 
     def measure_sample(self, task: Task) -> None:
         """Add a point to the curves: the tasks begun, in evaluation mode, on their samples.

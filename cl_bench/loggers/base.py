@@ -54,7 +54,7 @@ class Logger(ABC):
 
     - ``epoch``: ``task``, ``phase``, ``epoch``, ``lr``, ``loss`` and ``losses`` (epoch means, by name)
     - ``task``: ``task``, ``class_il`` and ``task_il`` (accuracies in percent on tasks 0..task, null = no prediction),
-      ``class_il_average``, ``task_il_average``
+      ``class_il_average``, ``task_il_average``; ``recurring_classes`` (true) if tasks share classes
     - ``sample``, with ``trainer.evaluate_every``: the same on a sample while ``task`` is learned, and once more right
       after it: ``sample_class_il``, ``sample_task_il`` and their averages. Of two of a task at one step the second
       counts.

@@ -17,6 +17,7 @@ from cl_bench.loggers.delivered import Event
 from cl_bench.loggers.jsonl import read_events
 from cl_bench.metrics.accuracy import average_accuracy, average_incremental_accuracy, learning_accuracy
 from cl_bench.metrics.anytime import anytime_average_accuracy
+from cl_bench.metrics.base import is_defined
 from cl_bench.metrics.forgetting import forgetting
 from cl_bench.metrics.transfer import backward_transfer
 
@@ -93,7 +94,8 @@ class Series:
             rows = self._rows[setting]
             rows[task] = _to_floats(event[setting])
             matrix = Matrix.from_accuracy([rows.get(i, [math.nan] * (task + 1)) for i in range(task + 1)])
-            found = {metric.__name__: metric(matrix) for metric in METRICS}
+            defined = [metric for metric in METRICS if is_defined(metric, event.get("recurring_classes", False))]
+            found = {metric.__name__: metric(matrix) for metric in defined}
             if self._curves[setting].step:
                 found[anytime_average_accuracy.__name__] = anytime_average_accuracy(self._curves[setting])
             values |= _name(setting, found.items()) | _name_tasks(setting, event[setting])

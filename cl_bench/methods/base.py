@@ -50,6 +50,9 @@ class Method(nn.Module, ABC):
     """Whether it can learn tasks that share their classes. A method cannot if it needs new classes in each task, e.g.
     for a new head, for distillation on the old ones, or for a quota of the buffer."""
 
+    recurring_classes: ClassVar[bool] = True
+    """Whether a method with :attr:`shared_labels` can also learn tasks with images of other tasks' classes."""
+
     draws_weights: ClassVar[bool] = False
     """Whether the method draws the weights of its network itself. Then ``backbone.weights`` would have no effect, so
     it is refused."""
@@ -181,8 +184,8 @@ class RehearsalMethod(FunctionalMethod):
 class ClassLoss(nn.Module):
     """Cross-entropy over some of the K outputs; the others are left out, as if they were -inf.
 
-    ``all``: over every output. ``seen``: over the classes of the tasks up to the current one. ``task``: for each image,
-    over the classes of its own task, so that the rows of a task are a head of its own (multi-head).
+    ``all``: over every output. ``seen``: over the classes seen in the tasks up to the current one. ``task``: for each
+    image, over the classes of its own task, so that the rows of a task are a head of its own (multi-head).
 
     An output that is left out gets no gradient. So ``seen`` gives the gradients of a head that grows with each task,
     and those of one whose other outputs are set to -1000, where exp underflows to 0.
@@ -192,18 +195,27 @@ class ClassLoss(nn.Module):
     """
 
     task_of: Tensor
+    unseen: Tensor | None
 
     def __init__(self, scenario: Scenario, classes: LossClasses) -> None:
         super().__init__()
         self.classes = classes
-        self._ends = [task.classes.stop for task in scenario.tasks]
+        unseen = torch.ones(len(scenario.tasks), scenario.num_classes, dtype=torch.bool)  # after each task
+        for number, task in enumerate(scenario.tasks):
+            unseen[number:, [*task.classes, *task.other_classes]] = False
+        self._ends = [scenario.num_classes - int(row.flip(0).byte().argmin()) for row in unseen]
+        # only if the classes seen are not the first ones
+        gaps = any(bool(row[:end].any()) for row, end in zip(unseen, self._ends))
         task_of = torch.zeros(scenario.num_classes, dtype=torch.int64)  # (K,); if tasks share classes, the last one
         for number, task in enumerate(scenario.tasks):
             task_of[task.classes.start : task.classes.stop] = number
         self.register_buffer("task_of", task_of, persistent=False)
+        self.register_buffer("unseen", unseen if gaps else None, persistent=False)
 
     def mask(self, logits: Tensor, y: Tensor, task: int) -> Tensor:
         """(B, K) logits of images with labels (B,), while ``task`` is learned -> (B, k), those that are compared."""
+        if self.classes == "seen" and self.unseen is not None:
+            return logits.masked_fill(self.unseen[task], -torch.inf)
         if self.classes == "seen":
             return logits[:, : self._ends[task]]
         if self.classes == "task":

@@ -69,6 +69,7 @@ class Superposition(Method):
     """
 
     shared_labels = True
+    recurring_classes = False  # a mask has outputs for the classes of its task
     draws_weights = True
 
     def __init__(

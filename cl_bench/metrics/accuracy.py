@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from cl_bench.core.record import Matrix
+from cl_bench.metrics.base import compare_before_and_after
 
 
 def average_accuracy(matrix: Matrix) -> float:
@@ -26,6 +27,7 @@ def average_incremental_accuracy_micro(matrix: Matrix) -> float:
     return float(100.0 * np.mean(rows))
 
 
+@compare_before_and_after
 def learning_accuracy(matrix: Matrix) -> float:
     """Accuracy on each task right after learning it: mean_j R[j][j] (Riemer et al. 2019)."""
     return float(matrix.accuracy.diagonal().mean())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cl_bench.core.record import Matrix
+from cl_bench.metrics.base import compare_before_and_after
 
 
 def forgetting(matrix: Matrix) -> float:
@@ -13,6 +14,7 @@ def forgetting(matrix: Matrix) -> float:
     return _compute_mean_drop(matrix, lambda column, j: column[j:-1].max())
 
 
+@compare_before_and_after
 def forgetting_first_last(matrix: Matrix) -> float:
     """mean_{j<T-1} ( R[j][j] - R[T-1][j] ), as Avalanche reports it; nan for T = 1."""
     return _compute_mean_drop(matrix, lambda column, j: column[j])

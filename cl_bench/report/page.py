@@ -329,6 +329,11 @@ def _list_warnings(summary: dict[str, Any]) -> list[str]:
         warnings.append(f"measured on {summary['evaluate_on']} images, not on the test set")
     if summary.get("shared_labels"):  # older records have neither
         warnings.append("all tasks share their labels: Class-IL is Domain-IL, only the label must be right")
+    if summary.get("recurring_classes"):
+        warnings.append(
+            "tasks share classes: a task is measured on the test images of its own classes, of which training images "
+            "come in other tasks too; transfer and learning accuracy are not defined"
+        )
     if summary.get("test_batches", "mixed") != "mixed":
         warnings.append(
             "every test batch is of one task, and the method knows that: easier than Class-IL with mixed batches"

@@ -26,7 +26,7 @@ from cl_bench.config.schema import (
 )
 from cl_bench.core.errors import ConfigError, RunError, require
 from cl_bench.core.labels import shorten_label
-from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, replace_non_finite
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record, replace_non_finite
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.step import StepGenerator
 from cl_bench.engine.trainer import run_alone
@@ -34,6 +34,7 @@ from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.group import Loggers
 from cl_bench.loggers.jsonl import JsonLines
 from cl_bench.loggers.pace import Pace
+from cl_bench.metrics.base import RECURRING, is_defined
 from cl_bench.runs import run_dir as files
 from cl_bench.runs.sweep import get_job_label, note_run
 from cl_bench.scenarios.base import Scenario
@@ -343,8 +344,9 @@ def _train(
     files.write_predictions(run_dir, trainer.answers, scenario)
     summary = summary | parts.describe() | {"status": "finished"}
     for setting in SETTINGS:
-        values = {name: record.compute(metric, setting) for name, metric in parts.metrics.items()}
-        summary[setting] = replace_non_finite(values)
+        summary[setting] = replace_non_finite(_compute_metrics(record, parts, setting))
+    if undefined := [name for name, metric in parts.metrics.items() if not is_defined(metric, scenario.recurring)]:
+        summary["undefined_metrics"] = dict.fromkeys(undefined, RECURRING)
     areas = trainer.answers.compute_auroc(scenario.tasks)
     summary["task_il_auroc"] = replace_non_finite({"mean": math.fsum(areas) / len(areas), "tasks": areas})
     summary["cost"] = record.to_json()["cost"]
@@ -353,6 +355,14 @@ def _train(
     summary["buffer_by_class"] = _count_by_class(parts)
     files.write_json(run_dir / "summary.json", summary)  # from here on the run is finished
     return summary
+
+
+def _compute_metrics(record: Record, parts: Parts, setting: str) -> dict[str, float]:
+    """The metrics of one setting; nan if the scenario does not define one."""
+    return {
+        name: record.compute(metric, setting) if is_defined(metric, parts.scenario.recurring) else math.nan
+        for name, metric in parts.metrics.items()
+    }
 
 
 def _count_by_class(parts: Parts) -> list[int] | None:

@@ -67,6 +67,11 @@ class Scenario(ABC):
         return content.hexdigest()[:16]
 
     @property
+    def recurring(self) -> bool:
+        """Whether a task has training images of other classes than its own (:attr:`Task.other_classes`)."""
+        return any(task.other_classes for task in self.tasks)
+
+    @property
     def num_classes(self) -> int:
         """K, over all tasks."""
         return len(self.class_order)

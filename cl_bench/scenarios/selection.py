@@ -36,6 +36,7 @@ def declare_void_choices(built: Built) -> Built:
             (not v["val_fraction"] or v["val_choice"] != "random")
             and v["train_per_class"] is None
             and v["test_per_class"] is None
+            and not (v.get("blurry") or v.get("repeat"))
         ),
         why="no images are drawn without val_fraction, train_per_class or test_per_class",
     )

@@ -34,6 +34,13 @@ class SharedLabels(Scenario):
             got=f"tasks of {' and '.join(map(str, sizes))} classes",
             fix="Set scenario.disjoint.classes_per_task=null and a scenario.disjoint.num_tasks.",
         )
+        require(
+            not disjoint.recurring,
+            "disjoint",
+            expected="tasks without images of other tasks' classes, since they will share their labels",
+            got="tasks that share classes",
+            fix="Leave scenario.disjoint.blurry and scenario.disjoint.repeat at 0.",
+        )
         self.data = disjoint.data
         self.class_order = list(range(sizes[0]))
         self.class_names = [f"label {c}" for c in self.class_order]

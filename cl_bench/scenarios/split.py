@@ -14,6 +14,7 @@ from cl_bench.core.images import HostImages
 from cl_bench.core.types import Data, Task
 from cl_bench.data.base import ImageSet, fixed_by_settings
 from cl_bench.scenarios.base import Scenario
+from cl_bench.scenarios.recurring import spread_over_tasks
 from cl_bench.scenarios.selection import (
     Normalisation,
     Positions,
@@ -40,6 +41,7 @@ AGEM_SEED, AGEM_FIRST = 1234, 15
     why="classes_per_task says how many tasks there are",
 )
 @void("class_order_seed", when=lambda v: v["class_order"] != "random", why="only class_order=random is drawn")
+@void("blurry_classes", when=lambda v: not v["blurry"], why="blurry=0 makes no class blurry")
 @declare_void_choices
 class Split(Scenario):
     """The classes of ``source`` in ``class_order``, cut into tasks.
@@ -55,7 +57,8 @@ class Split(Scenario):
             (Chaudhry et al. 2019: numpy shuffles classes 15 to 99; classes 0 to 14 come first, for
             ``pretrain_classes=15``).
         class_order_seed: used only by ``random``.
-        data_seed: draws which images are held out, and which are used if a number per class is given.
+        data_seed: draws which images are held out, which are used if a number per class is given, and which come in
+            other tasks.
         val_fraction: part of the training images held out for validation, in [0, 1); above 0 it is at least one image
             of each class.
         val_choice: which ones, see :data:`~cl_bench.scenarios.selection.ValChoice`.
@@ -64,6 +67,10 @@ class Split(Scenario):
         rand_augment: ``rand-m{M}-mstd{S}-inc1`` adds timm's RandAugment of that name, see
             :mod:`cl_bench.data.rand_augment`; None for none.
         normalisation: see :data:`~cl_bench.scenarios.selection.Normalisation`.
+        blurry: part of the training images of each blurry class that come in other tasks; 0 for disjoint tasks
+            (:mod:`cl_bench.scenarios.recurring`).
+        blurry_classes: part of each task's classes that are blurry.
+        repeat: probability that a class comes back in a later task.
         run_seed: the run's ``seed``.
     """
 
@@ -85,6 +92,9 @@ class Split(Scenario):
         flip: bool,
         rand_augment: str | None,
         normalisation: Normalisation,
+        blurry: float,
+        blurry_classes: float,
+        repeat: float,
         run_seed: int,
     ) -> None:
         check_seeds(class_order_seed=class_order_seed, data_seed=data_seed)
@@ -108,22 +118,37 @@ class Split(Scenario):
             train_per_class=train_per_class,
             test_per_class=test_per_class,
         )
-        self._cut(source, sizes, train, val, test)
-
-    def _cut(self, source: ImageSet, sizes: list[int], train: Positions, val: Positions, test: Positions) -> None:
-        """Set :attr:`tasks` and :attr:`pretrain`."""
-        training, testing = (source.train_images, source.train_labels), (source.test_images, source.test_labels)
-        self.pretrain = _gather(*training, train, self.pretrain_order, self.pretrain_order)
-        self.tasks = []
         ends = np.cumsum(sizes).tolist()
-        for number, (start, end) in enumerate(zip([0, *ends], ends)):
-            ids = self.class_order[start:end]
+        groups = [range(end - size, end) for size, end in zip(sizes, ends)]
+        portions = spread_over_tasks(
+            train,
+            [[self.class_order[c] for c in group] for group in groups],
+            blurry=blurry,
+            blurry_classes=blurry_classes,
+            repeat=repeat,
+            data_seed=data_seed,
+        )
+        self.pretrain = _gather(
+            source.train_images, source.train_labels, train, self.pretrain_order, self.pretrain_order
+        )
+        self._cut(source, groups, portions, val, test)
+
+    def _cut(
+        self, source: ImageSet, groups: list[range], train: list[Positions], val: Positions, test: Positions
+    ) -> None:
+        """Set :attr:`tasks`; ``train`` has the training images of each task."""
+        training, testing = (source.train_images, source.train_labels), (source.test_images, source.test_labels)
+        self.tasks = []
+        for number, group in enumerate(groups):
+            ids = [self.class_order[c] for c in group]
+            present = [position for position, c in enumerate(self.class_order) if len(train[number][c])]
             task = Task(
                 id=number,
-                classes=range(start, end),
-                train=_gather(*training, train, ids, self.class_order),
+                classes=group,
+                train=_gather(*training, train[number], [self.class_order[c] for c in present], self.class_order),
                 val=_gather(*training, val, ids, self.class_order),
                 test=_gather(*testing, test, ids, self.class_order),
+                other_classes=tuple(c for c in present if c not in group),
             )
             self.tasks.append(task)
 
