@@ -136,7 +136,7 @@ def test_imagenet_by_folder_is_mapped_into_memory_at_its_size(size, tmp_path):
 
 
 def test_a_class_of_one_folder_only_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="root: expected a folder .*none/train"):
+    with pytest.raises(ConfigError, match=r"root: expected a folder .*none/train"):
         open_folder(tmp_path / "none")
     root = make_imagenet(tmp_path / "imagenet")
     (root / "val" / "n00000002").rename(root / "val" / "n00000007")
