@@ -23,11 +23,12 @@ pytestmark = pytest.mark.arithmetic
 
 KEYS = {
     "pretrained": False, "checkpoint": None, "model": "test_vit", "patch_size": 4, "dim": 16, "depth": 3, "heads": 2,
-    "mlp_ratio": 2.0, "attention": "extension", "memory": 3, "class_token": True, "num_classes": 6,
+    "mlp_ratio": 2.0, "attention": "extension", "memory": 3, "class_token": True, "reads": None, "num_classes": 6,
     "image_shape": (1, 8, 8), "image_mean": [0.4], "image_std": [0.2],
 }  # fmt: skip
 RULE = {
-    "rule": "argmax", "warm_up": "first_task", "warm_up_epochs": 1, "warm_up_lr": 0.001, "warm_up_weight_decay": 0.0
+    "rule": "argmax", "rehearsal": "all", "rehearsal_size": 32, "buffer": None, "warm_up": "first_task",
+    "warm_up_epochs": 1, "warm_up_lr": 0.001, "warm_up_weight_decay": 0.0,
 }  # fmt: skip
 
 

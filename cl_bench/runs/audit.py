@@ -297,7 +297,8 @@ def check_rehearsal(rebuild: Callable[[], Parts]) -> list[Check]:
         seen = [task.classes.stop for task in parts.scenario.tasks]  # before the method can change them
         if scrambled:
             scramble_test_images(parts)
-        allowed = hash_images(Data.concatenate(task.train for task in parts.scenario.tasks).images)
+        training = [*(task.train for task in parts.scenario.tasks), parts.scenario.pretrain]
+        allowed = hash_images(Data.concatenate(training).images)
         torch.manual_seed(0)
         trainer = parts.build_trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
         trainer.settings = replace(
