@@ -6,8 +6,8 @@ y^0 are the ViT's class token and the patches, with the embeddings of their posi
     prefixes   attention( Q, [ P_K ; K ], [ P_V ; V ] )         in a layer; P_K and P_V are keys and values as they are,
                                                                 without norm and projection (Wang et al., ECCV 2022)
 
-Without prompts the outputs are those of the ViT alone. The query of an image is the ViT's own class token after the last
-norm, which is also ``features``.
+Without prompts the outputs are those of the ViT alone. The query of an image is the ViT's own class token after the
+last norm, which is also ``features``.
 
 Shapes: B images, N patches, P prompt tokens of an image, D token width, h heads, d = D / h, K classes.
 """

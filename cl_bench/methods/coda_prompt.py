@@ -1,7 +1,7 @@
-"""CODA-Prompt (Smith, Karlinsky, Gutta, Cascante-Bonilla, Kim, Arbelle, Panda, Feris, Kira, CVPR 2023, arXiv 2211.13218).
+"""CODA-Prompt (Smith et al., CVPR 2023, arXiv 2211.13218).
 
-Components P_j with keys K_j and attention vectors A_j in some layers; each task adds the same number of them, and those of
-earlier tasks are frozen. The query q(x) is the frozen ViT's class token, and J the components of the tasks so far:
+Components P_j with keys K_j and attention vectors A_j in some layers; each task adds the same number of them, and those
+of earlier tasks are frozen. The query q(x) is the frozen ViT's class token, and J the components of the tasks so far:
 
     alpha_j = cos( q(x) * A_j, K_j )                    for each image by itself; * is elementwise
     P(x)    = sum_{j in J} alpha_j P_j                  L tokens: the first half P_K, the second half P_V

@@ -1,7 +1,7 @@
 """DualPrompt (Wang, Zhang, Ebrahimi, Sun, Zhang, Lee, Ren, Su, Perot, Dy, Pfister, ECCV 2022, arXiv 2204.04799).
 
-Prefixes of keys and values: one pair G^l for all tasks in some layers, and in other layers one pair E_t^l for each task,
-with a key k_t. The query q(x) is the frozen ViT's class token:
+Prefixes of keys and values: one pair G^l for all tasks in some layers, and in other layers one pair E_t^l for each
+task, with a key k_t. The query q(x) is the frozen ViT's class token:
 
     t(x) = the task that is learned, in training;   argmax_t cos( q(x), k_t ) over the tasks learned, in testing
     f(x) = class token of ViT( x; G^l, E_{t(x)}^l ),   a layer's attention being ( Q, [ P_K ; K ], [ P_V ; V ] )

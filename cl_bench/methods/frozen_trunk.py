@@ -148,7 +148,8 @@ class PromptMethod(FrozenTrunkMethod):
     def _encode(self, x: Tensor, task: int | None) -> tuple[Tensor, Losses]:
         with torch.no_grad():
             query = self.net.features(x)
-        return self.encode(x, query.float(), task) if self.prompts else (query, {})
+        query = query.to(self.net.head.weight.dtype)  # autocast gives less
+        return self.encode(x, query, task) if self.prompts else (query, {})
 
     def facts(self) -> dict[str, Any]:
         """Where the trunk's weights come from, and how many parameters the prompts have."""
