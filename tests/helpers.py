@@ -96,7 +96,7 @@ PROMPTS = [
     "backbone.depth=2",
     "optimizer=adam",
     "optimizer.lr=0.01",
-    "method.warm_up_epochs=5",
+    "method.warm_up_epochs=1",
     "method.warm_up_lr=0.002",
 ]
 
