@@ -9,10 +9,10 @@ from cl_bench.testing import check_learning, check_resumption, check_scores, che
 
 # a trunk that has seen neither task favours no head; unmasked, the last task's classes win
 HELD_OUT = [
-    "scenario.pretrain_classes=4",
-    "scenario.classes_per_task=[3,3]",
+    "scenario.pretrain_classes=6",
+    "scenario.classes_per_task=[2,2]",
     "method.warm_up=half",
-    "method.warm_up_epochs=20",
+    "method.warm_up_epochs=15",
     "method.loss_classes=seen",
 ]
 
@@ -30,8 +30,9 @@ EASIER = {
 }
 """What makes learning sure over ten seeds and three instruction sets."""
 
-SEVERAL = {"memory_vit": 3}
-"""Seeds that are averaged, where one alone comes near the bound: with Class-IL from 38 to 66, three give 42 or more."""
+SEVERAL = {"memory_vit": 3, "l2p": 2}
+"""Seeds that are averaged, where one alone comes near a bound: memory_vit's Class-IL is 38 to 66 and of three 42 or more,
+L2P's accuracy on the last task 75 to 92."""
 
 
 @pytest.mark.slow
