@@ -20,6 +20,7 @@ PRETRAINED := results/mini/pretrained
 OPEN := results/mini/memory_vit_open
 ON_HALF := scenario.pretrain_classes=50 backbone.model=small backbone.checkpoint=$(PRETRAINED)/trunk.pt
 MEMORY := $(ON_HALF) +experiment=memory_vit_cifar100_10split
+LAST := trainer.evaluate_after=last_task
 # a b c -> a,b,c
 , := ,
 space := $(subst ,, )
@@ -102,10 +103,10 @@ mini_pretrained: $(VENV)/.made $(PRETRAINED)/trunk.pt ## class means, RanPAC, pr
 	$(RUN) scripts/compare.py $(PRETRAINED)/records --out $(PRETRAINED)
 
 mini_memory: mini_pretrained ## what memory tokens gain from cells, top-k reads, extension and rehearsal: results/mini/memory_vit_open
-	for m in 1 2 10 20; do $(SWEEP) results_dir=$(OPEN)/records/cells $(MEMORY) name=memory-$$m backbone.memory=$$m; done
-	for k in 1 2; do $(SWEEP) results_dir=$(OPEN)/records/reads $(MEMORY) name=reads-$$k backbone.reads=$$k; done
-	$(SWEEP) results_dir=$(OPEN)/records/attention $(MEMORY) name=concatenation backbone.attention=concatenation
-	for what in new all; do $(SWEEP) results_dir=$(OPEN)/records/rehearsal $(MEMORY) name=$$what buffer=reservoir buffer.capacity=100 method.rehearsal=$$what; done
+	for m in 1 2 10 20; do $(SWEEP) results_dir=$(OPEN)/records/cells $(MEMORY) $(LAST) name=memory-$$m backbone.memory=$$m; done
+	for k in 1 2; do $(SWEEP) results_dir=$(OPEN)/records/reads $(MEMORY) $(LAST) name=reads-$$k backbone.reads=$$k; done
+	$(SWEEP) results_dir=$(OPEN)/records/attention $(MEMORY) $(LAST) name=concatenation backbone.attention=concatenation
+	for what in new all; do $(SWEEP) results_dir=$(OPEN)/records/rehearsal $(MEMORY) $(LAST) name=$$what buffer=reservoir buffer.capacity=100 method.rehearsal=$$what; done
 	for part in cells reads attention rehearsal; do $(RUN) scripts/compare.py $(PRETRAINED)/records/memory_vit_cifar100_10split $(OPEN)/records/$$part --out $(OPEN)/$$part; done
 
 ablation_lvt: $(VENV)/.made ## LVT without one part each at mini scale, beside the complete LVT of make mini

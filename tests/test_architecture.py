@@ -47,10 +47,10 @@ ORDER = {
 """Inside these folders a file imports from the earlier ones."""
 
 SHARED = {"base", "layers", "dashboard", "delivered", "jsonl", "cache", "pictures", "picture_files"}
-SHARED |= {"official_files", "pixel_maps", "selection"}
+SHARED |= {"official_files", "pixel_maps", "selection", "frozen_trunk"}
 """In the other folders a variant does not import another variant, only these shared files: the other loggers catch up
-from metrics.jsonl; modules of their own decode and store a folder of pictures, fetch published files, permute pixels
-and select images."""
+from metrics.jsonl; modules of their own decode and store a folder of pictures, fetch published files, permute pixels,
+select images, and train the trunk of a frozen ViT."""
 
 
 def imports(path: Path) -> set[str]:
