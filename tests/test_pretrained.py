@@ -15,7 +15,7 @@ from cl_bench.methods.dualprompt import DualPrompt
 from cl_bench.methods.l2p import L2P
 from cl_bench.methods.ranpac import RIDGES, RanPAC, choose_ridge, measure_errors
 from cl_bench.methods.simplecil import SimpleCIL
-from cl_bench.runs.audit import check_answers
+from cl_bench.runs.audit import check_answers, check_rehearsal
 
 pytestmark = pytest.mark.arithmetic
 
@@ -282,6 +282,13 @@ def test_the_audit_catches_a_vote(name, voting):
     assert verdicts() == dict.fromkeys(names, True)
     parts.method.__class__ = voting
     assert not verdicts()[names[0]]
+
+
+def test_the_audit_allows_images_of_classes_that_are_in_no_task():
+    held_out = ["scenario.pretrain_classes=4", "scenario.classes_per_task=[3,3]", "method.warm_up=half"]
+    (check, *_) = check_rehearsal(lambda: parts_of("l2p", *held_out))
+    assert check.name == "every phase trains on training images"
+    assert check.passed
 
 
 # -- without gradient descent --------------------------------------------------------------------------------------
