@@ -15,12 +15,18 @@ MINI := $(RESNET18) $(foreach net,lvt den apd memory_vit vit_er,$(net)_cifar100_
 LVT_PARTS := inter_task injection_head accumulation_head confidence
 FAMILY := vit deepvit navit cvt cct efficientvit mobilevit mobilevitv2 levit coat
 DYTOX_PARTS := token_expansion divergence_head finetuning independent_classifiers
+# One frozen trunk for every row: all images of the first 50 classes, which are in no task.
+PRETRAINED := results/mini/pretrained
+OPEN := results/mini/memory_vit_open
+ON_HALF := scenario.pretrain_classes=50 backbone.model=small backbone.checkpoint=$(PRETRAINED)/trunk.pt
+MEMORY := $(ON_HALF) +experiment=memory_vit_cifar100_10split
+LAST := trainer.evaluate_after=last_task
 # a b c -> a,b,c
 , := ,
 space := $(subst ,, )
 listed = $(subst $(space),$(,),$(strip $(1)))
 
-.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format avalanche bench mini mini_backbones ablation_lvt ablation_dytox soak golden clean
+.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format avalanche bench mini mini_backbones mini_pretrained mini_memory ablation_lvt ablation_dytox soak golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +89,25 @@ mini_backbones: $(VENV)/.made ## ER, fine-tuning and joint training on each netw
 	$(SWEEP) results_dir=results/mini/backbones/records +experiment=vit_family_cifar100_10split backbone=$(call listed,$(FAMILY)) method=finetune,joint buffer=none
 	$(RUN) scripts/compare.py results/mini/backbones/records --out results/mini/backbones
 	$(RUN) scripts/backbones.py --scale mini --records results/mini/backbones/records --out results/backbones/mini
+
+$(PRETRAINED)/trunk.pt: $(VENV)/.made
+	OMP_NUM_THREADS=1 $(RUN) -m cl_bench +scale=mini +experiment=memory_vit_cifar100_10split name=trunk results_dir=$(PRETRAINED)/trunk/records scenario.pretrain_classes=50 scenario.num_tasks=1 scenario.train_per_class=500 scenario.test_per_class=100 method.warm_up=half method.warm_up_epochs=16 trainer.batch_size=128 trainer.epochs=2 backbone.memory=0 backbone.class_token=false trainer.keep_tasks=true
+	cp $(PRETRAINED)/trunk/records/*/*/seed0/checkpoint/task00.pt $@
+
+mini_pretrained: $(VENV)/.made $(PRETRAINED)/trunk.pt ## class means, RanPAC, prompts and memory tokens on one frozen network: results/mini/pretrained
+	$(SWEEP) results_dir=$(PRETRAINED)/records $(ON_HALF) +experiment=simplecil_cifar100_10split,ranpac_cifar100_10split,l2p_cifar100_10split,dualprompt_cifar100_10split,coda_prompt_cifar100_10split
+	for method in l2p dualprompt coda_prompt; do $(SWEEP) results_dir=$(PRETRAINED)/records $(ON_HALF) +experiment=$${method}_cifar100_10split name=$$method-off method.prompts=false; done
+	for method in l2p coda_prompt; do $(SWEEP) results_dir=$(PRETRAINED)/records $(ON_HALF) +experiment=$${method}_cifar100_10split name=$$method-unmasked method.loss_classes=seen; done
+	$(SWEEP) results_dir=$(PRETRAINED)/records $(MEMORY) name=head backbone.memory=0 backbone.class_token=false
+	$(SWEEP) results_dir=$(PRETRAINED)/records $(MEMORY) name=memory-5
+	$(RUN) scripts/compare.py $(PRETRAINED)/records --out $(PRETRAINED)
+
+mini_memory: mini_pretrained ## what memory tokens gain from cells, top-k reads, extension and rehearsal: results/mini/memory_vit_open
+	for m in 1 2 10 20; do $(SWEEP) results_dir=$(OPEN)/records/cells $(MEMORY) $(LAST) name=memory-$$m backbone.memory=$$m; done
+	for k in 1 2; do $(SWEEP) results_dir=$(OPEN)/records/reads $(MEMORY) $(LAST) name=reads-$$k backbone.reads=$$k; done
+	$(SWEEP) results_dir=$(OPEN)/records/attention $(MEMORY) $(LAST) name=concatenation backbone.attention=concatenation
+	for what in new all; do $(SWEEP) results_dir=$(OPEN)/records/rehearsal $(MEMORY) $(LAST) name=$$what buffer=reservoir buffer.capacity=100 method.rehearsal=$$what; done
+	for part in cells reads attention rehearsal; do $(RUN) scripts/compare.py $(PRETRAINED)/records/memory_vit_cifar100_10split $(OPEN)/records/$$part --out $(OPEN)/$$part; done
 
 ablation_lvt: $(VENV)/.made ## LVT without one part each at mini scale, beside the complete LVT of make mini
 	$(SWEEP) results_dir=results/mini/$@/records +experiment=lvt_cifar100_10split +ablation=$(call listed,$(addprefix lvt_without_,$(LVT_PARTS)))

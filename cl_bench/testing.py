@@ -78,7 +78,7 @@ def check_steps(build_parts: BuildParts, folder: Path) -> None:
     """
     parts = build_parts()
     trainer, method = make_trainer(parts, folder), parts.method
-    phases = 0
+    phases, initial = 0, _copy_tensors(parts)
     for task in parts.scenario.tasks:
         method.eval()
         for phase in method.learn(task):
@@ -112,7 +112,11 @@ def check_steps(build_parts: BuildParts, folder: Path) -> None:
             for name, p in method.named_parameters():
                 assert id(p) in trained or torch.equal(p, before[name]), f"{name} changes, but the phase has it not"
             method.eval()
-    assert phases >= 1, "learn yields no phase"
+    if parts.method.gradient_free:
+        assert phases == 0, "a method without gradients yields a phase"
+        _check_change(parts, initial)
+    else:
+        assert phases >= 1, "learn yields no phase"
 
 
 def check_scores(build_parts: BuildParts) -> None:
@@ -159,8 +163,12 @@ def check_resumption(build_parts: BuildParts, folder: Path) -> None:
     trainer = make_trainer(straight, folder / "straight")
     record = trainer.run()
     total, expected = trainer.steps_done, _get_tensors(straight)
-    assert total > 3, "fewer than four steps"
-    for stop_after in sorted({1, 2, 4, total // 2, total // 2 + 1, total - 1, total}):
+    if straight.method.gradient_free:
+        stops = set(range(1, 1 + len(straight.scenario.tasks)))  # before each task
+    else:
+        assert total > 3, "fewer than four steps"
+        stops = {1, 2, 4, total // 2, total // 2 + 1, total - 1, total}
+    for stop_after in sorted(stops):
         at = f"stopped at step {stop_after} of {total}: "
         place = folder / f"stop{stop_after}"
         torch.manual_seed(1234)  # whatever state the first process is in
@@ -191,6 +199,18 @@ def check_resumption(build_parts: BuildParts, folder: Path) -> None:
 def make_trainer(parts: Parts, folder: Path, stop: Callable[[], bool] = lambda: False) -> Trainer:
     """The training loop over ``parts`` without loggers, with its checkpoints in ``folder``."""
     return parts.build_trainer(Loggers([]), Checkpoint(folder), stop)
+
+
+def _copy_tensors(parts: Parts) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in _get_tensors(parts).items()}
+
+
+def _check_change(parts: Parts, before: dict[str, Tensor]) -> None:
+    """A method without gradients has learned something, and its parameters are as they were."""
+    after, parameters = _get_tensors(parts), {name for name, _ in parts.method.named_parameters()}
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed, "nothing was learned"
+    assert not changed & parameters, f"{', '.join(sorted(changed & parameters))} changed without a phase"
 
 
 def _count_to(number: int) -> Callable[[], bool]:

@@ -75,12 +75,21 @@ METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml") if pa
 """Every method with steps of ours; Avalanche's loop is tested in ``test_avalanche.py``."""
 
 FUNCTIONAL = [
-    *("agem", "derpp", "dytox", "er", "er_ace", "ewc", "ewc_pp", "finetune", "gdumb", "icarl", "joint", "lvt", "lwf"),
-    *("memory_vit", "mir", "ocs", "scr"),
+    *("agem", "coda_prompt", "derpp", "dualprompt", "dytox", "er", "er_ace", "ewc", "ewc_pp", "finetune", "gdumb"),
+    *("icarl", "joint", "l2p", "lvt", "lwf", "memory_vit", "mir", "ocs", "scr"),
 ]
 """The methods whose step is a function of tensors alone."""
 
 MLP_RESERVOIR = ["backbone=mlp", "backbone.hidden=[32]", "buffer=reservoir", "buffer.capacity=20"]
+
+PROMPTS = [
+    "backbone=prompt_vit_digits",
+    "backbone.depth=2",
+    "optimizer=adam",
+    "optimizer.lr=0.01",
+    "method.warm_up_epochs=1",
+    "method.warm_up_lr=0.002",
+]
 
 SUITS = {
     "den": [
@@ -122,6 +131,11 @@ SUITS = {
         "method.warm_up_epochs=5",
         "method.warm_up_lr=0.002",
     ],
+    "simplecil": ["backbone=mlp", "backbone.hidden=[64]"],
+    "ranpac": ["backbone=mlp", "backbone.hidden=[64]", "method.projection=200"],
+    "l2p": [*PROMPTS, "method.pool=4", "method.length=2", "method.top=2"],
+    "dualprompt": [*PROMPTS, "method.general_layers=[0]", "method.expert_layers=[1]", "method.length=2"],
+    "coda_prompt": [*PROMPTS, "method.layers=[0,1]", "method.components=3", "method.length=4"],
     "supsup_nns": [
         "backbone=mlp",
         "backbone.hidden=[64]",

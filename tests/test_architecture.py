@@ -47,10 +47,10 @@ ORDER = {
 """Inside these folders a file imports from the earlier ones."""
 
 SHARED = {"base", "layers", "dashboard", "delivered", "jsonl", "cache", "decoded", "pictures", "picture_files"}
-SHARED |= {"official_files", "pixel_maps", "recurring", "selection"}
+SHARED |= {"official_files", "pixel_maps", "recurring", "selection", "frozen_trunk"}
 """In the other folders a variant does not import another variant, only these shared files: the other loggers catch up
 from metrics.jsonl; modules of their own decode and store pictures, fetch published files, permute pixels, select
-images and spread them over the tasks."""
+images, spread them over the tasks, and train the trunk of a frozen ViT."""
 
 
 def imports(path: Path) -> set[str]:

@@ -121,6 +121,7 @@ STEPS = {
     "icarl": "method=icarl buffer=herding buffer.capacity=120",
     "dytox": "backbone=dytox_digits buffer.capacity=120 method.repeated_augmentation=1 method.finetune_epochs=1",
     "memory_vit": "backbone=memory_vit_digits method.warm_up_epochs=1 trainer.epochs=1",
+    "without a step": "method=simplecil",
 }
 
 

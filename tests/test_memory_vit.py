@@ -23,11 +23,12 @@ pytestmark = pytest.mark.arithmetic
 
 KEYS = {
     "pretrained": False, "checkpoint": None, "model": "test_vit", "patch_size": 4, "dim": 16, "depth": 3, "heads": 2,
-    "mlp_ratio": 2.0, "attention": "extension", "memory": 3, "class_token": True, "num_classes": 6,
+    "mlp_ratio": 2.0, "attention": "extension", "memory": 3, "class_token": True, "reads": None, "num_classes": 6,
     "image_shape": (1, 8, 8), "image_mean": [0.4], "image_std": [0.2],
 }  # fmt: skip
 RULE = {
-    "rule": "argmax", "warm_up": "first_task", "warm_up_epochs": 1, "warm_up_lr": 0.001, "warm_up_weight_decay": 0.0
+    "rule": "argmax", "rehearsal": "all", "rehearsal_size": 32, "buffer": None, "warm_up": "first_task",
+    "warm_up_epochs": 1, "warm_up_lr": 0.001, "warm_up_weight_decay": 0.0,
 }  # fmt: skip
 
 
@@ -204,6 +205,121 @@ def test_heads_alone_read_the_trunks_class_token():
     assert len(net.tokens) == len(net.memories) == 0
     assert same(net(x)[:, 2:4], net.heads[1](net.features(x)))
     assert sum(p.numel() for p in net.list_newest()) == (16 + 1) * 2
+
+
+# -- top-k reads -----------------------------------------------------------------------------------------------------
+
+
+def with_reads(reads, **keys) -> MemoryViT:
+    net = network(memory=4, **keys)
+    net.reads = reads
+    return net
+
+
+@pytest.mark.parametrize("mode", ["extension", "concatenation"])
+def test_all_reads_are_bit_equal_to_no_choice(mode):
+    x = images()
+    assert torch.equal(with_reads(4, attention=mode)(x), network(memory=4, attention=mode)(x))
+    assert MemoryViT(**(KEYS | {"reads": 3})).reads == MemoryViT(**KEYS).reads == 3
+
+
+@pytest.mark.parametrize("mode", ["extension", "concatenation"])
+def test_a_class_token_attends_to_the_best_tokens_of_each_task(mode):
+    """The layer in plain numpy, for each image, query and task by itself."""
+    net, x = with_reads(2, attention=mode), images(3)
+    trunk, heads, outputs = net.trunk, 2, []
+    for image in x:
+        y = net.embed(image[None])[0]
+        c = torch.cat([token + trunk.pos_embed[0, :1] for token in net.tokens])
+        for depth, block in enumerate(trunk.blocks):
+            e = torch.cat([memory[depth] for memory in net.memories])
+            qkv = block.attn.qkv(block.norm1(torch.cat([y, c, e]))).detach().numpy()
+            q, k, v = np.split(qkv, 3, axis=1)
+            rules = build_attention_rules(5, 3, 4, mode).numpy()
+            for query in range(3):
+                match = [q[5 + query] @ key for key in k[8:]]  # summed over heads
+                for task in range(3):
+                    rows = np.arange(4 * task, 4 * task + 4)
+                    worst = sorted(rows, key=lambda row: match[row])[:2]
+                    rules[5 + query, 8 + np.array(worst)] = False
+            read = []
+            for head in range(heads):
+                part = slice(8 * head, 8 * head + 8)
+                weights = np.where(rules, np.exp(q[:8, part] @ k[:, part].T / np.sqrt(8)), 0)
+                read.append(weights / weights.sum(1, keepdims=True) @ v[:, part])
+            z = torch.cat([y, c]) + block.attn.proj(torch.from_numpy(np.concatenate(read, axis=1)))
+            z = z + block.mlp(block.norm2(z))
+            y, c = z[:5], z[5:]
+        outputs.append(trunk.norm(c))
+    assert same(net.compute_outputs(x), torch.stack(outputs))
+
+
+@pytest.mark.parametrize("mode", ["extension", "concatenation"])
+def test_with_reads_a_new_task_leaves_old_outputs_unchanged(mode):
+    net, x = with_reads(1, attention=mode), images()
+    part = MemoryViT(**(KEYS | {"attention": mode, "memory": 4, "reads": 1})).double().eval()
+    part.trunk.load_state_dict(net.trunk.state_dict())
+    for task in (0, 1):
+        part.add_task(2)
+        part.double()
+        part.memories[task].data, part.tokens[task].data = net.memories[task].data, net.tokens[task].data
+    assert same(part.compute_outputs(x), net.compute_outputs(x)[:, :2])
+    apart = torch.cat([net.compute_outputs(image[None]) for image in x])
+    assert same(apart, net.compute_outputs(x))  # chosen for each image
+
+
+@pytest.mark.parametrize("reads", [0, 4])
+def test_reads_are_one_to_all_tokens(reads):
+    with pytest.raises(ConfigError, match=r"reads: expected 1 to memory=3, or null for all"):
+        MemoryViT(**(KEYS | {"reads": reads}))
+
+
+# -- rehearsal -------------------------------------------------------------------------------------------------------
+
+REHEARSAL = ["backbone=memory_vit_digits", "method.warm_up_epochs=1", "trainer.epochs=1", "buffer=reservoir",
+             "buffer.capacity=20", "method.rehearsal_size=8", "scenario.classes_per_task=[4,3,3]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("rehearsal", ["new", "all"])
+def test_rehearsal_trains_what_its_key_says(rehearsal, tmp_path):
+    parts = build(configure(*TINY, *REHEARSAL, f"method.rehearsal={rehearsal}"))
+    method, changed = parts.method, []
+    learn = method.learn
+
+    def watched(task):
+        for phase in learn(task):
+            before = {name: p.detach().clone() for name, p in method.net.named_parameters()}
+            yield phase
+            changed.append({name for name, p in method.net.named_parameters() if not torch.equal(p, before[name])})
+
+    method.learn = watched
+    record = parts.build_trainer(Loggers([]), Checkpoint(tmp_path), lambda: False).run()
+    own = {
+        task: {f"memories.{task}", f"tokens.{task}", f"heads.{task}.weight", f"heads.{task}.bias"} for task in (0, 1, 2)
+    }
+    assert changed[1:] == (
+        [own[0], own[0] | own[1], own[0] | own[1] | own[2]] if rehearsal == "all" else [*own.values()]
+    )
+    accuracy = record.task_il.accuracy
+    forgets = any((accuracy[task:, task] != accuracy[task, task]).any() for task in range(3))
+    assert forgets or rehearsal == "new" or len(parts.buffer) == 20
+    if rehearsal == "new":
+        assert not forgets
+
+
+def test_the_loss_of_rehearsal_is_over_all_classes_so_far(three_images):
+    parts = build(configure(*TINY, *REHEARSAL))
+    method, task = parts.method, parts.scenario.tasks[0]
+    method.net.add_task(4)
+    method.net.add_task(3)
+    assert len(method.inputs(batch_of(task.train.images[:3], task.train.labels[:3]))["y"]) == 3  # nothing to rehearse
+    parts.buffer.add(batch_of(task.train.images, task.train.labels))
+    inputs = method.inputs(batch_of(parts.scenario.tasks[1].train.images[:3], torch.tensor([4, 5, 6]), task=1))
+    assert len(inputs["y"]) == 3 + 8
+    assert (inputs["y"][3:] < 4).all()
+    z, y = method.net(inputs["x"]).detach().double().numpy()[:, :7], inputs["y"].numpy()
+    expected = np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(11), y])
+    assert method.terms(inputs, 1)[0]["ce"].item() == pytest.approx(expected, rel=1e-5)
 
 
 # -- the rule --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,19 @@ from helpers import METHODS, SEED, parts_of
 
 from cl_bench.testing import check_learning, check_resumption, check_scores, check_steps
 
+# a trunk that has seen neither task favours no head; unmasked, the last task's classes win
+HELD_OUT = [
+    "scenario.pretrain_classes=6",
+    "scenario.classes_per_task=[2,2]",
+    "method.warm_up=half",
+    "method.warm_up_epochs=15",
+    "method.loss_classes=seen",
+]
+
 EASIER = {
+    "l2p": HELD_OUT,
+    "dualprompt": HELD_OUT,
+    "coda_prompt": HELD_OUT,
     "gdumb": ["buffer.capacity=500", "method.cutmix=0"],  # nothing but the buffer is learned
     "scr": ["buffer.capacity=200"],  # the stored images' means answer
     "ewc": ["trainer.clip_norm=1"],  # without it one seed in ten diverges, on every instruction set
@@ -18,8 +30,9 @@ EASIER = {
 }
 """What makes learning sure over ten seeds and three instruction sets."""
 
-SEVERAL = {"memory_vit": 3}
-"""Seeds that are averaged, where one alone comes near the bound: with Class-IL from 38 to 66, three give 42 or more."""
+SEVERAL = {"memory_vit": 3, "l2p": 2}
+"""Seeds that are averaged, where one alone comes near a bound: memory_vit's Class-IL is 38 to 66, of three 42 or more;
+L2P's accuracy on the last task 75 to 92."""
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from cl_bench.core.errors import ConfigError, void
 
 ROTATED = ["scenario=rotated_mnist", "scenario.num_tasks=2", *DIGITS_INSTEAD]
 
+L2P = ["backbone=prompt_vit_digits", "method=l2p", "method.prompts=false"]
+
 VOID = {
     "scenario.num_tasks": ["scenario.num_tasks=5", "scenario.classes_per_task=[5,5]"],
     "class_order_seed": ["class_order_seed=3"],
@@ -43,6 +45,17 @@ VOID = {
     "method.warm_up_epochs": ["backbone=memory_vit", "backbone.pretrained=true", "method.warm_up_epochs=3"],
     "method.warm_up_lr": ["backbone=memory_vit", "backbone.pretrained=true", "method.warm_up_lr=0.1"],
     "method.warm_up_weight_decay": ["backbone=memory_vit", "backbone.checkpoint=w.pt", "method.warm_up_weight_decay=1"],
+    "method.rehearsal": ["backbone=memory_vit_digits", "method.rehearsal=new"],
+    "method.rehearsal_size": ["backbone=memory_vit_digits", "method.rehearsal_size=8"],
+    "method.pool": [*L2P, "method.pool=5"],
+    "method.top": [*L2P, "method.top=1"],
+    "method.length": [*L2P, "method.length=2"],
+    "method.pull": [*L2P, "method.pull=1"],
+    "method.general_layers": [*L2P[::2], "method=dualprompt", "method.general_layers=[1]"],
+    "method.expert_layers": [*L2P[::2], "method=dualprompt", "method.expert_layers=[1]"],
+    "method.layers": [*L2P[::2], "method=coda_prompt", "method.layers=[1]"],
+    "method.components": [*L2P[::2], "method=coda_prompt", "method.components=2"],
+    "method.orthogonality": [*L2P[::2], "method=coda_prompt", "method.orthogonality=1"],
     "backbone.model": ["backbone=memory_vit_digits", "backbone.model=vit_base"],
     "backbone.patch_size": ["backbone=memory_vit", "backbone.checkpoint=w.pt", "backbone.patch_size=2"],
     "backbone.dim": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.dim=64"],

@@ -16,6 +16,9 @@ Which query attends to which key (table 1):
     y                 yes   no             no                      no
     c_t               yes   yes            only with ``extension`` no
 
+With ``reads`` = k < m, c_t attends in a layer only to the k rows of each E_j that match it best: those with the highest
+sum over heads of q . k, q the query of c_t and k the key of the row. They are chosen for each image and each task j.
+
 So y is the same as in the ViT alone, all tasks share one pass, and a new task changes nothing for the old ones.
 
 Shapes: B images, N patches, n = N + 1, D token width, h heads, d = D / h, L layers, T tasks learned, m memory tokens
@@ -25,19 +28,14 @@ Departures: y and c are computed separately, since no y attends to a c; the resu
 (``tests/test_memory_vit.py``) and no gradient goes through y. The rest is in docs/methods/memory_vit.md.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, cast
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import Backbone
-from cl_bench.backbones.layers.vit import build_small_vit
-from cl_bench.core.errors import ConfigError, require, require_nonnegative, void
+from cl_bench.backbones.layers.frozen_vit import FrozenViT, apply_mlp, declare_void_sizes, project
+from cl_bench.core.errors import require, require_nonnegative
 
 Mode = Literal["extension", "concatenation"]
 
@@ -54,42 +52,20 @@ def build_attention_rules(inputs: int, tasks: int, memory: int, mode: Mode) -> T
     return torch.cat([trunk, own_tokens]).bool()
 
 
-def _has_weights(arguments: Mapping[str, Any]) -> bool:
-    return bool(arguments["pretrained"] or arguments["checkpoint"])
-
-
-@void("model", when=lambda v: not _has_weights(v), why="backbone.pretrained and backbone.checkpoint choose no weights")
-@void(
-    "patch_size",
-    "dim",
-    "depth",
-    "heads",
-    "mlp_ratio",
-    when=_has_weights,
-    why="backbone.model has sizes of its own",
-)
-class MemoryViT(Backbone):
+@declare_void_sizes
+class MemoryViT(FrozenViT):
     """A ViT that is frozen when the first task is added, and the tokens and heads of the tasks.
 
-    The trunk is ``model`` with the weights of timm (``pretrained``) or of a file (``checkpoint``); its images are
-    resized to the model's side (bicubic) and normalised as in its training. Otherwise it is an untrained ViT of the
-    given sizes.
-
     Args:
-        pretrained: download the weights of ``model``.
-        checkpoint: file with the weights of ``model``, a state dict saved by torch or safetensors; None for no file.
-        model: timm's name of a plain ViT.
-        patch_size, dim, depth, heads, mlp_ratio: sizes of a trunk without weights.
+        pretrained, checkpoint, model, patch_size, dim, depth, heads, mlp_ratio, image_mean, image_std: of the trunk,
+            see :class:`~cl_bench.backbones.layers.frozen_vit.FrozenViT`.
         attention: ``extension`` (a task attends to earlier tasks' tokens) or ``concatenation`` (tasks are independent).
         memory: m, memory tokens per layer and task; 0 trains the class token and head only.
         class_token: if False, the heads have the trunk's own class token as input; needs ``memory`` = 0.
-        image_mean, image_std: mean and standard deviation that normalised the images, one value per channel.
+        reads: k, how many memory tokens of each task a class token attends to in a layer; None for all m.
     """
 
-    trunk: Any  # a VisionTransformer; timm's types of its parts are too general
     mask: Tensor
-    scale: Tensor
-    shift: Tensor
 
     def __init__(
         self,
@@ -105,40 +81,33 @@ class MemoryViT(Backbone):
         attention: Mode,
         memory: int,
         class_token: bool,
+        reads: int | None,
         num_classes: int,
         image_shape: tuple[int, int, int],
         image_mean: list[float],
         image_std: list[float],
     ) -> None:
-        super().__init__()
+        super().__init__(
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            model=model,
+            patch_size=patch_size,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+            image_shape=image_shape,
+            image_mean=image_mean,
+            image_std=image_std,
+        )
         require_nonnegative(fix="The paper's default is 5.", memory=memory)
         expected, fix = "true with memory tokens: only class tokens attend to them", "Set memory=0 to train heads only."
         require(class_token or memory == 0, "class_token", expected=expected, got=class_token, fix=fix)
-        expected, fix = "null with pretrained=true", "Choose one of them."
-        require(not (pretrained and checkpoint), "checkpoint", expected=expected, got=checkpoint, fix=fix)
-        self.attention, self.num_memory = attention, memory
+        expected = f"1 to memory={memory}, or null for all"
+        require(reads is None or 0 < reads <= memory, "reads", expected=expected, got=reads, fix="Leave it out.")
+        self.attention, self.num_memory, self.reads = attention, memory, memory if reads is None else reads
         self.class_token, self.num_classes = class_token, num_classes
-        self.source: str | None = None
-        scale, shift = torch.ones(image_shape[0]), torch.zeros(image_shape[0])
-        if pretrained or checkpoint:
-            self.trunk = _get_trunk(model, checkpoint, channels=image_shape[0])
-            self.source = f"weights of {model}" + (f" from the file {Path(checkpoint).name}" if checkpoint else "")
-            mean, std = (torch.tensor(self.trunk.pretrained_cfg[key]) for key in ("mean", "std"))
-            scale, shift = torch.tensor(image_std) / std, (torch.tensor(image_mean) - mean) / std
-        else:
-            self.trunk = build_small_vit(
-                patch_size=patch_size,
-                dim=dim,
-                depth=depth,
-                heads=heads,
-                mlp_ratio=mlp_ratio,
-                num_classes=0,
-                image_shape=image_shape,
-            )
-        for name, values in {"scale": scale, "shift": shift}.items():
-            self.register_buffer(name, values[:, None, None], persistent=False)
         self.register_buffer("mask", torch.zeros(0), persistent=False)
-        self.dim: int = self.trunk.embed_dim
         self.memories, self.tokens = nn.ParameterList(), nn.ParameterList()  # (L, m, D) and (1, D) per task
         self.heads = nn.ModuleList()
 
@@ -149,6 +118,7 @@ class MemoryViT(Backbone):
 
     def add_task(self, num_classes: int) -> None:
         """Freeze everything, then add memory tokens, class token and head of a new task."""
+        self.freeze()
         self.requires_grad_(False)
         device = self.trunk.pos_embed.device
         head = nn.Linear(self.dim, num_classes, device=device)
@@ -169,23 +139,10 @@ class MemoryViT(Backbone):
         own = [self.memories[-1], self.tokens[-1]] if self.class_token else []
         return [p for p in (*own, *self.heads[-1].parameters()) if p.numel()]
 
-    def train(self, mode: bool = True) -> "MemoryViT":
-        """Set the mode of everything except a frozen trunk, which stays in evaluation mode."""
-        super().train(mode)
-        if len(self.heads):
-            self.trunk.eval()
-        return self
-
-    def fit_images(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H', W'), resized (bicubic) and normalised for the trunk."""
-        size = self.trunk.patch_embed.img_size
-        if x.shape[2:] != size:
-            x = F.interpolate(x, size=size, mode="bicubic")
-        return x * self.scale + self.shift
-
-    def features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D), the trunk's own class token after its final LayerNorm."""
-        return self.trunk.forward_head(self.trunk.forward_features(self.fit_images(x)), pre_logits=True)
+    def thaw_tasks(self) -> list[nn.Parameter]:
+        """The parameters of all tasks, which can be trained again until the next task is added."""
+        found = [p for p in (*self.memories, *self.tokens, *self.heads.parameters()) if p.numel()]
+        return [p.requires_grad_() for p in found]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K) logits of all heads concatenated, -inf for classes of tasks not learned."""
@@ -202,12 +159,11 @@ class MemoryViT(Backbone):
         if not len(self.tokens):
             return self.features(x)[:, None].expand(-1, len(self.heads), -1)
         trunk = self.trunk
-        y = trunk.patch_embed(self.fit_images(x))  # (B, N, D)
-        y = torch.cat([trunk.cls_token.expand(len(y), -1, -1), y], dim=1) + trunk.pos_embed
+        y = self.embed(x)
         c = (torch.cat([*self.tokens]) + trunk.pos_embed[:, 0]).expand(len(y), -1, -1)  # (B, T, D), all at position 0
         memory = torch.cat([*self.memories], dim=1)  # (L, T m, D)
         for block, e in zip(trunk.blocks, memory):
-            y, c = _apply_layer(block, y, c, e.expand(len(y), -1, -1), self.mask)
+            y, c = _apply_layer(block, y, c, e.expand(len(y), -1, -1), self.mask, self.num_memory, self.reads)
         return trunk.norm(c)
 
     def get_extra_state(self) -> list[int]:
@@ -220,95 +176,24 @@ class MemoryViT(Backbone):
             self.add_task(num_classes)
 
 
-def _apply_layer(block: Any, y: Tensor, c: Tensor, e: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _apply_layer(
+    block: Any, y: Tensor, c: Tensor, e: Tensor, mask: Tensor, memory: int, reads: int
+) -> tuple[Tensor, Tensor]:
     """One block: (B, n, D) inputs, (B, T, D) class tokens, (B, T m, D) memory -> inputs and class tokens after it."""
     tasks = c.shape[1]
-    q, k, v = _project(block.attn, block.norm1(y))
-    qc, kc, vc = _project(block.attn, block.norm1(torch.cat([c, e], dim=1)))
+    q, k, v = project(block.attn, block.norm1(y))
+    qc, kc, vc = project(block.attn, block.norm1(torch.cat([c, e], dim=1)))
     own = F.scaled_dot_product_attention(q, k, v)
-    read = F.scaled_dot_product_attention(
-        qc[:, :, :tasks], torch.cat([k, kc], dim=2), torch.cat([v, vc], dim=2), attn_mask=mask
-    )
-    return _apply_mlp(block, y, own), _apply_mlp(block, c, read)
+    qc = qc[:, :, :tasks]
+    if reads < memory:
+        picked = pick_reads(qc, kc[:, :, tasks:], memory, reads)
+        mask = mask & torch.cat([picked.new_ones(*picked.shape[:3], mask.shape[1] - picked.shape[3]), picked], dim=3)
+    read = F.scaled_dot_product_attention(qc, torch.cat([k, kc], dim=2), torch.cat([v, vc], dim=2), attn_mask=mask)
+    return apply_mlp(block, y, own), apply_mlp(block, c, read)
 
 
-def _project(attention: Any, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, n, D) -> queries, keys, values, (B, h, n, d) each."""
-    q, k, v = attention.qkv(z).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return q, k, v
-
-
-def _apply_mlp(block: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """Projection, residual, MLP, residual: (B, n, D), (B, h, n, d) -> (B, n, D)."""
-    x = x + block.ls1(block.attn.proj(attended.transpose(1, 2).flatten(2)))
-    return x + block.ls2(block.mlp(block.norm2(x)))
-
-
-def _get_trunk(model: str, checkpoint: str | None, channels: int) -> VisionTransformer:
-    """``model`` with the weights of a file, or without one with timm's; refuse another number of image channels."""
-    trunk: Any = _download_trunk(model) if checkpoint is None else _load_trunk(model, checkpoint)
-    require(
-        trunk.in_chans == channels,
-        "model",
-        expected=f"a network for images of {channels} channels",
-        got=model,
-        fix="Set pretrained=false and checkpoint=null.",
-    )
-    return trunk
-
-
-def _create_trunk(model: str, *, pretrained: bool) -> VisionTransformer:
-    """timm's ``model`` without its classifier; refuse anything but a plain ViT."""
-    trunk: Any = timm.create_model(model, pretrained=pretrained, num_classes=0)
-    plain = isinstance(trunk, VisionTransformer) and _is_plain(trunk)
-    require(
-        plain,
-        "model",
-        expected="a plain ViT with a class token at position 0 and no other extra token",
-        got=model,
-        fix="The paper's is vit_base_patch32_224.augreg_in21k.",
-    )
-    return trunk
-
-
-def _is_plain(trunk: Any) -> bool:
-    return (
-        trunk.global_pool == "token"
-        and trunk.num_prefix_tokens == 1
-        and not trunk.no_embed_class
-        and isinstance(trunk.norm_pre, nn.Identity)
-        and isinstance(trunk.blocks[0].attn.q_norm, nn.Identity)
-    )
-
-
-def _download_trunk(model: str) -> VisionTransformer:
-    try:
-        return _create_trunk(model, pretrained=True)
-    except ConfigError:
-        raise
-    except Exception as error:  # no network, no such name, no weights: timm and its hub raise many kinds of errors
-        raise ConfigError(
-            "pretrained",
-            expected=f"weights of {model} from timm",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            fix="Download the weights file elsewhere and set backbone.checkpoint=PATH, "
-            "or set backbone.pretrained=false for a trunk that is trained first (method.warm_up).",
-        ) from error
-
-
-def _load_trunk(model: str, checkpoint: str) -> VisionTransformer:
-    trunk = _create_trunk(model, pretrained=False)
-    try:
-        state = timm.models.load_state_dict(checkpoint, weights_only=True)
-        missing, surplus = trunk.load_state_dict(state, strict=False)
-        problem = [*missing, *(name for name in surplus if not name.startswith("head."))]
-    except Exception as error:  # no such file, not a state dict, other shapes: also many kinds
-        problem = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
-    require(
-        not problem,
-        "checkpoint",
-        expected=f"a file with the weights of {model} (a state dict saved by torch or safetensors)",
-        got=f"{checkpoint} ({', '.join(problem[:3])})",
-        fix="Set backbone.model to the file's network, or take another file.",
-    )
-    return trunk
+def pick_reads(q: Tensor, k: Tensor, memory: int, reads: int) -> Tensor:
+    """(B, h, T, d) queries, (B, h, T m, d) keys -> (B, 1, T, T m) bool, the ``reads`` best of each task's m keys."""
+    match = torch.einsum("bhtd,bhsd->bts", q, k).unflatten(2, (-1, memory))  # (B, T, T, m)
+    best = match.topk(reads, dim=3).indices
+    return torch.zeros_like(match, dtype=torch.bool).scatter(3, best, True).flatten(2)[:, None]

@@ -342,14 +342,14 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
             got=config.choices.backbone,
             fix=f"Use backbone={suits}, or another method.",
         )
-    if "buffer" in signature and buffer.capacity == 0:
+    kind = signature["buffer"].annotation if "buffer" in signature else Buffer
+    if "buffer" in signature and buffer.capacity == 0 and kind != (Buffer | None):
         raise ConfigError(
             "buffer",
             expected=f"a buffer with a capacity, which method={config.choices.method} replays from",
             got=config.choices.buffer,
             fix="Use buffer=reservoir, or method=finetune to train without a buffer.",
         )
-    kind = signature["buffer"].annotation if "buffer" in signature else Buffer
     if not isinstance(buffer, kind):
         raise ConfigError(
             "buffer",

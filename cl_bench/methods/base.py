@@ -16,7 +16,8 @@ from torch.func import functional_call
 from cl_bench.backbones.base import Backbone, check_single_images, turn_into_buffers
 from cl_bench.buffers.base import CHUNK, Buffer, Columns
 from cl_bench.core.errors import require_positive
-from cl_bench.core.types import Batch, Losses, Phase, Task
+from cl_bench.core.types import Batch, Data, Losses, Phase, Task
+from cl_bench.data.transform import Transform
 from cl_bench.scenarios.base import Scenario
 
 Predict = Callable[[Tensor, Tensor | None], Tensor]
@@ -61,6 +62,10 @@ class Method(nn.Module, ABC):
     """How :meth:`predict` gets the test images if it gets no task id: all tasks shuffled together, or batches of one
     task each, which tell it more than an image does. The summary and the report say so, and the audit fails
     (decision 14)."""
+
+    gradient_free: ClassVar[bool] = False
+    """Whether it learns without gradient descent: :meth:`learn` yields no phase, and the network stays as it is
+    (decision 37)."""
 
     own_loop: ClassVar[bool] = False
     """Whether its phases have training loops of their own (:attr:`~cl_bench.core.types.Phase.loop`). Then keys of our
@@ -313,6 +318,27 @@ class ParameterSnapshot:
     def nbytes(self) -> int:
         """Bytes of old values and importance."""
         return sum(t.nbytes for t in self.values + self.importance)
+
+
+@torch.no_grad()
+def measure_width(net: Backbone, image_shape: tuple[int, int, int]) -> int:
+    """D of a network's features, for images (C, H, W); it is left in evaluation mode."""
+    tensor = next(iter([*net.parameters(), *net.buffers()]))
+    return net.eval().features(torch.zeros(1, *image_shape, device=tensor.device)).shape[1]
+
+
+@torch.no_grad()
+def update_class_means(means: Tensor, data: Data, transform: Transform, features: Callable[[Tensor], Tensor]) -> None:
+    """Set the rows of ``means`` (K, D) whose classes have images in ``data``, to their mean features, un-augmented.
+
+    Args:
+        features: (B, C, H, W) -> (B, D).
+    """
+    totals = torch.zeros_like(means)
+    for chunk in data.split(CHUNK):
+        totals.index_add_(0, chunk.labels, features(transform.normalise(chunk.images)))
+    counts = torch.bincount(data.labels, minlength=len(means))[:, None]
+    means.copy_(torch.where(counts > 0, totals / counts.clamp(min=1), means))
 
 
 @torch.no_grad()

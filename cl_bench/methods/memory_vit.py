@@ -5,8 +5,14 @@ own classes; the trunk and everything of earlier tasks is frozen:
 
     L = CE( W_t T(c_t) + b_t, y )
 
-So the predictions for an earlier task never change: Task-IL forgetting is 0. The paper gives no rule for an unknown
-task; the rules here use the concatenated logits z = [z_1 .. z_T]:
+So the predictions for an earlier task never change: Task-IL forgetting is 0. With a buffer the loss is over the images
+of the batch and a draw from the buffer, and over all classes so far,
+
+    L = CE( [ W_j T(c_j) + b_j ]_{j <= t}, y )
+
+and trains the parameters of all tasks (``rehearsal=all``; earlier predictions may change) or the new ones (``new``).
+
+The paper gives no rule for an unknown task; the rules here use the concatenated logits z = [z_1 .. z_T]:
 
     argmax        argmax_k z_k
     energy        t* = argmax_t log sum_k exp z_tk (Liu et al. 2020, temperature 1), then argmax_k z_{t*,k}
@@ -22,35 +28,35 @@ Departures and what the paper leaves open: docs/methods/memory_vit.md.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_bench.backbones.memory_vit import MemoryViT
-from cl_bench.buffers.base import CHUNK
-from cl_bench.core.errors import require, require_positive, void
-from cl_bench.core.types import Batch, Data, Losses, Phase, Task
-from cl_bench.methods.base import FunctionalMethod, Inputs, Predict, Terms
-from cl_bench.optim import adamw
+from cl_bench.buffers.base import Buffer, Columns
+from cl_bench.core.errors import require_positive, void
+from cl_bench.core.types import Batch, Phase, Task
+from cl_bench.methods.base import Inputs, Predict, Terms, true_class_probability, update_class_means
+from cl_bench.methods.frozen_trunk import FrozenTrunkMethod, WarmUp, declare_void_warm_up
 from cl_bench.scenarios.base import Scenario
 
 
 @void(
-    "warm_up",
-    "warm_up_epochs",
-    "warm_up_lr",
-    "warm_up_weight_decay",
-    when=lambda v: bool(v["config"].backbone.get("pretrained") or v["config"].backbone.get("checkpoint")),
-    why="the network comes with weights",
+    *("rehearsal", "rehearsal_size"),
+    when=lambda v: v["config"].choices.buffer == "none",
+    why="buffer=none remembers no images",
 )
-class LearnableMemory(FunctionalMethod):
+@declare_void_warm_up
+class LearnableMemory(FrozenTrunkMethod):
     """Trains the memory tokens, class token and head of each task on a frozen trunk.
 
     Args:
         rule: how the class of an image of an unknown task is predicted during the run.
+        rehearsal: what the images of earlier tasks train beside the new task's parameters: those of ``all`` tasks, or
+            none (``new``).
+        rehearsal_size: images of earlier tasks that are added to each batch.
         warm_up: the images that train a trunk without weights: ``first_task``, or ``half`` for the classes that
             ``scenario.pretrain_classes`` holds out. Not used if the network comes with weights.
         warm_up_epochs, warm_up_lr, warm_up_weight_decay: of that phase (AdamW).
@@ -64,57 +70,63 @@ class LearnableMemory(FunctionalMethod):
         self,
         *,
         net: MemoryViT,
+        buffer: Buffer | None,
         scenario: Scenario,
         rule: Literal["argmax", "energy", "nearest_mean"],
-        warm_up: Literal["first_task", "half"],
+        rehearsal: Literal["new", "all"],
+        rehearsal_size: int,
+        warm_up: WarmUp,
         warm_up_epochs: int,
         warm_up_lr: float,
         warm_up_weight_decay: float,
     ) -> None:
-        super().__init__()
-        require_positive(fix="Use 200.", warm_up_epochs=warm_up_epochs)
-        self.net, self.rule, self.warm_up, self.warm_up_epochs = net, rule, warm_up, warm_up_epochs
-        self.optimizer = partial(
-            adamw, lr=warm_up_lr, betas=[0.9, 0.999], weight_decay=warm_up_weight_decay, decay_vectors=True
+        super().__init__(
+            net=net,
+            scenario=scenario,
+            warm_up=warm_up,
+            warm_up_epochs=warm_up_epochs,
+            warm_up_lr=warm_up_lr,
+            warm_up_weight_decay=warm_up_weight_decay,
         )
-        self.optimizer([nn.Parameter(torch.zeros(1))])  # checks lr and weight decay now, not at the first step
-        self.transform, self.pretrain = scenario.transform, scenario.pretrain
-        classes = len(scenario.tasks[0].classes) if warm_up == "first_task" else len(scenario.pretrain_order)
-        if net.source is None:
-            require(
-                classes > 0,
-                "warm_up",
-                expected="first_task, or half with classes held out to train the trunk on",
-                got="half without such classes",
-                fix="Set scenario.pretrain_classes=50 as well.",
-            )
-            net.trunk.reset_classifier(classes)  # used in the warm-up only
-            on = "the first task" if warm_up == "first_task" else f"{classes} held-out classes"
-        self.origin = net.source or f"warmed up on {on}"
+        require_positive(fix="32 is usual at batch size 32.", rehearsal_size=rehearsal_size)
+        self.rule, self.rehearsal, self.rehearsal_size = rule, rehearsal, rehearsal_size
+        self.buffer = buffer if buffer is not None and buffer.capacity else None
         self.register_buffer("means", torch.zeros(scenario.num_classes, net.dim))
 
     def learn(self, task: Task) -> Iterator[Phase]:
         """The trunk's warm-up before the first task; then one phase on the task's own parameters, then class means."""
-        if task.id == 0 and self.net.source is None:
-            yield Phase(
-                task.train if self.warm_up == "first_task" else self.pretrain,
-                self.observe_warm_up,
-                self.net.trunk.parameters(),
-                epochs=self.warm_up_epochs,
-                optimizer=self.optimizer,
-            )
+        yield from self.list_warm_up(task)
         self.net.add_task(len(task.classes))
-        yield Phase(task.train, self.observe, self.net.list_newest())
-        self._measure_means(task.train)
+        rehearsed = self.buffer is not None and self.rehearsal == "all"
+        yield Phase(task.train, self.observe, self.net.thaw_tasks() if rehearsed else self.net.list_newest())
+        update_class_means(self.means, task.train, self.transform, self.net.features)
+        if self.buffer is not None:
+            self.buffer.close_task(task, self.describe)
 
-    def observe_warm_up(self, batch: Batch) -> Losses:
-        """Cross-entropy of the trunk with its own head."""
-        return {"warm_up_ce": F.cross_entropy(self.net.trunk(self.net.fit_images(batch.x)), batch.y)}
+    def inputs(self, batch: Batch) -> Inputs:
+        """The batch and a draw of images of earlier tasks."""
+        slots = torch.empty(0) if self.buffer is None else self.buffer.list_slots(without=batch.task)
+        if self.buffer is None or not len(slots):
+            return {"x": batch.x, "y": batch.y}
+        draw = self.buffer.sample_from(slots, self.rehearsal_size)
+        return {"x": torch.cat([batch.x, draw.x]), "y": torch.cat([batch.y, draw.y])}
 
     def terms(self, inputs: Inputs, task: int) -> Terms:
-        """Cross-entropy over the new task's classes."""
+        """Cross-entropy over the new task's classes; with a buffer over all classes so far."""
+        if self.buffer is not None:
+            return {"ce": F.cross_entropy(self.net(inputs["x"])[:, : sum(self.net.sizes)], inputs["y"])}, {}
         first = sum(self.net.sizes[:-1])
         return {"ce": F.cross_entropy(self.net.compute_newest_logits(inputs["x"]), inputs["y"] - first)}, {}
+
+    def remember(self, batch: Batch, columns: Columns) -> None:
+        """Offer a batch of the stream to the buffer."""
+        if self.buffer is not None:
+            self.buffer.add(batch)
+
+    def describe(self, x: Tensor, y: Tensor) -> Columns:
+        """What a buffer may rank by: confidence, logits and features of images (B, C, H, W), labels (B,)."""
+        logits = self.net(x)
+        return {"confidence": true_class_probability(logits, y), "logits": logits, "features": self.net.features(x)}
 
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K) by ``rule``; with a known task id all logits, from which head t is taken."""
@@ -158,11 +170,3 @@ class LearnableMemory(FunctionalMethod):
 
     def _list_rules(self) -> dict[str, Predict]:
         return {"argmax": self.argmax, "energy": self.energy, "nearest_mean": self.nearest_mean}
-
-    @torch.no_grad()
-    def _measure_means(self, data: Data) -> None:
-        totals = torch.zeros_like(self.means)
-        for chunk in data.split(CHUNK):
-            totals.index_add_(0, chunk.labels, self.net.features(self.transform.normalise(chunk.images)))
-        counts = torch.bincount(data.labels, minlength=len(self.means))[:, None]
-        self.means.copy_(torch.where(counts > 0, totals / counts.clamp(min=1), self.means))

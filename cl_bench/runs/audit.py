@@ -298,7 +298,8 @@ def check_rehearsal(rebuild: Callable[[], Parts]) -> list[Check]:
         seen = [torch.tensor(list_seen_classes(tasks[: task.id + 1])) for task in tasks]
         if scrambled:
             scramble_test_images(parts)
-        allowed = hash_images(Data.concatenate(task.train for task in parts.scenario.tasks).images)
+        training = [*(task.train for task in parts.scenario.tasks), parts.scenario.pretrain]
+        allowed = hash_images(Data.concatenate(training).images)
         torch.manual_seed(0)
         trainer = parts.build_trainer(Loggers([]), Checkpoint(Path()), stop=lambda: False)
         trainer.settings = replace(

@@ -109,7 +109,9 @@ def _print(parts: Parts, summary: dict[str, Any]) -> None:
     console.print(f"parameters: {cost['parameters']:,} ({4 * cost['parameters'] / 2**20:.1f} MiB as fp32)")
     console.print(f"data on {parts.device}: {summary['data_bytes'] / 2**20:.1f} MiB")
     console.print(f"buffer: {parts.buffer.capacity} images, {cost['buffer_bytes'] / 2**20:.2f} MiB")
-    console.print(f"step: {1000 * steps[0]:.1f} ms in the first task, {1000 * steps[-1]:.1f} ms in the last one timed")
+    if steps:
+        first, last = 1000 * steps[0], 1000 * steps[-1]
+        console.print(f"step: {first:.1f} ms in the first task, {last:.1f} ms in the last one timed")
     console.print(f"memory at the peak of the probe: {cost['peak_memory_bytes'] / 2**20:.0f} MiB")
     low, high = summary["expected_hours_range"]
     curve = f", evaluation while learning {cost['curve_seconds']:.0f} s" if cost["curve_seconds"] else ""
