@@ -1,10 +1,9 @@
 """The report of one run: pictures and one self-contained page, made only from the files of its folder."""
 
-import base64
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record
 from cl_bench.engine.evaluate import read_predictions
 from cl_bench.report import plots
+from cl_bench.report.svg import Panel, render_panels
 from cl_bench.system.atomic import write_text
 
 CARDS = (
@@ -103,28 +103,25 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure on a page: its title, a caption, its PNG file and its width in CSS pixels."""
+    """A figure: its title and caption, its PNG file, and its panels and the lines of its legend for a page."""
 
     title: str
     caption: str
     png: bytes
-    width: int
+    panels: Sequence[Panel]
+    legend: Sequence[plots.Key] = ()
 
     @classmethod
-    def of(cls, figure: Figure, title: str, caption: str) -> "Picture":
-        """The picture of a figure."""
-        return cls(title, caption, plots.render_png(figure), round(figure.get_figwidth() * plots.PIXELS_PER_INCH))
-
-    @property
-    def base64(self) -> str:
-        """The PNG file as text, to be put into a page."""
-        return base64.b64encode(self.png).decode("ascii")
+    def of(cls, name: str, figure: Figure, title: str, caption: str, legend: Sequence[plots.Key] = ()) -> "Picture":
+        """The picture of a figure; ``name`` is that of its file."""
+        png = plots.render_png(figure)  # first, because it lays the figure out
+        return cls(title, caption, png, render_panels(figure, name), legend)
 
 
 def write_report(folder: Path) -> Path:
     """Write ``plots/*.png`` and ``report.html`` of the finished run in ``folder``; returns the page's path."""
     run = Run.read(folder)
-    pictures = {name: Picture.of(*figure) for name, figure in _draw_figures(run)}
+    pictures = {name: Picture.of(name, *figure) for name, figure in _draw_figures(run)}
     summary = run.summary
     page = render(
         "report.html.j2",
@@ -133,6 +130,7 @@ def write_report(folder: Path) -> Path:
         facts=_list_facts(summary),
         cards=[(_format_card_label(*card), _format_card_value(run, *card)) for card in CARDS],
         metrics=_list_metrics(run),
+        odd=list(_explain_odd_numbers(run)),
         costs=[(label, _format_or_dash(run.value("cost", key), text)) for key, (label, text) in COSTS.items()],
         verdicts=judge(run, run.value),
         pictures=pictures.values(),
@@ -334,6 +332,38 @@ def _list_warnings(summary: dict[str, Any]) -> list[str]:
             "every test batch is of one task, and the method knows that: easier than Class-IL with mixed batches"
         )
     return warnings
+
+
+def _explain_odd_numbers(run: Run) -> Iterator[str]:
+    """A sentence about each number that a reader may take for an error."""
+    tasks = run.summary["tasks"]
+    classes = [len(task) for task in tasks]
+    guessing = {"class_il": 100 / len({c for task in tasks for c in task}), "task_il": 100 / (sum(classes) / len(tasks))}
+    for setting in SETTINGS:
+        title = TITLES[setting]
+        average, forgetting, transfer = (
+            run.value(setting, name) for name in ("average_accuracy", "forgetting", "backward_transfer")
+        )
+        if forgetting is not None and forgetting < -0.005:
+            yield (
+                f"{title} forgetting is below 0: on average, the earlier tasks are answered better after the last task "
+                "than at any time before. This happens if later training also trains them, for example by rehearsal."
+            )
+        elif transfer is not None and transfer > 0.005:
+            yield (
+                f"{title} backward transfer is above 0: on average, the earlier tasks are answered better after the "
+                "last task than right after they were learned. Forgetting compares with the best earlier accuracy."
+            )
+        if average is not None and max(classes) > 1 and average <= guessing[setting]:
+            yield (
+                f"{title} average accuracy is not above {guessing[setting]:.1f} %, what guessing among the classes gives."
+            )
+    both = [run.value(setting, "average_accuracy") for setting in SETTINGS]
+    if both[0] is not None and both[1] is not None and both[1] < both[0] - 0.005:
+        yield (
+            "Task-IL accuracy is below Class-IL accuracy, although Task-IL has fewer classes to choose from: the method "
+            "answers in another way if it knows the task."
+        )
 
 
 def _list_facts(summary: dict[str, Any]) -> list[tuple[str, Any]]:
