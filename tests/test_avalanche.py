@@ -260,7 +260,7 @@ def test_a_run_on_a_machine_that_rounds_differently_is_not_gone_on_with(tmp_path
         make_trainer(parts_of(), tmp_path, lambda: next(calls) == 12).run()
     parts = parts_of()
     next(iter(parts.method._first_weights.values())).mul_(1.001)
-    with pytest.raises(RunError, match="tasks 0 to 0 gave other weights"):
+    with pytest.raises(RunError, match="tasks 1 to 1 gave other weights"):
         make_trainer(parts, tmp_path).run()
 
 
@@ -345,7 +345,7 @@ def test_a_loss_and_a_storage_policy_are_parts():
 
 def test_a_strategy_that_fails_says_where(tmp_path):
     parts = parts_of(f"method.strategy={SUPERVISED}.JointTraining")
-    with pytest.raises(RunError, match="JointTraining failed in task 1"):
+    with pytest.raises(RunError, match="JointTraining failed in task 2"):
         make_trainer(parts, tmp_path).run()
 
 

@@ -1,7 +1,10 @@
 """The comparison of finished runs: tables, paired tests, published numbers, pictures, one page."""
 
+import base64
+import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +56,11 @@ MOST_ROWS_PAIRED = 30
 
 MOST_ROWS_DRAWN = 40
 """With more rows the pictures show the first ones."""
+
+
+DOTS = "final_accuracy"
+DOTS_TITLE = "Class-IL average accuracy after the last task [%]"
+"""The picture of final accuracies: name of its file, and title of its axis."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,7 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
     if comparison.orders:
         _make_orders_frame(comparison.orders).to_csv(out / "orders.csv", index=False, lineterminator="\n")
     (out / "table.md").write_text(f"Made by `{command}`.\n\n{make_markdown(comparison)}", encoding="utf-8")
+    script = (Path(__file__).parent / "compare.js").read_text(encoding="utf-8")
     page = render(
         "compare.html.j2",
         runs=sum(len(row.runs) for row in comparison.rows),
@@ -164,7 +173,11 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
         tables=make_tables(comparison, interval=True),
         common=comparison.common,
         notes=_list_left_out(comparison),
-        pictures=pictures.values(),
+        left_out=Counter(run.state for run in comparison.left_out),
+        pictures=[picture for name, picture in pictures.items() if name != DOTS],
+        dots=make_dots(comparison.rows),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     (out / "compare.html").write_text(page, encoding="utf-8")
 
@@ -277,24 +290,63 @@ def _make_orders_frame(groups: Sequence[Orders]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+@dataclass(frozen=True)
+class Dots:
+    """The plot of final accuracies on a page, where it is made of text and SVG, so that it fits any width.
+
+    Attributes:
+        title: what is shown, with its unit.
+        ticks: positions on the axis, in percent of its length, and their texts.
+        rows: label, positions of the seeds, of the mean, and of the ends of its confidence interval, or None.
+    """
+
+    title: str
+    ticks: list[tuple[float, str]]
+    rows: list[tuple[str, list[float], float, tuple[float, float] | None]]
+
+
+def make_dots(rows: Sequence[Row]) -> Dots | None:
+    """The plot of the rows that have a Class-IL accuracy, all of them; None if no row has one."""
+    values = {row.label: row.values(MAIN).tolist() for row in rows}
+    shown = [row for row in rows if values[row.label]]
+    if not shown:
+        return None
+    spans = {row.label: (np.mean(values[row.label]), row.stat(MAIN).ci95 or 0.0) for row in shown}
+    ends = [end for mean, half in spans.values() for end in (mean - half, mean + half)]
+    ends += [value for row in shown for value in values[row.label]]
+    low, high = float(min(ends)), float(max(ends))
+
+    def place(value: float) -> float:
+        return round(2 + 96 * (value - low) / ((high - low) or 1.0), 2)  # a dot at an end is not cut
+
+    lines = []
+    for row in shown:
+        mean, half = spans[row.label]
+        interval = (place(mean - half), place(mean + half)) if half else None
+        lines.append((row.label, [place(value) for value in values[row.label]], place(mean), interval))
+    return Dots(DOTS_TITLE, [(place(tick), f"{tick:g}") for tick in plots.choose_ticks(low, high)], lines)
+
+
 def _draw_pictures(comparison: Comparison) -> Iterator[tuple[str, Picture]]:
     rows = comparison.rows[:MOST_ROWS_DRAWN]
     few = "" if len(rows) == len(comparison.rows) else f" The first {len(rows)} rows only."
     figure = plots.draw_dots(
         {row.label: row.values(MAIN).tolist() for row in rows},
         {row.label: row.stat(MAIN).ci95 for row in rows},
-        "Class-IL average accuracy after the last task [%]",
+        DOTS_TITLE,
     )
     if figure is not None:
         caption = (
             "One dot per seed, a bar at the mean, a line over its 95 % confidence interval. "
             f"The axis does not always begin at 0.{few}"
         )
-        yield "final_accuracy", Picture.of(figure, "Final accuracy", caption)
-    figure = plots.draw_accuracy_by_row({setting: _make_curves(rows, setting) for setting in SETTINGS})
+        yield DOTS, Picture.of(DOTS, figure, "Final accuracy", caption)
+    curves = {setting: _make_curves(rows, setting) for setting in SETTINGS}
+    figure = plots.draw_accuracy_by_row(curves)
     if figure is not None:
         caption = f"Mean over seeds; with several seeds, a band of one standard deviation up and down.{few}"
-        yield "accuracy_over_tasks", Picture.of(figure, "Accuracy over tasks", caption)
+        name = "accuracy_over_tasks"
+        yield name, Picture.of(name, figure, "Accuracy over tasks", caption, plots.make_legend(curves))
 
 
 def _make_curves(rows: Sequence[Row], setting: str) -> dict[str, np.ndarray]:

@@ -338,7 +338,10 @@ def _explain_odd_numbers(run: Run) -> Iterator[str]:
     """A sentence about each number that a reader may take for an error."""
     tasks = run.summary["tasks"]
     classes = [len(task) for task in tasks]
-    guessing = {"class_il": 100 / len({c for task in tasks for c in task}), "task_il": 100 / (sum(classes) / len(tasks))}
+    guessing = {
+        "class_il": 100 / len({c for task in tasks for c in task}),
+        "task_il": 100 / (sum(classes) / len(tasks)),
+    }
     for setting in SETTINGS:
         title = TITLES[setting]
         average, forgetting, transfer = (

@@ -220,12 +220,15 @@ def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figu
     wrapped = [textwrap.fill(label, 60) for label in labels]
     columns = max(1, 120 // (max(len(line) for label in wrapped for line in label.split("\n")) + 8))
     legend_lines = math.ceil(len(labels) / columns) * max(label.count("\n") + 1 for label in wrapped)
-    figure, panels = _make_panels(len(settings), height=3.4 + 0.2 * legend_lines)
+    figure, panels = _make_panels(len(settings), height=(3.4 if len(labels) <= 8 else 4.4) + 0.2 * legend_lines)
     for axes, setting in zip(panels, settings):
         for label, values in curves[setting].items():
             _draw_band(axes, values, **_choose_line_style(labels.index(label)))
         _open_frame(axes)
-        axes.set(title=f"{TITLES[setting]}: average accuracy on the tasks seen [%]", ylim=(0, 102))
+        highest = max(np.nanmax(values) for values in curves[setting].values())
+        axes.set(
+            title=f"{TITLES[setting]}: average accuracy on the tasks seen [%]", ylim=(0, min(102, 1.1 * highest + 1))
+        )
         _set_task_axis(axes, max(values.shape[1] for values in curves[setting].values()))
     handles = [Line2D([], [], **_choose_line_style(i)) for i in range(len(labels))]
     # the texts are set afterwards: matplotlib leaves labels that begin with "_" out of a legend
@@ -274,6 +277,11 @@ def draw_dots(
     return figure
 
 
+def choose_ticks(low: float, high: float) -> list[float]:
+    """At most six round numbers from ``low`` to ``high`` for an axis."""
+    return [float(tick) for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+
+
 def _list_labels(curves: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
     return list(dict.fromkeys(label for setting in SETTINGS for label in curves[setting]))
 
@@ -313,7 +321,9 @@ def _draw_heat_map(
             if text != "nan" and (zeros or float(text)):
                 red, green, blue, _ = colours(norm(value))
                 dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                axes.text(column, row, text, ha="center", va="center", size=size, color="#f7f7f7" if dark else "#111111")
+                axes.text(
+                    column, row, text, ha="center", va="center", size=size, color="#f7f7f7" if dark else "#111111"
+                )
     return image
 
 

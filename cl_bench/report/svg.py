@@ -17,10 +17,10 @@ PIXELS_PER_INCH = 100
 
 COLOURS = {
     "#ffffff": "none", "#000000": "var(--ink)", "#666666": "var(--soft)", "#737373": "var(--soft)",
-    "#8c8c8c": "var(--soft)", "#111111": "var(--on-light)", "#f7f7f7": "var(--on-dark)", "#e6e6e6": "var(--line)", "#1f5fa8": "var(--blue)", "#c8641b": "var(--orange)",
-    "#1f77b4": "var(--c0)", "#ff7f0e": "var(--c1)", "#2ca02c": "var(--c2)", "#d62728": "var(--c3)",
-    "#9467bd": "var(--c4)", "#8c564b": "var(--c5)", "#e377c2": "var(--c6)", "#7f7f7f": "var(--c7)",
-    "#bcbd22": "var(--c8)", "#17becf": "var(--c9)",
+    "#8c8c8c": "var(--soft)", "#e6e6e6": "var(--line)", "#111111": "var(--on-light)", "#f7f7f7": "var(--on-dark)",
+    "#1f5fa8": "var(--blue)", "#c8641b": "var(--orange)", "#1f77b4": "var(--c0)", "#ff7f0e": "var(--c1)",
+    "#2ca02c": "var(--c2)", "#d62728": "var(--c3)", "#9467bd": "var(--c4)", "#8c564b": "var(--c5)",
+    "#e377c2": "var(--c6)", "#7f7f7f": "var(--c7)", "#bcbd22": "var(--c8)", "#17becf": "var(--c9)",
 }  # fmt: skip
 """Colours of the pictures -> colours of the page (``base.html.j2``). All others stay as they are."""
 

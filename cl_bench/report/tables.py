@@ -62,6 +62,7 @@ class Table:
         lines: its cells, row by row.
         numbers: columns to align to the right.
         best: line and column of each cell to be marked.
+        fold: whether a page shows it only if asked.
     """
 
     title: str
@@ -70,6 +71,12 @@ class Table:
     lines: list[list[str]]
     numbers: Sequence[int]
     best: Collection[tuple[int, int]] = ()
+    fold: bool = False
+
+    @property
+    def fixed(self) -> int:
+        """The column that stays in view on a narrow page: the labels of the rows, or the first one."""
+        return self.header.index("run") if "run" in self.header else 0
 
 
 def show_tables(shown: Sequence[Table], notes: Sequence[str], common: str = "") -> None:
@@ -260,7 +267,7 @@ def make_pairs_table(pairs: pd.DataFrame, note: str = "") -> Table:
     ]
     header = ["first", "second", "seeds in common", "first - second [points]", "95 % CI", "p", "p (Holm)"]
     text = "Paired t-tests on Class-IL accuracy over the seeds in common, corrected for their number (Holm)."
-    return Table("Paired tests", " ".join(filter(None, [text, note])), header, lines, range(2, 7))
+    return Table("Paired tests", " ".join(filter(None, [text, note])), header, lines, range(2, 7), fold=True)
 
 
 def format_stat(stat: Stat, column: Column, interval: bool) -> str:
