@@ -18,6 +18,7 @@ from cl_bench.core.record import SETTINGS
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.order_robustness import order_disparity
 from cl_bench.report import plots
+from cl_bench.report.imports import read_imports
 from cl_bench.report.labels import describe_common
 from cl_bench.report.page import Picture, Verdict, judge, render
 from cl_bench.report.rows import (
@@ -44,6 +45,7 @@ from cl_bench.report.tables import (
     make_accuracy_table,
     make_column,
     make_difference_table,
+    make_imports_table,
     make_orders_table,
     make_pairs_table,
     make_published_table,
@@ -99,18 +101,21 @@ class Comparison:
         return [*ACCURACIES, *COSTS] if self.columns is ACCURACIES else self.columns
 
 
-def compare(paths: Sequence[str], selection: Selection | None = None) -> Comparison:
+def compare(paths: Sequence[str], selection: Selection | None = None, imports: Sequence[str] = ()) -> Comparison:
     """Compare the finished runs under ``paths``, each a run folder or a folder of them.
 
     Args:
         paths: as typed.
         selection: which runs and metrics, and in which order; by default all runs, and the best first.
+        imports: files of other programs (:func:`~cl_bench.report.imports.read_imports`).
 
     Raises:
         ConfigError: there is nothing to compare, or an option names what no run has.
     """
     selection = selection or Selection()
     found, left_out = find_runs(paths)
+    imported, left_out_imports = read_imports(imports)
+    found, left_out = [*found, *imported], [*left_out, *left_out_imports]
     runs = choose_runs(found, selection.where)
     rows = arrange_rows(make_rows(runs), selection)
     names = find_metrics(runs, selection.metrics)
@@ -119,19 +124,22 @@ def compare(paths: Sequence[str], selection: Selection | None = None) -> Compari
         _require_common_seeds(rows, reference)
     rows = describe_differences(rows, reference or 0)
     published = [(row.label, verdict) for row in rows for verdict in judge(row.runs[0], row.mean)]
-    tested_against = 0 if reference is None and len(rows) > MOST_ROWS_PAIRED else reference
-    pairs = run_paired_tests([(row.label, row.values(MAIN)) for row in rows], tested_against)
+    own = [row for row in rows if not row.imported]
+    tested_against = 0 if len(rows) > MOST_ROWS_PAIRED else None
+    if reference is not None:
+        tested_against = own.index(rows[reference])
+    pairs = run_paired_tests([(row.label, row.values(MAIN)) for row in own], tested_against)
     columns = [make_column(name) for name in names] or ACCURACIES
     return Comparison(rows, make_orders(rows), pairs, published, left_out, columns, reference, selection.group)
 
 
 def _require_common_seeds(rows: Sequence[Row], reference: int) -> None:
-    seeds = [{run.summary["seed"] for run in row.runs} for row in rows]
+    seeds = [row.seeds for row in rows]
     require(
         any(own & seeds[reference] for i, own in enumerate(seeds) if i != reference),
         "--reference",
         expected="a row that has a seed in common with another one",
-        got=f"{rows[reference].label} with the seeds {', '.join(map(str, sorted(seeds[reference])))}",
+        got=f"{rows[reference].label} with the seeds {', '.join(map(str, sorted(seeds[reference]))) or 'of another program'}",
         fix="Run it with the seeds of the others, or name another row.",
     )
 
@@ -190,6 +198,8 @@ def make_tables(comparison: Comparison, interval: bool) -> list[Table]:
         shown.append(make_difference_table(rows, comparison.reference, comparison.columns))
     if comparison.columns is ACCURACIES:
         shown.append(make_stat_table(rows, "Cost", COSTS, interval, group))
+    if any(row.imported for row in rows):
+        shown.append(make_imports_table(rows))
     if comparison.orders:
         shown.append(make_orders_table(comparison.orders, interval))
     if comparison.published:
@@ -264,6 +274,8 @@ def make_frame(comparison: Comparison) -> pd.DataFrame:
         }
         line |= {key: row.runs[0].summary[key] for key in ("method", "backbone", "scenario", "buffer", "scale")}
         line |= {"evaluate_on": row.runs[0].summary["evaluate_on"], "n": len(row.runs), "differs_in": row.differs}
+        if any(row.imported for row in rows):
+            line["imported"] = row.imported
         if comparison.group is not None:
             line[comparison.group] = row.group
         for key in (column.key for column in comparison.all_columns):

@@ -358,14 +358,12 @@ def _explain_odd_numbers(run: Run) -> Iterator[str]:
                 "last task than right after they were learned. Forgetting compares with the best earlier accuracy."
             )
         if average is not None and max(classes) > 1 and average <= guessing[setting]:
-            yield (
-                f"{title} average accuracy is not above {guessing[setting]:.1f} %, what guessing among the classes gives."
-            )
+            yield f"{title} average accuracy is not above {guessing[setting]:.1f} %, what guessing a class gives."
     both = [run.value(setting, "average_accuracy") for setting in SETTINGS]
     if both[0] is not None and both[1] is not None and both[1] < both[0] - 0.005:
         yield (
-            "Task-IL accuracy is below Class-IL accuracy, although Task-IL has fewer classes to choose from: the method "
-            "answers in another way if it knows the task."
+            "Task-IL accuracy is below Class-IL accuracy, although Task-IL chooses among fewer classes: the method answers "
+            "in another way if it knows the task."
         )
 
 
