@@ -135,11 +135,13 @@ def compare(paths: Sequence[str], selection: Selection | None = None, imports: S
 
 def _require_common_seeds(rows: Sequence[Row], reference: int) -> None:
     seeds = [row.seeds for row in rows]
+    known = ", ".join(map(str, sorted(seeds[reference]))) or "of another program"
+    others = [i for i, row in enumerate(rows) if i != reference and not row.imported]
     require(
-        any(own & seeds[reference] for i, own in enumerate(seeds) if i != reference),
+        any(seeds[i] & seeds[reference] for i in others) or not (others or rows[reference].imported),
         "--reference",
         expected="a row that has a seed in common with another one",
-        got=f"{rows[reference].label} with the seeds {', '.join(map(str, sorted(seeds[reference]))) or 'of another program'}",
+        got=f"{rows[reference].label} with the seeds {known}",
         fix="Run it with the seeds of the others, or name another row.",
     )
 

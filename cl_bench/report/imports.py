@@ -1,7 +1,7 @@
 """Results of other programs as runs of a comparison: Mammoth's logs, Avalanche's CSV logs, plain accuracy matrices.
 
-Only accuracies are taken from a file. Every metric is computed from them by our definitions (``cl_bench/metrics``); what
-a program itself reports as forgetting is kept beside them. No file is trusted: a line of Mammoth's is a Python
+Only accuracies are taken from a file. Every metric is computed from them by our definitions (``cl_bench/metrics``);
+what a program itself reports as forgetting is kept beside them. No file is trusted: a line of Mammoth's is a Python
 dictionary and is read as a literal, nothing in it is called.
 """
 
@@ -9,6 +9,7 @@ import ast
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -83,7 +84,7 @@ def read_imports(texts: Sequence[str]) -> tuple[list[Run], list[LeftOut]]:
 
     Args:
         texts: ``PATH`` or ``NAME=PATH`` each. A path is a file, Avalanche's folder of CSV logs, or a folder with
-            Mammoth's ``logs.pyd`` anywhere below. Several files of one name are seeds of one row, numbered as they come.
+            Mammoth's ``logs.pyd`` anywhere below. Several files of one name are seeds of one row, in their order.
             A path with ``task-il`` or ``task_il`` in it holds Task-IL accuracies, any other one Class-IL.
 
     Raises:
@@ -145,12 +146,11 @@ def _make_runs(found: Sequence[_Found], left_out: list[LeftOut]) -> list[Run]:
     for part in found:
         together.setdefault((*part.key, part.matrix.num_tasks), []).append(part)
     runs: dict[tuple[str, int], ImportedRun] = {}
-    unseeded: dict[str, int] = {}
-    for parts in together.values():
+    for parts in sorted(together.values(), key=lambda parts: parts[0].seed is None):
         fingerprint = _hash([parts[0].program, parts[0].name, parts[0].arguments])
         seed = parts[0].seed
         if seed is None:
-            seed = unseeded[fingerprint] = unseeded.get(fingerprint, -1) + 1
+            seed = next(i for i in itertools.count() if (fingerprint, i) not in runs)
         if (before := runs.pop((fingerprint, seed), None)) is not None:
             again = f"seed {seed} again in {parts[0].source}"
             left_out.append(LeftOut(before.folder, "repeated", f"{before.summary['source']}: {again}"))
@@ -166,7 +166,7 @@ def _make_run(parts: Sequence[_Found], fingerprint: str, seed: int) -> ImportedR
     for part in parts:
         record = replace(record, **{part.setting: part.matrix})
         values = {metric.__name__: metric(part.matrix) for metric in METRICS}
-        settings[part.setting] = replace_non_finite(values) | {REPORTED: part.reported}
+        settings[part.setting] = replace_non_finite(values | {REPORTED: part.reported})
     arguments = first.arguments
     summary = {
         "schema": SCHEMA, "status": "finished", "experiment": first.program, "name": f"{first.name} ({first.program})",
@@ -204,10 +204,11 @@ def _read_mammoth(path: Path, setting: str, name: str | None) -> tuple[list[_Fou
             left_out.append(LeftOut(path, "incomplete", f"line {number}: {missing}"))
             continue
         arguments = {
-            str(key): value
+            str(key): replace_non_finite(value)  # nan is unlike itself
             for key, value in entries.items()
             if not _NO_SETTING.search(str(key)) and not _RESULT.fullmatch(str(key)) and key not in (_SEED, *_RESUMED)
         }
+        arguments["num_tasks"] = matrix.num_tasks
         arguments["resumed"] = any(entries.get(key) is not None for key in _RESUMED)
         reported = entries.get("forgetting")
         job = entries.get("conf_jobnum") or (str(path), number)
@@ -250,8 +251,8 @@ def _read_dictionary(text: str, where: str) -> dict[str, Any]:
     try:
         value = ast.literal_eval(_Literals().visit(ast.parse(text.strip(), mode="eval")))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise _explain(where, "a dictionary of plain values, as Mammoth writes it", f"{reason}", _FIX) from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        raise _explain(where, "a dictionary of plain values, as Mammoth writes it", reason, _FIX) from error
     if not isinstance(value, dict):
         raise _explain(where, "a dictionary, as Mammoth writes it", type(value).__name__, _FIX)
     return value
@@ -284,7 +285,7 @@ def _read_avalanche(path: Path, setting: str, name: str, seed: int) -> _Found:
     written = [lost[last, task] for task in range(last)]
     # without its metric the logger writes a plain 0
     known = bool(written) and any(text != "0" for text in written)
-    reported = 100 * float(np.mean([_to_float(text, f"{path}: forgetting") for text in written])) if known else None
+    reported = 100 * sum(map(_read_difference, written)) / last if known else None
     return _Found(
         ("Avalanche", name, seed), "Avalanche", name, str(path), path, setting, matrix, reported, seed, {"name": name}
     )
@@ -345,6 +346,14 @@ def _to_float(value: Any, where: str) -> float:
     if not 0 <= number <= 100:
         raise _explain(where, "an accuracy from 0 to 100", repr(value)[:40], _FIX)
     return number
+
+
+def _read_difference(text: str) -> float:
+    """A number that may be negative; nan if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _explain(where: str | Path, expected: str, got: str, fix: str) -> ConfigError:

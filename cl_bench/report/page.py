@@ -362,8 +362,8 @@ def _explain_odd_numbers(run: Run) -> Iterator[str]:
     both = [run.value(setting, "average_accuracy") for setting in SETTINGS]
     if both[0] is not None and both[1] is not None and both[1] < both[0] - 0.005:
         yield (
-            "Task-IL accuracy is below Class-IL accuracy, although Task-IL chooses among fewer classes: the method answers "
-            "in another way if it knows the task."
+            "Task-IL accuracy is below Class-IL accuracy, although Task-IL chooses among fewer classes: the method "
+            "answers in another way if it knows the task."
         )
 
 

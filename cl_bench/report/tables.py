@@ -266,9 +266,9 @@ def make_imports_table(rows: Sequence[Row]) -> Table:
     note = (
         "Accuracies are those of the other program, and everything is computed from them by the same formulas as ours. "
         "Forgetting here and in all other tables: the best accuracy before the last task minus the last one, mean over "
-        "the earlier tasks (Chaudhry et al. 2018). First - last: the accuracy right after a task minus the last one, as "
-        "Avalanche defines it. Clipped: the best accuracy, the last one included, minus the last one, as Mammoth and "
-        "PyCIL define it. As reported: what the other program wrote. Whether its data, network and schedule are those "
+        "the earlier tasks (Chaudhry et al. 2018). First - last: the accuracy right after a task minus the last one "
+        "(Avalanche). Clipped: the best accuracy, the last one included, minus the last one (Mammoth and "
+        "PyCIL). As reported: what the other program wrote. Whether its data, network and schedule are those "
         "of our rows is not known; so it takes no part in paired tests and differences."
     )
     return Table("Imported runs", note, header, lines, [0, *range(3, 8)])
