@@ -209,10 +209,10 @@ def read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    text = read_text(path)
     try:
+        text = read_text(path)
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(
             str(path), expected="a JSON object", got=f"text that breaks off or is damaged ({error})", fix=_RUN_AGAIN
         ) from error
@@ -239,10 +239,17 @@ def _read_record(path: Path, num_tasks: int) -> Record:
     """The inverse of :meth:`Record.write_csv`; ``after_task`` -1, the untrained network, is the last row."""
     require(path.is_file(), str(path), expected="the accuracy matrix", got="no such file", fix=_RUN_AGAIN)
     record = Record.empty(num_tasks)
-    for setting, lines in pd.read_csv(path).groupby("setting"):
-        matrix = record.get_matrix(str(setting))
-        matrix.correct[lines["after_task"], lines["task"]] = lines["correct"]
-        matrix.count[lines["task"]] = lines["count"]
+    try:
+        table = pd.read_csv(path)
+        if table.isna().any(axis=None):
+            raise ValueError("a line without all its columns")
+        for setting, lines in table.groupby("setting"):
+            matrix = record.get_matrix(str(setting))
+            matrix.correct[lines["after_task"], lines["task"]] = lines["correct"]
+            matrix.count[lines["task"]] = lines["count"]
+    except (ValueError, KeyError, IndexError) as error:
+        got = f"text that breaks off or is damaged ({type(error).__name__})"
+        raise ConfigError(str(path), expected="the accuracy matrix", got=got, fix=_RUN_AGAIN) from error
     return record
 
 
