@@ -349,23 +349,27 @@ def _explain_odd_numbers(run: Run) -> Iterator[str]:
         "class_il": 100 / len({c for task in tasks for c in task}),
         "task_il": 100 / (sum(classes) / len(tasks)),
     }
+    found: dict[str, list[str]] = {}  # what is said -> of which settings
     for setting in SETTINGS:
-        title = TITLES[setting]
         average, forgetting, transfer = (
             run.value(setting, name) for name in ("average_accuracy", "forgetting", "backward_transfer")
         )
         if forgetting is not None and forgetting < -0.005:
-            yield (
-                f"{title} forgetting is below 0: on average, the earlier tasks are answered better after the last task "
-                "than at any time before. This happens if later training also trains them, for example by rehearsal."
-            )
+            found.setdefault(
+                "forgetting is below 0: on average, the earlier tasks are answered better after the last task than at "
+                "any time before. This happens if later training also trains them, for example by rehearsal.",
+                [],
+            ).append(TITLES[setting])
         elif transfer is not None and transfer > 0.005:
-            yield (
-                f"{title} backward transfer is above 0: on average, the earlier tasks are answered better after the "
-                "last task than right after they were learned. Forgetting compares with the best earlier accuracy."
-            )
+            found.setdefault(
+                "backward transfer is above 0: on average, the earlier tasks are answered better after the last task "
+                "than right after they were learned. Forgetting compares with the best earlier accuracy instead.",
+                [],
+            ).append(TITLES[setting])
         if average is not None and max(classes) > 1 and average <= guessing[setting]:
-            yield f"{title} average accuracy is not above {guessing[setting]:.1f} %, what guessing a class gives."
+            said = f"average accuracy is not above {guessing[setting]:.1f} %, what guessing a class gives."
+            found.setdefault(said, []).append(TITLES[setting])
+    yield from (f"{' and '.join(titles)} {said}" for said, titles in found.items())
     both = [run.value(setting, "average_accuracy") for setting in SETTINGS]
     if both[0] is not None and both[1] is not None and both[1] < both[0] - 0.005:
         yield (

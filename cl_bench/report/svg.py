@@ -78,7 +78,7 @@ def _clean(text: str, name: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r"(<[^>]*? )id=\"", rf'\1id="{name}-', body)
     body = re.sub(r"(?:xlink:)?href=\"#", f'href="#{name}-', body).replace("xlink:href", "href")
-    body = body.replace("url(#", f"url(#{name}-")
+    body = body.replace("url(#", f"url(#{name}-").replace("<image ", '<image style="filter: var(--heat)" ')
     body = re.sub(r"((?:fill|stroke): )(#[0-9a-f]{6})", lambda found: found[1] + COLOURS.get(found[2], found[2]), body)
     body = re.sub(r">\s+<", "><", re.sub(r"font-family: [^;\"]*; ", "", body))
     return f'<g id="{name}-figure">{body}</g>'
