@@ -741,6 +741,7 @@ def test_a_browser_shows_sorts_and_filters_sixteen_rows_at_both_widths(tmp_path)
       const fixed = table.querySelector("tr:not([hidden]) td.fixed");
       told.push(column.getAttribute("aria-sort"), fixed.getBoundingClientRect().left > 0);
       told.push(narrow.document.querySelector("details").open);
+      told.push(narrow.document.querySelectorAll(".dots .row:not([hidden]), .legend li:not([hidden])").length);
       return told;
     })()"""
     (widths, told), said = open_in_chromium(tmp_path / "compare.html", tmp_path, f"[{WIDTHS}, {act}]")
@@ -751,7 +752,7 @@ def test_a_browser_shows_sorts_and_filters_sixteen_rows_at_both_widths(tmp_path)
     key = "task_il.average_accuracy"
     upwards = [row.label for row in sorted(comparison.rows, key=lambda row: round(row.stat(key).mean, 2))]
     assert told[:3] == [labels, upwards, upwards[::-1]]
-    assert told[3:] == [["joint-vit-none"], "1 of 16 rows", "descending", True, False]
+    assert told[3:] == [["joint-vit-none"], "1 of 16 rows", "descending", True, False, 2]
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 cl_bench compare RUN_OR_FOLDER ... [--out DIR] [--format markdown] [--where method=er] [--metrics forgetting]
 
+cl_bench compare [RUN_OR_FOLDER ...] --import [NAME=]PATH [--import ...]
+
 A KEY is any key of the configuration (its last part is enough if no other key ends so), or experiment, name, method,
 backbone, scenario, buffer, scale, seed, fingerprint or label.
 """

@@ -30,13 +30,16 @@ for (const table of tables) {
   }
 }
 
+// The rows of the first table are searched; all else that belongs to a row follows by its label.
 const field = document.querySelector("#filter");
 const parts = [...document.querySelectorAll("table.rows tbody tr, .dots .row, .legend li")];
+const getLabel = (part) => (part.querySelector("td.fixed") || part).textContent.trim();
 field.addEventListener("input", () => {
   const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
-  for (const part of parts) part.hidden = !words.every((word) => part.textContent.toLowerCase().includes(word));
+  const fits = (line) => words.every((word) => line.textContent.toLowerCase().includes(word));
   const lines = [...tables[0].tBodies[0].rows];
-  const shown = lines.filter((line) => !line.hidden).length;
-  document.querySelector("#shown").textContent = words.length ? `${shown} of ${lines.length} rows` : "";
+  const found = new Set(lines.filter(fits).map(getLabel));
+  for (const part of parts) part.hidden = !found.has(getLabel(part));
+  document.querySelector("#shown").textContent = words.length ? `${found.size} of ${lines.length} rows` : "";
 });
 document.querySelector("#tools").hidden = false;

@@ -185,7 +185,7 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
         notes=_list_left_out(comparison),
         left_out=Counter(run.state for run in comparison.left_out),
         pictures=[picture for name, picture in pictures.items() if name != DOTS],
-        dots=make_dots(comparison.rows),
+        dots=make_dots(comparison.rows[:MOST_ROWS_DRAWN], pictures[DOTS].caption) if DOTS in pictures else None,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -310,21 +310,21 @@ class Dots:
 
     Attributes:
         title: what is shown, with its unit.
+        caption: how to read it.
         ticks: positions on the axis, in percent of its length, and their texts.
         rows: label, positions of the seeds, of the mean, and of the ends of its confidence interval, or None.
     """
 
     title: str
+    caption: str
     ticks: list[tuple[float, str]]
     rows: list[tuple[str, list[float], float, tuple[float, float] | None]]
 
 
-def make_dots(rows: Sequence[Row]) -> Dots | None:
-    """The plot of the rows that have a Class-IL accuracy, all of them; None if no row has one."""
+def make_dots(rows: Sequence[Row], caption: str) -> Dots:
+    """The plot of the rows that have a Class-IL accuracy; at least one has."""
     values = {row.label: row.values(MAIN).tolist() for row in rows}
     shown = [row for row in rows if values[row.label]]
-    if not shown:
-        return None
     spans = {row.label: (np.mean(values[row.label]), row.stat(MAIN).ci95 or 0.0) for row in shown}
     ends = [end for mean, half in spans.values() for end in (mean - half, mean + half)]
     ends += [value for row in shown for value in values[row.label]]
@@ -338,7 +338,7 @@ def make_dots(rows: Sequence[Row]) -> Dots | None:
         mean, half = spans[row.label]
         interval = (place(mean - half), place(mean + half)) if half else None
         lines.append((row.label, [place(value) for value in values[row.label]], place(mean), interval))
-    return Dots(DOTS_TITLE, [(place(tick), f"{tick:g}") for tick in plots.choose_ticks(low, high)], lines)
+    return Dots(DOTS_TITLE, caption, [(place(tick), f"{tick:g}") for tick in plots.choose_ticks(low, high)], lines)
 
 
 def _draw_pictures(comparison: Comparison) -> Iterator[tuple[str, Picture]]:
