@@ -116,7 +116,7 @@ def draw_curves(record: Record) -> Figure | None:
     figure, panels = _make_panels(len(curves), height=3.6)
     for axes, (setting, curve) in zip(panels, curves.items()):
         accuracy, step, learning = curve.accuracy, np.array(curve.step), np.array(curve.learning)
-        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, curve.num_tasks))
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.3, 0.9, curve.num_tasks))  # seen on white and on black
         for values, colour in zip(accuracy.T, colours):
             axes.plot(step, values, lw=0.7, alpha=0.6, color=colour)
         means = [row[: task + 1].mean() for row, task in zip(accuracy, learning)]
@@ -329,6 +329,7 @@ def _draw_heat_map(
 
 def _add_colour_bar(figure: Figure, image: AxesImage, panels: list[Axes], label: str) -> None:
     bar = figure.colorbar(image, ax=panels, label=label, fraction=0.05, pad=0.02)
+    assert bar.solids is not None
     bar.solids.set_rasterized(True)  # an image in an SVG, too
 
 
