@@ -14,14 +14,14 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.core.record import SCHEMA, Matrix, Record, replace_non_finite
+from cl_bench.core.record import SCHEMA, SETTINGS, Matrix, Record, replace_non_finite
 from cl_bench.metrics.accuracy import average_accuracy, average_incremental_accuracy, learning_accuracy
 from cl_bench.metrics.forgetting import forgetting, forgetting_clipped, forgetting_first_last
 from cl_bench.metrics.transfer import backward_transfer
@@ -161,10 +161,10 @@ def _make_runs(found: Sequence[_Found], left_out: list[LeftOut]) -> list[Run]:
 def _make_run(parts: Sequence[_Found], fingerprint: str, seed: int) -> ImportedRun:
     first = parts[0]
     tasks = first.matrix.num_tasks
-    record = Record.empty(tasks)
+    matrices = {setting: Matrix.empty(tasks) for setting in SETTINGS}
     settings: dict[str, dict[str, float | None]] = {}
     for part in parts:
-        record = replace(record, **{part.setting: part.matrix})
+        matrices[part.setting] = part.matrix
         values = {metric.__name__: metric(part.matrix) for metric in METRICS}
         settings[part.setting] = replace_non_finite(values | {REPORTED: part.reported})
     arguments = first.arguments
@@ -178,7 +178,7 @@ def _make_run(parts: Sequence[_Found], fingerprint: str, seed: int) -> ImportedR
         "task_il": settings.get("task_il", {}), "cost": {}, "imported": f"{first.program}: {first.path.name}",
         "source": first.source,
     }  # fmt: skip
-    return ImportedRun(first.path, summary, record)
+    return ImportedRun(first.path, summary, Record(matrices["class_il"], matrices["task_il"]))
 
 
 def _hash(value: Any) -> str:

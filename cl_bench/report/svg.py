@@ -64,7 +64,7 @@ def render_panels(figure: Figure, name: str) -> list[Panel]:
         FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     content = _clean(file.getvalue(), name)
     width, height = figure.get_size_inches()
-    panels = []
+    panels: list[Panel] = []
     for left, top, right, bottom in _cut(figure):
         box = (left * width, top * height, (right - left) * width, (bottom - top) * height)
         view_box = " ".join(f"{_POINTS_PER_INCH * inches:.1f}" for inches in box)
