@@ -1,10 +1,13 @@
 """What the test files share: configurations, tiny parts and runs, the command, numpy beside torch."""
 
 import dataclasses
+import html
 import json
 import os
 import platform
+import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +62,11 @@ needs_cifar100 = pytest.mark.skipif(
 needs_mnist = pytest.mark.skipif(
     not (DATA / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file(), reason=f"MNIST is not in {DATA}"
 )
+
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+
+WIDTHS = "[narrow, wide].map((view) => view.document.documentElement.scrollWidth)"
+"""JavaScript: how wide the page is at both widths of :func:`open_in_chromium`."""
 
 TINY = [*SMALL, f"device={DEVICE}"]
 """Digits in two tasks of 50 training images: a run of some seconds."""
@@ -199,6 +208,38 @@ class Events(Logger):
 
     def finish(self, status, summary):
         pass
+
+
+def open_in_chromium(page: Path, folder: Path, script: str = "null") -> tuple[Any, str]:
+    """What a JavaScript expression says of a page, and all that the browser reports on its console.
+
+    Args:
+        page: opened twice, 390 and 1280 pixels wide: the windows ``narrow`` and ``wide`` of the expression.
+        folder: for the browser's files.
+        script: the expression; its value must be known to JSON.
+    """
+    frames = [
+        f'<iframe name="{name}" src="{page.as_uri()}" width="{width}" height="900"></iframe>'
+        for name, width in (("narrow", 390), ("wide", 1280))
+    ]
+    tell = f'addEventListener("load", () => {{ document.body.textContent = JSON.stringify({script}); }});'
+    opened = folder / "opened.html"
+    opened.write_text(f"<!DOCTYPE html><body>{''.join(frames)}<script>{tell}</script></body>")
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--enable-logging=stderr",
+    ]
+    done = subprocess.run(
+        ["chromium", *options, f"--user-data-dir={folder / 'chromium'}", "--dump-dom", opened.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return json.loads(html.unescape(re.search("<body>(.*)</body>", done.stdout, re.DOTALL)[1])), said
 
 
 def network_of(*overrides: str, num_classes: int = 100, image_shape: tuple[int, int, int] = (3, 32, 32)) -> Backbone:

@@ -34,8 +34,9 @@ ORDER = {
     "engine": ["checkpoint evaluate probe step", "trainer", "replicas"],
     "config": ["packages", "schema", "build command_line", "explain"],
     "report": [
-        "folders labels plots published statistics trials",
+        "folders labels plots published statistics svg trials",
         "page",
+        "imports",
         "rows",
         "selection",
         "tables",

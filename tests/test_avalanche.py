@@ -18,6 +18,7 @@ from cl_bench.config.build import Parts, build, build_scenario
 from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.core.record import SETTINGS
 from cl_bench.engine.trainer import Interrupted
+from cl_bench.report.imports import read_imports
 from cl_bench.scenarios import avalanche as scenarios
 from cl_bench.scenarios.avalanche import AvalancheBenchmark
 from cl_bench.testing import make_trainer
@@ -260,7 +261,7 @@ def test_a_run_on_a_machine_that_rounds_differently_is_not_gone_on_with(tmp_path
         make_trainer(parts_of(), tmp_path, lambda: next(calls) == 12).run()
     parts = parts_of()
     next(iter(parts.method._first_weights.values())).mul_(1.001)
-    with pytest.raises(RunError, match="tasks 0 to 0 gave other weights"):
+    with pytest.raises(RunError, match="tasks 1 to 1 gave other weights"):
         make_trainer(parts, tmp_path).run()
 
 
@@ -345,7 +346,7 @@ def test_a_loss_and_a_storage_policy_are_parts():
 
 def test_a_strategy_that_fails_says_where(tmp_path):
     parts = parts_of(f"method.strategy={SUPERVISED}.JointTraining")
-    with pytest.raises(RunError, match="JointTraining failed in task 1"):
+    with pytest.raises(RunError, match="JointTraining failed in task 2"):
         make_trainer(parts, tmp_path).run()
 
 
@@ -494,3 +495,31 @@ def test_a_replaced_part_changes_its_strategy_and_only_while_it_is_replaced(comp
         )
     assert torch.equal(answers[0], answers[2])
     assert not torch.equal(answers[0], answers[1])
+
+
+def test_what_avalanches_csv_logger_writes_is_a_row_of_a_comparison(tmp_path):
+    from avalanche.evaluation.metrics import accuracy_metrics, forgetting_metrics, loss_metrics
+    from avalanche.logging import CSVLogger
+    from avalanche.training.plugins import EvaluationPlugin
+    from avalanche.training.supervised import Naive
+
+    torch.manual_seed(0)
+    benchmark, logger = make_nc(), CSVLogger(str(tmp_path / "csvlogs"))
+    measured = (accuracy_metrics(experience=True), loss_metrics(experience=True), forgetting_metrics(experience=True))
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 6))
+    strategy = Naive(
+        model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.5), criterion=torch.nn.CrossEntropyLoss(),
+        train_mb_size=8, train_epochs=2, eval_mb_size=18, evaluator=EvaluationPlugin(*measured, loggers=[logger]),
+    )  # fmt: skip
+    after = []
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+        result = strategy.eval(benchmark.test_stream)
+        after.append([value for name, value in sorted(result.items()) if name.startswith("Top1_Acc_Exp")])
+    logger.close()
+    (run,), left_out = read_imports([str(tmp_path / "csvlogs")])
+    assert left_out == []
+    np.testing.assert_allclose(run.record.class_il.accuracy, 100 * np.array(after), atol=0.01)
+    values = run.summary["class_il"]
+    assert values["forgetting_reported"] == pytest.approx(values["forgetting_first_last"], abs=0.01)
+    assert values["forgetting_reported"] != 0

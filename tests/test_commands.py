@@ -153,6 +153,13 @@ WRONG = {
     "compare: no runs": (["compare", "{empty}"], "RUN_OR_FOLDER: expected a finished run .* got no run at all"),
     "compare: no folder": (["compare", "{empty}/none"], "got '.*none', which is not there"),
     "compare: unknown key": (["compare", "{run}", "--group", "colour"], "--group: expected"),
+    "compare: half a summary": (
+        ["compare", "{half}"],
+        "summary.json: expected a JSON object; got text that breaks off",
+    ),
+    "compare: half a matrix": (["compare", "{cut}", "--out", "o"], "accuracy_matrix.csv: expected the accuracy matrix"),
+    "compare: no common seeds": (["compare", "{run}", "{other}", "--reference", "2"], "--reference: .* in common"),
+    "compare: nothing to import": (["compare", "{run}", "--import", "none.csv"], "--import: .* which is not there"),
     "status: no folder": (["status", "{empty}/none"], "RESULTS: expected a folder of runs; got .*not there"),
     "status: no runs": (["status", "{empty}"], "RESULTS: expected a folder with runs"),
     "status: no time": (["status", "{run}", "--watch", "0"], "--watch: expected seconds above 0; got 0"),
@@ -161,6 +168,9 @@ WRONG = {
     "export: unknown key": (["export", "wandb", "{run}", "projekt=p"], "logger.wandb.projekt.*wandb.project"),
     "export: wrong mode": (["export", "wandb", "{run}", "mode=dryrun"], "logger.wandb.mode: expected one of auto"),
     "export: nothing sent": (["export", "wandb", "{run}", "mode=disabled"], "mode: expected online or offline"),
+    "export: half a summary": (["export", "tensorboard", "{half}"], "summary.json: .* got text that breaks off"),
+    "audit: half a summary": (["audit", "{half}"], "summary.json: expected a JSON object; got text that breaks off"),
+    "metrics: half a summary": (["metrics", "{half}", "--add", "forgetting_clipped"], "got text that breaks off"),
     "audit: no run": (["audit", "{empty}"], "run_dir: expected the folder of a finished run"),
     "metrics: unknown": (["metrics", "{run}", "--add", "forgeting"], "--add: expected .* Did you mean forgetting"),
     "reproduce: unknown": (["reproduce", "derpp5"], "NAME: expected a group"),
@@ -185,7 +195,12 @@ def test_wrong_input_gives_one_message_and_status_2(case, tmp_path, capsys, monk
     (tmp_path / "empty").mkdir()
     words, message = WRONG[case]
     run = make_run(tmp_path / "r")
-    filled = [word.format(empty=tmp_path / "empty", run=run) for word in words]
+    folders = {"empty": tmp_path / "empty", "run": run, "other": make_run(tmp_path / "r", name="other", seed=1)}
+    for name, file in (("half", "summary.json"), ("cut", "accuracy_matrix.csv")):
+        folders[name] = make_run(tmp_path / name)
+        text = (folders[name] / file).read_text()
+        (folders[name] / file).write_text(text[: len(text) // 2].rpartition(",")[0])
+    filled = [word.format(**folders) for word in words]
     assert run_command(filled) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error

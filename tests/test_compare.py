@@ -1,5 +1,7 @@
 """The comparison of runs: rows, statistics, tests, published numbers, files, and the command."""
 
+import base64
+import hashlib
 import importlib.util
 import io
 import json
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import FIVE_TASKS, make_run
+from helpers import FIVE_TASKS, ROOT, WIDTHS, make_run, needs_chromium, open_in_chromium
 
 from cl_bench.core.errors import ConfigError
 from cl_bench.report import compare as compare_module
@@ -657,7 +659,7 @@ def test_curves_have_a_band_of_one_standard_deviation():
     assert len(axes) == 1
     assert axes[0].lines[0].get_ydata().tolist() == [90.0, 82.0]
     band = axes[0].collections[0].get_paths()[0].vertices
-    assert {round(y, 4) for x, y in band if x == 1} == {round(82 - math.sqrt(8), 4), round(82 + math.sqrt(8), 4)}
+    assert {round(y, 4) for x, y in band if x == 2} == {round(82 - math.sqrt(8), 4), round(82 + math.sqrt(8), 4)}
 
 
 def test_one_seed_has_no_band_and_one_task_is_a_level():
@@ -708,8 +710,49 @@ def test_written_files(tmp_path, monkeypatch, capsys):
     assert table.loc["new", [f"{MAIN}_seed{seed}" for seed in range(3)]].tolist() == [60.0, 62.0, 67.1]
     assert pd.read_csv(out / "pairs.csv")["mean_difference"].tolist() == [pytest.approx(189.1 / 3 - 51)]
     html = (out / "compare.html").read_text()
-    assert html.count("data:image/png;base64,") == 2
-    assert not re.search(r"https?:|<script|<link|@import|url\(", html)
+    assert html.count('<use href="#accuracy_over_tasks-figure"/>') == 1  # the second panel
+    assert html.count('%" cy="50%"') == 6  # a dot per seed
+    assert not re.search(r"https?:|<link|@import|url\((?!#)", html)
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_browser_shows_sorts_and_filters_sixteen_rows_at_both_widths(tmp_path):
+    """The records of this checkout at mini scale; labels and settings as long as they are."""
+    comparison = compare([str(ROOT / "results" / "mini" / "records")])
+    assert len(comparison.rows) == 16
+    write(comparison, tmp_path, "command")
+    act = """(() => {
+      const table = narrow.document.querySelector("table.rows");
+      const labels = () => [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => row.cells[1].innerText);
+      const told = [labels()];
+      const heads = [...table.tHead.rows[0].cells];
+      const column = heads.find((head) => head.innerText.startsWith("Task-IL accuracy"));
+      for (const _ of "ab") { column.firstChild.click(); told.push(labels()); }
+      const field = narrow.document.querySelector("#filter");
+      field.value = "VIT- 38.45";
+      field.dispatchEvent(new Event("input"));
+      told.push(labels(), narrow.document.querySelector("#shown").innerText);
+      narrow.document.querySelector(".scroll").scrollLeft = 300;
+      const fixed = table.querySelector("tr:not([hidden]) td.fixed");
+      told.push(column.getAttribute("aria-sort"), fixed.getBoundingClientRect().left > 0);
+      told.push(narrow.document.querySelector("details").open);
+      told.push(narrow.document.querySelectorAll(".dots .row:not([hidden]), .legend li:not([hidden])").length);
+      return told;
+    })()"""
+    (widths, told), said = open_in_chromium(tmp_path / "compare.html", tmp_path, f"[{WIDTHS}, {act}]")
+    assert said == ""
+    assert widths[0] <= 390
+    assert widths[1] <= 1280
+    labels = [row.label for row in comparison.rows]
+    key = "task_il.average_accuracy"
+    upwards = [row.label for row in sorted(comparison.rows, key=lambda row: round(row.stat(key).mean, 2))]
+    assert told[:3] == [labels, upwards, upwards[::-1]]
+    assert told[3:] == [["joint-vit-none"], "1 of 16 rows", "descending", True, False, 2]
 
 
 @pytest.mark.slow
@@ -732,7 +775,9 @@ def test_names_are_escaped(tmp_path, capsys):
     show(comparison)
     assert evil in re.sub(r"\s", "", capsys.readouterr().out)
     write(comparison, tmp_path / "out", f"command {evil}")
-    assert "<script" not in (tmp_path / "out" / "compare.html").read_text()
+    html = (tmp_path / "out" / "compare.html").read_text()
+    assert html.count("<script") == 1  # ours
+    assert html.count("&lt;script&gt;a|b") >= 4
     markdown = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert any(line.startswith(r"| 1 | &lt;script>a\|b&lt;/script>[bold] | 1 |") for line in markdown)
 

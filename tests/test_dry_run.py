@@ -234,6 +234,6 @@ def test_a_dry_run_of_fifty_large_tasks_ends(capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert max(found["probe_batches"]) < 256
     assert any("counted operations" in text for text in found["assumptions"])
-    assert any("No time was left after task 0 of 0 to 49" in text for text in found["assumptions"])
+    assert any("No time was left after task 1 of 50" in text for text in found["assumptions"])
     low, high = found["expected_hours_range"]
     assert 0 < low < found["expected_hours"] < high

@@ -399,7 +399,7 @@ def test_weights_are_looked_at_before_they_are_saved_or_measured(run, tmp_path, 
         patch.setattr(PhaseContext, "update", spoiling)
         status, error = run("results_dir=r", "method=ewc", "optimizer.lr=0.001")
     assert status == 1
-    assert error.startswith(f"cl_bench: the method is not finite at step {step} (task 0, phase 0): {spoilt} (1 of")
+    assert error.startswith(f"cl_bench: the method is not finite at step {step} (task 1, phase 1): {spoilt} (1 of")
     assert f"last.pt, of step {saved}. Lower" in error
     assert error.count("\n") == 1
     assert finite(tmp_path)

@@ -1,6 +1,5 @@
 """The report of one run: its numbers, its pictures, its page."""
 
-import base64
 import dataclasses
 import json
 import math
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CLASS_IL, CLASS_ORDER, FIVE_TASKS, TASK_IL, make_run
+from helpers import CLASS_IL, CLASS_ORDER, FIVE_TASKS, TASK_IL, WIDTHS, make_run, needs_chromium, open_in_chromium
 from matplotlib.axes import Axes
 
 from cl_bench.core.errors import ConfigError
@@ -81,7 +80,7 @@ def test_untrained_row_stands_first_in_both_panels():
     class_il, task_il, _ = plots.draw_accuracy_matrix(record).axes
     assert numbers_in(task_il)[:6] == ["50.0"] * 5 + ["96.0"]
     for axes in (class_il, task_il):
-        assert [label.get_text() for label in axes.get_yticklabels()] == ["untrained", "0", "1", "2", "3", "4"]
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["untrained", "1", "2", "3", "4", "5"]
 
 
 @pytest.mark.parametrize(("num_tasks", "numbers"), [(20, 210), (21, 0)])
@@ -116,7 +115,7 @@ def test_confusion_names_classes_up_to_20_and_tasks_beyond():
     tasks = np.split(many, 10)
     names = [f"class_{i}" for i in many]
     axes = plots.draw_confusion(tasks, names, {"label": many, "class_il": many, "task_il": many}).axes
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == [f"task {i}" for i in range(10)]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [f"task {i}" for i in range(1, 11)]
     assert axes[0].get_yticks()[:2].tolist() == [4.5, 14.5]
 
 
@@ -192,15 +191,19 @@ def test_page_holds_the_numbers_and_the_pictures(tmp_path):
     assert "packages.torch" in text
     names = ["accuracy_matrix", "over_tasks", "confusion", "losses"]
     assert sorted(file.stem for file in (folder / "plots").iterdir()) == sorted(names)
-    embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
-    assert embedded == [(folder / "plots" / f"{name}.png").read_bytes() for name in names]
+    assert all((folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
+    panels = {
+        name: text.count(f'<use href="#{name}-figure"/>') + text.count(f'<g id="{name}-figure"') for name in names
+    }
+    assert panels == {"accuracy_matrix": 2, "over_tasks": 2, "confusion": 2, "losses": 2}
+    assert re.findall(r'<td class="narrow">(\d)</td>', text) == ["1", "2", "3", "4", "5"]  # tasks
 
 
 @pytest.mark.slow
 def test_page_asks_for_nothing_from_outside(tmp_path):
     text = page.write_report(make_run(tmp_path)).read_text()
-    assert not re.search(r"https?:|<script|<link|@import|url\(", text)
-    assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', text))
+    assert not re.search(r"https?:|<script|<link|@import|url\((?!#)", text)
+    assert all(source.startswith(("data:", "#")) for source in re.findall(r'(?:src|href)="([^"]*)"', text))
 
 
 @pytest.mark.slow
@@ -218,8 +221,23 @@ def test_text_from_the_configuration_is_escaped(tmp_path):
     (folder / "env.json").write_text(json.dumps({evil: evil}))
     text = page.write_report(folder).read_text()
     assert "<script" not in text
+    page_only = re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
     # title, experiment, method, scale twice (badge, verdict), 10 classes, source, config.yaml, environment twice
-    assert text.count("&lt;script&gt;alert(1)") == 19
+    assert page_only.count("&lt;script&gt;alert(1)") == 19
+    assert text.count("&lt;script&gt;alert(1)") == 19 + 1 + 4 * 10  # a loss term, classes on four axes
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_browser_shows_the_page_at_both_widths(tmp_path):
+    folder = make_run(tmp_path, class_names=[f"a_class_with_a_long_name_{i}" for i in range(10)])
+    widest = "[narrow, wide].map((view) => view.document.querySelector('.panels svg').getBoundingClientRect().width)"
+    (widths, panels), said = open_in_chromium(page.write_report(folder), tmp_path, f"[{WIDTHS}, {widest}]")
+    assert said == ""
+    assert widths[0] <= 390
+    assert widths[1] <= 1280
+    assert 320 < panels[0] < 390
+    assert panels[1] > 400
 
 
 @pytest.mark.slow
@@ -287,6 +305,25 @@ def test_several_published_numbers_are_told_apart(tmp_path):
         ("Class-IL average accuracy", 68.6, True),
         ("Task-IL forgetting", 2.5, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("average", "forgetting", "transfer", "told"),
+    [
+        (68.6, 28.25, -28.25, None),
+        (68.6, -0.01, 0.5, "Class-IL forgetting is below 0: "),
+        (68.6, 0.2, 0.5, "Class-IL backward transfer is above 0: "),
+        (10.0, 0.2, -0.5, "Class-IL average accuracy is not above 10.0 %, "),
+        (95.0, 0.2, -0.5, "Task-IL accuracy is below Class-IL accuracy, "),
+        (None, None, None, None),
+    ],
+)
+def test_a_number_that_looks_odd_is_explained(tmp_path, average, forgetting, transfer, told):
+    class_il = {"average_accuracy": average, "forgetting": forgetting, "backward_transfer": transfer}
+    folder = make_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = list(page._explain_odd_numbers(page.Run(folder, summary | {"class_il": class_il})))
+    assert [line[: len(told or "")] for line in lines] == ([told] if told else [])
 
 
 def test_every_cost_has_a_label():

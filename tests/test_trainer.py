@@ -124,7 +124,7 @@ def test_clipping_bounds_the_step(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     trainer = probe(tmp_path, "optimizer.lr=1e30", "trainer.epochs=20")
     with pytest.raises(
-        FloatingPointError, match=r"not finite by step \d+ \(task 0, phase 0, epoch \d+\).*optimizer.lr"
+        FloatingPointError, match=r"not finite by step \d+ \(task 1, phase 1, epoch \d+\).*optimizer.lr"
     ):
         trainer.run()
 
@@ -378,4 +378,4 @@ def test_a_task_of_one_image_is_told_in_one_message(kind, monkeypatch, tmp_path,
     assert run_in_process(*arguments, *more, monkeypatch=monkeypatch, cwd=tmp_path) == 2
     [said] = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Replicas run one after")]
     assert said.startswith("cl_bench: scenario: expected training batches of two images or more")
-    assert "(tasks with one training image: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9)" in said
+    assert "(tasks with one training image: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10)" in said

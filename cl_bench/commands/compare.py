@@ -2,6 +2,8 @@
 
 cl_bench compare RUN_OR_FOLDER ... [--out DIR] [--format markdown] [--where method=er] [--metrics forgetting]
 
+cl_bench compare [RUN_OR_FOLDER ...] --import [NAME=]PATH [--import ...]
+
 A KEY is any key of the configuration (its last part is enough if no other key ends so), or experiment, name, method,
 backbone, scenario, buffer, scale, seed, fingerprint or label.
 """
@@ -12,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cl_bench.core.errors import ConfigError
+from cl_bench.core.errors import ConfigError, require
 from cl_bench.report.compare import FORMATS, compare, show, write
 from cl_bench.report.selection import Selection
 
@@ -23,7 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="cl_bench compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", nargs="+", metavar="RUN_OR_FOLDER", help="a run folder, or a folder of run folders")
+    parser.add_argument("paths", nargs="*", metavar="RUN_OR_FOLDER", help="a run folder, or a folder of run folders")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        metavar="[NAME=]PATH",
+        action="append",
+        default=[],
+        help="rows of other programs: Mammoth's logs.pyd, Avalanche's eval_results.csv, or a CSV file with an accuracy "
+        "matrix in percent; may be repeated",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write table.md, table.csv, pairs.csv, compare.html"
     )
@@ -40,8 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     metrics = [name for text in options.metrics for name in text.split(",")]
     try:
+        require(
+            bool(options.paths or options.imports),
+            "RUN_OR_FOLDER",
+            expected="a run folder or a folder of runs",
+            got="none",
+            fix="Name one, e.g. results.",
+        )
         selection = Selection(options.where, options.group, metrics, options.reference, options.sort)
-        comparison = compare(options.paths, selection)
+        comparison = compare(options.paths, selection, options.imports)
         if options.out is not None:  # first, so that the files are there even if the terminal goes away
             write(comparison, options.out, shlex.join(["python", "scripts/compare.py", *arguments]))
         show(comparison, options.format)

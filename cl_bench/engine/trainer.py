@@ -202,7 +202,7 @@ class Trainer:
                     self._count_training_time()
                     self._unsaved = self._collect(task.id, None)
                 self.method.eval()
-            self._refuse_unfinite(self.method.state_dict(), f"after task {task.id}", infinite_buffers=True)
+            self._refuse_unfinite(self.method.state_dict(), f"after task {task.id + 1}", infinite_buffers=True)
             self._count_training_time()
             if self.settings.keep_tasks:
                 self.checkpoint.keep_network(task.id, self.method.get_submodule("net"))
@@ -350,7 +350,7 @@ class Trainer:
         """Means of the loss terms over ``count`` images; an error if one is not finite."""
         means = {name: float(total) / count for name, total in sums.items()}
         if not all(map(math.isfinite, means.values())):
-            position = f"(task {task.id}, phase {phase}, epoch {epoch})"
+            position = f"(task {task.id + 1}, phase {phase + 1}, epoch {epoch + 1})"
             self._raise_diverged(f"a loss term is not finite by step {self.steps_done} {position}: {means}")
         return means
 
@@ -367,7 +367,7 @@ class Trainer:
         It is checked in the copy, on the CPU.
         """
         state = self._copy_state()
-        self._refuse_unfinite(state["method"], f"at step {self.steps_done} (task {task.id}, phase {phase})")
+        self._refuse_unfinite(state["method"], f"at step {self.steps_done} (task {task.id + 1}, phase {phase + 1})")
         return state
 
     def _refuse_unfinite(self, state: Mapping[str, Any], where: str, infinite_buffers: bool = False) -> None:
@@ -552,7 +552,9 @@ class OwnLoop:
         if trainer.is_sample_due():
             trainer.measure_sample(task)
         if trainer.stop():
-            warn(f"task {task.id} will be learned again from its beginning: its loop is not ours and cannot be saved")
+            warn(
+                f"task {task.id + 1} will be learned again from its beginning: its loop is not ours and cannot be saved"
+            )
             raise Interrupted
 
     def end_epoch(self, lr: float) -> None:

@@ -1,6 +1,6 @@
 """The progress of a run on stderr: bars with the time left on a terminal, plain lines elsewhere.
 
-Tasks, phases, epochs and batches are counted from 1 here, as people do, and from 0 everywhere else.
+Tasks, phases, epochs and batches are counted from 1 here, as in all that people read, and from 0 in files.
 """
 
 import math

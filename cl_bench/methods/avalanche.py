@@ -153,7 +153,7 @@ class Avalanche(Method):
             RunError: the weights are then not those that the method has.
         """
         print(
-            f"cl_bench: Avalanche's state cannot be saved, so tasks 0 to {tasks - 1} are learned again first, "
+            f"cl_bench: Avalanche's state cannot be saved, so tasks 1 to {tasks} are learned again first, "
             "with the same result",
             file=sys.stderr,
             flush=True,
@@ -168,7 +168,7 @@ class Avalanche(Method):
         wrong = [name for name in expected if name not in now or not torch.equal(now[name], expected[name])]
         if wrong:
             raise RunError(
-                f"Learned again, tasks 0 to {tasks - 1} gave other weights ({wrong[0]}): another machine, number of "
+                f"Learned again, tasks 1 to {tasks} gave other weights ({wrong[0]}): another machine, number of "
                 "threads or version rounds differently. overwrite=true starts the run again."
             )
         self.eval()
@@ -189,7 +189,7 @@ class Avalanche(Method):
             if is_out_of_memory(error) or isinstance(error, (RunError, FloatingPointError)):
                 raise
             raise RunError(
-                f"{self.strategy_name} failed in task {number}: {type(error).__name__}: {error}. "
+                f"{self.strategy_name} failed in task {number + 1}: {type(error).__name__}: {error}. "
                 "It may need another network, or plugins that fit."
             ) from error
         finally:

@@ -1,7 +1,10 @@
 """The comparison of finished runs: tables, paired tests, published numbers, pictures, one page."""
 
+import base64
+import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from cl_bench.core.record import SETTINGS
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.order_robustness import order_disparity
 from cl_bench.report import plots
+from cl_bench.report.imports import read_imports
 from cl_bench.report.labels import describe_common
 from cl_bench.report.page import Picture, Verdict, judge, render
 from cl_bench.report.rows import (
@@ -41,6 +45,7 @@ from cl_bench.report.tables import (
     make_accuracy_table,
     make_column,
     make_difference_table,
+    make_imports_table,
     make_orders_table,
     make_pairs_table,
     make_published_table,
@@ -53,6 +58,11 @@ MOST_ROWS_PAIRED = 30
 
 MOST_ROWS_DRAWN = 40
 """With more rows the pictures show the first ones."""
+
+
+DOTS = "final_accuracy"
+DOTS_TITLE = "Class-IL average accuracy after the last task [%]"
+"""The picture of final accuracies: name of its file, and title of its axis."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +101,21 @@ class Comparison:
         return [*ACCURACIES, *COSTS] if self.columns is ACCURACIES else self.columns
 
 
-def compare(paths: Sequence[str], selection: Selection | None = None) -> Comparison:
+def compare(paths: Sequence[str], selection: Selection | None = None, imports: Sequence[str] = ()) -> Comparison:
     """Compare the finished runs under ``paths``, each a run folder or a folder of them.
 
     Args:
         paths: as typed.
         selection: which runs and metrics, and in which order; by default all runs, and the best first.
+        imports: files of other programs (:func:`~cl_bench.report.imports.read_imports`).
 
     Raises:
         ConfigError: there is nothing to compare, or an option names what no run has.
     """
     selection = selection or Selection()
     found, left_out = find_runs(paths)
+    imported, left_out_imports = read_imports(imports)
+    found, left_out = [*found, *imported], [*left_out, *left_out_imports]
     runs = choose_runs(found, selection.where)
     rows = arrange_rows(make_rows(runs), selection)
     names = find_metrics(runs, selection.metrics)
@@ -111,19 +124,24 @@ def compare(paths: Sequence[str], selection: Selection | None = None) -> Compari
         _require_common_seeds(rows, reference)
     rows = describe_differences(rows, reference or 0)
     published = [(row.label, verdict) for row in rows for verdict in judge(row.runs[0], row.mean)]
-    tested_against = 0 if reference is None and len(rows) > MOST_ROWS_PAIRED else reference
-    pairs = run_paired_tests([(row.label, row.values(MAIN)) for row in rows], tested_against)
+    own = [row for row in rows if not row.imported]
+    tested_against = 0 if len(rows) > MOST_ROWS_PAIRED else None
+    if reference is not None:
+        tested_against = own.index(rows[reference])
+    pairs = run_paired_tests([(row.label, row.values(MAIN)) for row in own], tested_against)
     columns = [make_column(name) for name in names] or ACCURACIES
     return Comparison(rows, make_orders(rows), pairs, published, left_out, columns, reference, selection.group)
 
 
 def _require_common_seeds(rows: Sequence[Row], reference: int) -> None:
-    seeds = [{run.summary["seed"] for run in row.runs} for row in rows]
+    seeds = [row.seeds for row in rows]
+    known = ", ".join(map(str, sorted(seeds[reference]))) or "of another program"
+    others = [i for i, row in enumerate(rows) if i != reference and not row.imported]
     require(
-        any(own & seeds[reference] for i, own in enumerate(seeds) if i != reference),
+        any(seeds[i] & seeds[reference] for i in others) or not (others or rows[reference].imported),
         "--reference",
         expected="a row that has a seed in common with another one",
-        got=f"{rows[reference].label} with the seeds {', '.join(map(str, sorted(seeds[reference])))}",
+        got=f"{rows[reference].label} with the seeds {known}",
         fix="Run it with the seeds of the others, or name another row.",
     )
 
@@ -156,6 +174,7 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
     if comparison.orders:
         _make_orders_frame(comparison.orders).to_csv(out / "orders.csv", index=False, lineterminator="\n")
     (out / "table.md").write_text(f"Made by `{command}`.\n\n{make_markdown(comparison)}", encoding="utf-8")
+    script = (Path(__file__).parent / "compare.js").read_text(encoding="utf-8")
     page = render(
         "compare.html.j2",
         runs=sum(len(row.runs) for row in comparison.rows),
@@ -164,7 +183,11 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
         tables=make_tables(comparison, interval=True),
         common=comparison.common,
         notes=_list_left_out(comparison),
-        pictures=pictures.values(),
+        left_out=Counter(run.state for run in comparison.left_out),
+        pictures=[picture for name, picture in pictures.items() if name != DOTS],
+        dots=make_dots(comparison.rows[:MOST_ROWS_DRAWN], pictures[DOTS].caption) if DOTS in pictures else None,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     (out / "compare.html").write_text(page, encoding="utf-8")
 
@@ -177,6 +200,8 @@ def make_tables(comparison: Comparison, interval: bool) -> list[Table]:
         shown.append(make_difference_table(rows, comparison.reference, comparison.columns))
     if comparison.columns is ACCURACIES:
         shown.append(make_stat_table(rows, "Cost", COSTS, interval, group))
+    if any(row.imported for row in rows):
+        shown.append(make_imports_table(rows))
     if comparison.orders:
         shown.append(make_orders_table(comparison.orders, interval))
     if comparison.published:
@@ -251,6 +276,8 @@ def make_frame(comparison: Comparison) -> pd.DataFrame:
         }
         line |= {key: row.runs[0].summary[key] for key in ("method", "backbone", "scenario", "buffer", "scale")}
         line |= {"evaluate_on": row.runs[0].summary["evaluate_on"], "n": len(row.runs), "differs_in": row.differs}
+        if any(row.imported for row in rows):
+            line["imported"] = row.imported
         if comparison.group is not None:
             line[comparison.group] = row.group
         for key in (column.key for column in comparison.all_columns):
@@ -277,24 +304,63 @@ def _make_orders_frame(groups: Sequence[Orders]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+@dataclass(frozen=True)
+class Dots:
+    """The plot of final accuracies on a page, where it is made of text and SVG, so that it fits any width.
+
+    Attributes:
+        title: what is shown, with its unit.
+        caption: how to read it.
+        ticks: positions on the axis, in percent of its length, and their texts.
+        rows: label, positions of the seeds, of the mean, and of the ends of its confidence interval, or None.
+    """
+
+    title: str
+    caption: str
+    ticks: list[tuple[float, str]]
+    rows: list[tuple[str, list[float], float, tuple[float, float] | None]]
+
+
+def make_dots(rows: Sequence[Row], caption: str) -> Dots:
+    """The plot of the rows that have a Class-IL accuracy; at least one has."""
+    values = {row.label: row.values(MAIN).tolist() for row in rows}
+    shown = [row for row in rows if values[row.label]]
+    spans = {row.label: (np.mean(values[row.label]), row.stat(MAIN).ci95 or 0.0) for row in shown}
+    ends = [end for mean, half in spans.values() for end in (mean - half, mean + half)]
+    ends += [value for row in shown for value in values[row.label]]
+    low, high = float(min(ends)), float(max(ends))
+
+    def place(value: float) -> float:
+        return round(2 + 96 * (value - low) / ((high - low) or 1.0), 2)  # a dot at an end is not cut
+
+    lines = []
+    for row in shown:
+        mean, half = spans[row.label]
+        interval = (place(mean - half), place(mean + half)) if half else None
+        lines.append((row.label, [place(value) for value in values[row.label]], place(mean), interval))
+    return Dots(DOTS_TITLE, caption, [(place(tick), f"{tick:g}") for tick in plots.choose_ticks(low, high)], lines)
+
+
 def _draw_pictures(comparison: Comparison) -> Iterator[tuple[str, Picture]]:
     rows = comparison.rows[:MOST_ROWS_DRAWN]
     few = "" if len(rows) == len(comparison.rows) else f" The first {len(rows)} rows only."
     figure = plots.draw_dots(
         {row.label: row.values(MAIN).tolist() for row in rows},
         {row.label: row.stat(MAIN).ci95 for row in rows},
-        "Class-IL average accuracy after the last task [%]",
+        DOTS_TITLE,
     )
     if figure is not None:
         caption = (
             "One dot per seed, a bar at the mean, a line over its 95 % confidence interval. "
             f"The axis does not always begin at 0.{few}"
         )
-        yield "final_accuracy", Picture.of(figure, "Final accuracy", caption)
-    figure = plots.draw_accuracy_by_row({setting: _make_curves(rows, setting) for setting in SETTINGS})
+        yield DOTS, Picture.of(DOTS, figure, "Final accuracy", caption)
+    curves = {setting: _make_curves(rows, setting) for setting in SETTINGS}
+    figure = plots.draw_accuracy_by_row(curves)
     if figure is not None:
         caption = f"Mean over seeds; with several seeds, a band of one standard deviation up and down.{few}"
-        yield "accuracy_over_tasks", Picture.of(figure, "Accuracy over tasks", caption)
+        name = "accuracy_over_tasks"
+        yield name, Picture.of(name, figure, "Accuracy over tasks", caption, plots.make_legend(curves))
 
 
 def _make_curves(rows: Sequence[Row], setting: str) -> dict[str, np.ndarray]:

@@ -1,10 +1,9 @@
 """The report of one run: pictures and one self-contained page, made only from the files of its folder."""
 
-import base64
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record
 from cl_bench.engine.evaluate import read_predictions
 from cl_bench.report import plots
+from cl_bench.report.svg import Panel, render_panels
 from cl_bench.system.atomic import write_text
 
 CARDS = (
@@ -103,28 +103,25 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure on a page: its title, a caption, its PNG file and its width in CSS pixels."""
+    """A figure: its title and caption, its PNG file, and its panels and the lines of its legend for a page."""
 
     title: str
     caption: str
     png: bytes
-    width: int
+    panels: Sequence[Panel]
+    legend: Sequence[plots.Key] = ()
 
     @classmethod
-    def of(cls, figure: Figure, title: str, caption: str) -> "Picture":
-        """The picture of a figure."""
-        return cls(title, caption, plots.render_png(figure), round(figure.get_figwidth() * plots.PIXELS_PER_INCH))
-
-    @property
-    def base64(self) -> str:
-        """The PNG file as text, to be put into a page."""
-        return base64.b64encode(self.png).decode("ascii")
+    def of(cls, name: str, figure: Figure, title: str, caption: str, legend: Sequence[plots.Key] = ()) -> "Picture":
+        """The picture of a figure; ``name`` is that of its file."""
+        png = plots.render_png(figure)  # first, because it lays the figure out
+        return cls(title, caption, png, render_panels(figure, name), legend)
 
 
 def write_report(folder: Path) -> Path:
     """Write ``plots/*.png`` and ``report.html`` of the finished run in ``folder``; returns the page's path."""
     run = Run.read(folder)
-    pictures = {name: Picture.of(*figure) for name, figure in _draw_figures(run)}
+    pictures = {name: Picture.of(name, *figure) for name, figure in _draw_figures(run)}
     summary = run.summary
     page = render(
         "report.html.j2",
@@ -133,6 +130,7 @@ def write_report(folder: Path) -> Path:
         facts=_list_facts(summary),
         cards=[(_format_card_label(*card), _format_card_value(run, *card)) for card in CARDS],
         metrics=_list_metrics(run),
+        odd=list(_explain_odd_numbers(run)),
         costs=[(label, _format_or_dash(run.value("cost", key), text)) for key, (label, text) in COSTS.items()],
         verdicts=judge(run, run.value),
         pictures=pictures.values(),
@@ -211,10 +209,10 @@ def read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    text = read_text(path)
     try:
+        text = read_text(path)
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(
             str(path), expected="a JSON object", got=f"text that breaks off or is damaged ({error})", fix=_RUN_AGAIN
         ) from error
@@ -241,10 +239,17 @@ def _read_record(path: Path, num_tasks: int) -> Record:
     """The inverse of :meth:`Record.write_csv`; ``after_task`` -1, the untrained network, is the last row."""
     require(path.is_file(), str(path), expected="the accuracy matrix", got="no such file", fix=_RUN_AGAIN)
     record = Record.empty(num_tasks)
-    for setting, lines in pd.read_csv(path).groupby("setting"):
-        matrix = record.get_matrix(str(setting))
-        matrix.correct[lines["after_task"], lines["task"]] = lines["correct"]
-        matrix.count[lines["task"]] = lines["count"]
+    try:
+        table = pd.read_csv(path)
+        if table.isna().any(axis=None):
+            raise ValueError("a line without all its columns")
+        for setting, lines in table.groupby("setting"):
+            matrix = record.get_matrix(str(setting))
+            matrix.correct[lines["after_task"], lines["task"]] = lines["correct"]
+            matrix.count[lines["task"]] = lines["count"]
+    except (ValueError, KeyError, IndexError) as error:
+        got = f"text that breaks off or is damaged ({type(error).__name__})"
+        raise ConfigError(str(path), expected="the accuracy matrix", got=got, fix=_RUN_AGAIN) from error
     return record
 
 
@@ -339,6 +344,43 @@ def _list_warnings(summary: dict[str, Any]) -> list[str]:
             "every test batch is of one task, and the method knows that: easier than Class-IL with mixed batches"
         )
     return warnings
+
+
+def _explain_odd_numbers(run: Run) -> Iterator[str]:
+    """A sentence about each number that a reader may take for an error."""
+    tasks = run.summary["tasks"]
+    classes = [len(task) for task in tasks]
+    guessing = {
+        "class_il": 100 / len({c for task in tasks for c in task}),
+        "task_il": 100 / (sum(classes) / len(tasks)),
+    }
+    found: dict[str, list[str]] = {}  # what is said -> of which settings
+    for setting in SETTINGS:
+        average, forgetting, transfer = (
+            run.value(setting, name) for name in ("average_accuracy", "forgetting", "backward_transfer")
+        )
+        if forgetting is not None and forgetting < -0.005:
+            found.setdefault(
+                "forgetting is below 0: on average, the earlier tasks are answered better after the last task than at "
+                "any time before. This happens if later training also trains them, for example by rehearsal.",
+                [],
+            ).append(TITLES[setting])
+        elif transfer is not None and transfer > 0.005:
+            found.setdefault(
+                "backward transfer is above 0: on average, the earlier tasks are answered better after the last task "
+                "than right after they were learned. Forgetting compares with the best earlier accuracy instead.",
+                [],
+            ).append(TITLES[setting])
+        if average is not None and max(classes) > 1 and average <= guessing[setting]:
+            said = f"average accuracy is not above {guessing[setting]:.1f} %, what guessing a class gives."
+            found.setdefault(said, []).append(TITLES[setting])
+    yield from (f"{' and '.join(titles)} {said}" for said, titles in found.items())
+    both = [run.value(setting, "average_accuracy") for setting in SETTINGS]
+    if both[0] is not None and both[1] is not None and both[1] < both[0] - 0.005:
+        yield (
+            "Task-IL accuracy is below Class-IL accuracy, although Task-IL chooses among fewer classes: the method "
+            "answers in another way if it knows the task."
+        )
 
 
 def _list_facts(summary: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """Pictures of a run and of a comparison, for a page 10 inches (1000 CSS pixels) wide.
 
 Only matplotlib's objects are used, never ``pyplot``: no global state, no display. Text from a configuration is set with
-``parse_math=False``, so that a ``$`` in a name stays a ``$``.
+``parse_math=False``, so that a ``$`` in a name stays a ``$``. People read these pictures: tasks are counted from 1.
 
 T tasks, K classes, S seeds.
 """
@@ -10,11 +10,12 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -25,21 +26,28 @@ from cl_bench.core.record import SETTINGS, TITLES, Matrix, Record
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.forgetting import forgetting
 
-PIXELS_PER_INCH = 100
-"""CSS pixels of a page that show one inch of a picture."""
-
 _DPI = 150  # sharper than the page asks for: readable when zoomed in or printed
 _WIDTH = 10.0  # inches
 _HALF = 5.3  # inches, width of a picture with one panel
+_MOST_MARKERS = 200  # epochs; more of them are drawn as a line only
 _NUMBERS_UP_TO = 20  # tasks or classes; beyond, numbers in cells and one label a line no longer fit
 _COLOURS = {"class_il": "#1f5fa8", "task_il": "#c8641b"}
 _LINE_STYLES = ("-", "--", ":", "-.")
 
 
+class Key(NamedTuple):
+    """A line of a legend: its text, and its colour (``C0`` to ``C9``) and style as in a figure."""
+
+    label: str
+    colour: str
+    style: str
+
+
 def render_png(figure: Figure) -> bytes:
     """The figure as a PNG file; equal figures give equal bytes."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+    figure.set_dpi(_DPI)
+    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})  # savefig() would draw it twice
     return file.getvalue()
 
 
@@ -60,7 +68,7 @@ def draw_accuracy_matrix(record: Record) -> Figure | None:
     if not settings:
         return None
     num_tasks = record.class_il.num_tasks
-    shown = range(0, num_tasks, _choose_stride(num_tasks))
+    shown = _choose_tasks(num_tasks)
     # the row of the untrained network is in all panels or in none, so that their rows have the same height
     untrained = ["untrained"] if any(not np.isnan(record.get_matrix(s).baseline).all() for s in settings) else []
     figure, panels = _make_panels(len(settings), height=min(4.8, 1.6 + 0.34 * num_tasks))
@@ -70,12 +78,12 @@ def draw_accuracy_matrix(record: Record) -> Figure | None:
         image = _draw_heat_map(
             axes, values, "YlGnBu", Normalize(0, 100), decimals=1 if num_tasks <= 10 else 0, zeros=True
         )
-        axes.set_xticks(shown, [str(task) for task in shown])
-        rows = shown[1:] if untrained and shown.step > 1 else shown  # the label 0 would touch "untrained"
-        ticks = [*range(len(untrained)), *(len(untrained) + task for task in rows)]
-        axes.set_yticks(ticks, [*untrained, *map(str, rows)])
+        labels = [str(task + 1) for task in shown]
+        axes.set_xticks(shown, labels)
+        ticks = [*range(len(untrained)), *(len(untrained) + task for task in shown)]
+        axes.set_yticks(ticks, [*untrained, *labels])
         axes.set(title=TITLES[setting], xlabel="accuracy on task", ylabel="after task")
-    figure.colorbar(image, ax=panels, label="accuracy [%]", fraction=0.05, pad=0.02)
+    _add_colour_bar(figure, image, panels, "accuracy [%]")
     return figure
 
 
@@ -88,8 +96,8 @@ def draw_over_tasks(record: Record) -> Figure | None:
     figure, (accuracies, forgettings) = _make_panels(2, height=3.4)
     for setting in settings:
         style: dict[str, Any] = {"ms": 3.5, "color": _COLOURS[setting], "label": TITLES[setting]}
-        accuracies.plot(compute_over_tasks(average_accuracy, record.get_matrix(setting)), "o-", **style)
-        forgettings.plot(compute_over_tasks(forgetting, record.get_matrix(setting)), "o-", **style)
+        for axes, metric in ((accuracies, average_accuracy), (forgettings, forgetting)):
+            axes.plot(range(1, num_tasks + 1), compute_over_tasks(metric, record.get_matrix(setting)), "o-", **style)
     accuracies.set(title="average accuracy on the tasks seen [%]", ylim=(0, 102))
     accuracies.legend(frameon=False)
     forgettings.set_title("forgetting [percentage points]")
@@ -108,7 +116,7 @@ def draw_curves(record: Record) -> Figure | None:
     figure, panels = _make_panels(len(curves), height=3.6)
     for axes, (setting, curve) in zip(panels, curves.items()):
         accuracy, step, learning = curve.accuracy, np.array(curve.step), np.array(curve.learning)
-        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, curve.num_tasks))
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.3, 0.9, curve.num_tasks))  # seen on white and on black
         for values, colour in zip(accuracy.T, colours):
             axes.plot(step, values, lw=0.7, alpha=0.6, color=colour)
         means = [row[: task + 1].mean() for row, task in zip(accuracy, learning)]
@@ -146,7 +154,7 @@ def draw_confusion(
         image = _draw_heat_map(axes, shares, "Blues", PowerNorm(0.5, 0, 100), decimals=0, zeros=False)
         _label_classes(axes, order, tasks, class_names, unanswered=shares.shape[1] > len(order))
         axes.set(title=TITLES[setting], xlabel="answer", ylabel="class of the image")
-    figure.colorbar(image, ax=panels, label="share of the class's images [%]", fraction=0.05, pad=0.02)
+    _add_colour_bar(figure, image, panels, "share of the class's images [%]")
     return figure
 
 
@@ -172,19 +180,25 @@ def draw_losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
     terms = list(dict.fromkeys(term for event in epochs for term in event["losses"]))
     if not terms:
         return None
-    figure = Figure((_WIDTH, 0.9 + 1.35 * len(terms)), layout="constrained")
-    panels = figure.subplots(len(terms), 1, sharex=True, squeeze=False)[:, 0]
+    columns = min(2, len(terms))
+    lines = math.ceil(len(terms) / columns)
+    figure = Figure((_WIDTH if columns > 1 else _HALF, 0.4 + 2.1 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in panels[len(terms) :]:
+        axes.remove()
+    style = ".-" if len(epochs) <= _MOST_MARKERS else "-"
+    last = max(event["step"] for event in epochs)
     for axes, term in zip(panels, terms):
         for steps, values in _split_phases(epochs, term):
-            axes.plot(steps, values, ".-", ms=3, lw=1.2, color="#1f5fa8")
+            axes.plot(steps, values, style if len(steps) > 1 else ".", ms=3, lw=1.2, color="#1f5fa8")
         for end in ends:
             axes.axvline(end, color="0.55", lw=0.8, ls=(0, (4, 3)))
         _open_frame(axes)
         axes.grid(visible=False, axis="x")  # more vertical lines beside the ends of tasks would confuse
-        axes.set_title(term, loc="left", parse_math=False)
-    _label_tasks_above(panels[0], ends)
-    panels[-1].set_xlabel("optimizer steps")
-    panels[-1].set_xlim(0, max(event["step"] for event in epochs) * 1.005)
+        axes.set_title(term, loc="left", parse_math=False, size=10, pad=14)
+        axes.set(xlabel="optimizer steps", xlim=(0, last * 1.005))
+        axes.yaxis.set_major_formatter("{x:.3g}")  # no factor above the axis, where the tasks are
+        _label_tasks_above(axes, ends)
     return figure
 
 
@@ -200,18 +214,21 @@ def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figu
         One panel per setting; None if there is none.
     """
     settings = [setting for setting in SETTINGS if curves[setting]]
-    labels = list(dict.fromkeys(label for setting in settings for label in curves[setting]))
+    labels = _list_labels(curves)
     if not settings:
         return None
     wrapped = [textwrap.fill(label, 60) for label in labels]
     columns = max(1, 120 // (max(len(line) for label in wrapped for line in label.split("\n")) + 8))
     legend_lines = math.ceil(len(labels) / columns) * max(label.count("\n") + 1 for label in wrapped)
-    figure, panels = _make_panels(len(settings), height=3.4 + 0.2 * legend_lines)
+    figure, panels = _make_panels(len(settings), height=(3.4 if len(labels) <= 8 else 4.4) + 0.2 * legend_lines)
     for axes, setting in zip(panels, settings):
         for label, values in curves[setting].items():
             _draw_band(axes, values, **_choose_line_style(labels.index(label)))
         _open_frame(axes)
-        axes.set(title=f"{TITLES[setting]}: average accuracy on the tasks seen [%]", ylim=(0, 102))
+        highest = max(np.nanmax(values) for values in curves[setting].values())
+        axes.set(
+            title=f"{TITLES[setting]}: average accuracy on the tasks seen [%]", ylim=(0, min(102, 1.1 * highest + 1))
+        )
         _set_task_axis(axes, max(values.shape[1] for values in curves[setting].values()))
     handles = [Line2D([], [], **_choose_line_style(i)) for i in range(len(labels))]
     # the texts are set afterwards: matplotlib leaves labels that begin with "_" out of a legend
@@ -222,6 +239,12 @@ def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figu
         text.set_parse_math(False)
         text.set_text(label)
     return figure
+
+
+def make_legend(curves: Mapping[str, Mapping[str, np.ndarray]]) -> list[Key]:
+    """The legend of :func:`draw_accuracy_by_row` for a page."""
+    styles = [(label, _choose_line_style(i)) for i, label in enumerate(_list_labels(curves))]
+    return [Key(label, style["color"], style["ls"]) for label, style in styles]
 
 
 def draw_dots(
@@ -254,6 +277,15 @@ def draw_dots(
     return figure
 
 
+def choose_ticks(low: float, high: float) -> list[float]:
+    """At most six round numbers from ``low`` to ``high`` for an axis."""
+    return [float(tick) for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+
+
+def _list_labels(curves: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    return list(dict.fromkeys(label for setting in SETTINGS for label in curves[setting]))
+
+
 def _list_measured(record: Record) -> list[str]:
     return [setting for setting in SETTINGS if not np.isnan(record.get_matrix(setting).correct[:-1]).all()]
 
@@ -270,7 +302,7 @@ def _open_frame(axes: Axes) -> None:
 
 
 def _set_task_axis(axes: Axes, num_tasks: int) -> None:
-    axes.set(xlabel="after task", xlim=(-0.3, num_tasks - 0.7))
+    axes.set(xlabel="after task", xlim=(0.7, num_tasks + 0.3))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -278,7 +310,8 @@ def _draw_heat_map(
     axes: Axes, values: np.ndarray, colour_map: str, norm: Normalize, *, decimals: int, zeros: bool
 ) -> AxesImage:
     """An image with numbers in its cells up to 20 tasks or classes; without ``zeros``, no number if it would read 0."""
-    colours = matplotlib.colormaps[colour_map].with_extremes(bad="0.9")
+    colours = matplotlib.colormaps[colour_map].with_extremes(bad=(0, 0, 0, 0))
+    axes.set_facecolor("0.9")  # seen where nothing was measured
     image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
     axes.tick_params(length=0, labelsize=10 if max(values.shape) <= 11 else 7.5)
     if min(values.shape) <= _NUMBERS_UP_TO:  # the other side may have one more row (untrained) or column (no answer)
@@ -288,13 +321,27 @@ def _draw_heat_map(
             if text != "nan" and (zeros or float(text)):
                 red, green, blue, _ = colours(norm(value))
                 dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                axes.text(column, row, text, ha="center", va="center", size=size, color="white" if dark else "black")
+                axes.text(
+                    column, row, text, ha="center", va="center", size=size, color="#f7f7f7" if dark else "#111111"
+                )
     return image
+
+
+def _add_colour_bar(figure: Figure, image: AxesImage, panels: list[Axes], label: str) -> None:
+    bar = figure.colorbar(image, ax=panels, label=label, fraction=0.05, pad=0.02)
+    assert bar.solids is not None
+    bar.solids.set_rasterized(True)  # an image in an SVG, too
 
 
 def _choose_stride(count: int) -> int:
     """The distance between labelled ticks: 1 up to 20 ticks; for more, about ten labels."""
     return 1 if count <= _NUMBERS_UP_TO else math.ceil(count / 10)
+
+
+def _choose_tasks(count: int) -> range:
+    """The tasks, from 0, that are labelled; of more than 20 tasks for example the fifth, tenth and so on."""
+    stride = _choose_stride(count)
+    return range(stride - 1, count, stride)
 
 
 def _label_classes(
@@ -315,9 +362,9 @@ def _label_classes(
     if len(order) <= _NUMBERS_UP_TO:
         ticks, labels = list(range(len(order))), [_shorten(class_names[c]) for c in order]
     elif disjoint:
-        shown = range(0, len(tasks), _choose_stride(len(tasks)))
+        shown = _choose_tasks(len(tasks))
         ticks = [ends[task] - (len(tasks[task]) + 1) / 2 for task in shown]
-        labels = [f"task {task}" for task in shown]
+        labels = [f"task {task + 1}" for task in shown]
     else:
         ticks = list(range(0, len(order), _choose_stride(len(order))))
         labels = [str(order[tick]) for tick in ticks]
@@ -345,11 +392,10 @@ def _split_phases(epochs: Sequence[Mapping[str, Any]], term: str) -> list[tuple[
 
 def _label_tasks_above(axes: Axes, ends: Sequence[int]) -> None:
     centres = [(start + end) / 2 for start, end in zip([0, *ends], ends)]
-    shown = range(0, len(ends), _choose_stride(len(ends)))
-    above = axes.secondary_xaxis("top")
-    above.set_xticks([centres[task] for task in shown], [f"task {task}" if task == 0 else str(task) for task in shown])
-    above.tick_params(length=0, labelsize=8, pad=0)
-    above.spines["top"].set_visible(False)
+    shown = _choose_tasks(len(ends))
+    for task in shown:
+        name = f"task {task + 1}" if task == shown.start else str(task + 1)
+        axes.text(centres[task], 1.01, name, size=8, ha="center", transform=axes.get_xaxis_transform())
 
 
 def _choose_line_style(number: int) -> dict[str, Any]:
@@ -361,7 +407,8 @@ def _draw_band(axes: Axes, values: np.ndarray, **style: Any) -> None:
     if len(mean) == 1:  # all classes learned at once: a horizontal line, because a dot would be hard to see
         axes.axhline(mean[0], color=style["color"], ls=style["ls"])
         return
-    axes.plot(mean, **style)
+    tasks = range(1, len(mean) + 1)
+    axes.plot(tasks, mean, **style)
     if len(values) > 1:
         std = values.std(axis=0, ddof=1)
-        axes.fill_between(range(len(mean)), mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
+        axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)

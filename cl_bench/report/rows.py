@@ -55,6 +55,16 @@ class Row:
     group: str = ""
     _stats: dict[str, Stat] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def imported(self) -> str:
+        """The program and the file of a row that was imported; empty for ours."""
+        return self.runs[0].summary.get("imported", "")
+
+    @property
+    def seeds(self) -> set[int]:
+        """The seeds by which it is paired with other rows: none if it was imported, because they draw other numbers."""
+        return set() if self.imported else {run.summary["seed"] for run in self.runs}
+
     def values(self, key: str) -> pd.Series:
         """One number by seed, without unknown ones; ``key`` is ``section.name`` of ``summary.json``."""
         return pd.Series(self.values_by_seed(key), dtype=float)
@@ -72,7 +82,8 @@ class Row:
     def stat_minus(self, other: "Row", key: str) -> Stat:
         """This row's number minus the other row's, over the seeds that have it in both."""
         ours, theirs = _collect(self.runs, key), _collect(other.runs, key)
-        return Stat.of([value - theirs[seed] for seed, value in ours.items() if seed in theirs])
+        common = self.seeds & other.seeds
+        return Stat.of([value - theirs[seed] for seed, value in ours.items() if seed in theirs and seed in common])
 
     def mean(self, section: str, name: str) -> float | None:
         """Mean of one number over the seeds that have it."""
@@ -146,12 +157,18 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def describe_differences(rows: Sequence[Row], reference: int = 0) -> list[Row]:
-    """The rows, saying how each differs from the reference and from the first row of its experiment and name."""
+    """The rows, saying how each differs from the reference and from the first row of its experiment and name.
+
+    Imported rows have other settings than ours: they only say where they are from, and are no reference.
+    """
+    own = [i for i, row in enumerate(rows) if not row.imported]
+    reference = reference if reference in own or not own else own[0]
     firsts = {identify(row.runs[0])[:2]: reference for row in rows[reference : reference + 1]}
     described = []
     for i, row in enumerate(rows):
         namesake = firsts.setdefault(identify(row.runs[0])[:2], i)
-        described.append(replace(row, differs=_describe_differences(rows, i, reference, namesake)))
+        differs = row.imported or _describe_differences(rows, i, reference, namesake)
+        described.append(replace(row, differs=differs))
     return described
 
 

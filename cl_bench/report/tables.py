@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from cl_bench.core.record import SETTINGS, TITLES
+from cl_bench.report.imports import REPORTED
 from cl_bench.report.page import Verdict, format_number, format_signed, to_words
 from cl_bench.report.rows import DISPARITIES, FREE, MAIN, Orders, Row
 from cl_bench.report.selection import is_greater_better
@@ -62,6 +63,7 @@ class Table:
         lines: its cells, row by row.
         numbers: columns to align to the right.
         best: line and column of each cell to be marked.
+        fold: whether a page shows it only if asked.
     """
 
     title: str
@@ -70,6 +72,12 @@ class Table:
     lines: list[list[str]]
     numbers: Sequence[int]
     best: Collection[tuple[int, int]] = ()
+    fold: bool = False
+
+    @property
+    def fixed(self) -> int:
+        """The column that stays in view on a narrow page: the labels of the rows, or the first one."""
+        return self.header.index("run") if "run" in self.header else 0
 
 
 def show_tables(shown: Sequence[Table], notes: Sequence[str], common: str = "") -> None:
@@ -190,7 +198,7 @@ def make_difference_table(rows: Sequence[Row], reference: int, columns: Sequence
     lines = []
     for rank, row in enumerate(rows, start=1):
         stats = [row.stat_minus(rows[reference], column.key) for column in columns]
-        n = len({run.summary["seed"] for run in row.runs} & {run.summary["seed"] for run in rows[reference].runs})
+        n = len(row.seeds & rows[reference].seeds)
         cells = ["reference" if rank == reference + 1 else format_difference(s, c) for s, c in zip(stats, columns)]
         lines.append([str(rank), row.label, str(n), *cells])
     header = ["row", "run", "seeds in common", *(column.title for column in columns)]
@@ -244,6 +252,28 @@ def make_published_table(published: Sequence[tuple[str, Verdict]]) -> Table:
     return Table("Published numbers", note, header, lines, range(2, 6))
 
 
+def make_imports_table(rows: Sequence[Row]) -> Table:
+    """Imported rows with forgetting by each definition, and as the other program reported it."""
+    names = ("forgetting", "forgetting_first_last", "forgetting_clipped", REPORTED)
+    lines = []
+    for rank, row in enumerate(rows, start=1):
+        for setting in SETTINGS if row.imported else ():
+            if row.stat(f"{setting}.average_accuracy").n:
+                stats = [format_stat(row.stat(f"{setting}.{name}"), Column("", ""), interval=False) for name in names]
+                tasks = str(len(row.runs[0].summary["tasks"]))
+                lines.append([str(rank), row.label, TITLES[setting], tasks, *stats, row.imported])
+    header = ["row", "run", "setting", "tasks", "forgetting here", "first - last", "clipped", "as reported", "from"]
+    note = (
+        "Accuracies are those of the other program, and everything is computed from them by the same formulas as ours. "
+        "Forgetting here and in all other tables: the best accuracy before the last task minus the last one, mean over "
+        "the earlier tasks (Chaudhry et al. 2018). First - last: the accuracy right after a task minus the last one "
+        "(Avalanche). Clipped: the best accuracy, the last one included, minus the last one (Mammoth and "
+        "PyCIL). As reported: what the other program wrote. Whether its data, network and schedule are those "
+        "of our rows is not known; so it takes no part in paired tests and differences."
+    )
+    return Table("Imported runs", note, header, lines, [0, *range(3, 8)])
+
+
 def make_pairs_table(pairs: pd.DataFrame, note: str = "") -> Table:
     """The paired tests of :func:`~cl_bench.report.statistics.run_paired_tests`; ``note`` says which were made."""
     lines = [
@@ -260,7 +290,7 @@ def make_pairs_table(pairs: pd.DataFrame, note: str = "") -> Table:
     ]
     header = ["first", "second", "seeds in common", "first - second [points]", "95 % CI", "p", "p (Holm)"]
     text = "Paired t-tests on Class-IL accuracy over the seeds in common, corrected for their number (Holm)."
-    return Table("Paired tests", " ".join(filter(None, [text, note])), header, lines, range(2, 7))
+    return Table("Paired tests", " ".join(filter(None, [text, note])), header, lines, range(2, 7), fold=True)
 
 
 def format_stat(stat: Stat, column: Column, interval: bool) -> str:

@@ -309,15 +309,15 @@ def check_rehearsal(rebuild: Callable[[], Parts]) -> list[Check]:
             parts.method.eval()
             for number, phase in enumerate(parts.method.learn(task)):
                 if unknown := len(hash_images(phase.data.images) - allowed):
-                    strangers.append(f"task {task.id}, phase {number}: {unknown}")
+                    strangers.append(f"task {task.id + 1}, phase {number + 1}: {unknown}")
                 short = phase.data.take(slice(STEPS * parts.settings.batch_size))
                 trainer.run_phase(task, number, replace(phase, data=short, epochs=1, order=None), None)
                 parts.method.eval()
             if (check := check_budget(parts)).passed is False:
-                over.append(f"task {task.id}: {check.found}")
+                over.append(f"task {task.id + 1}: {check.found}")
             answered = ask(parts, lambda task: draw_few_images(len(task), size=100), learned=task.id + 1).class_il
             if unseen := int((~torch.isin(answered[answered >= 0], seen[task.id])).sum()):
-                early.append(f"task {task.id}: {unseen}")
+                early.append(f"task {task.id + 1}: {unseen}")
         ends.append(clone_state(parts.method.state_dict()))
     return [
         Check("every phase trains on training images", not strangers, "; ".join(strangers) or "none else found"),

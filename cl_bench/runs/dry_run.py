@@ -102,7 +102,7 @@ def _print(parts: Parts, summary: dict[str, Any]) -> None:
     for task in scenario.tasks:
         named = [(str(c), scenario.class_names[c]) for c in scenario.list_class_ids(task)]
         names = ", ".join(c if c == name else f"{c} {name}" for c, name in named)
-        table.add_row(str(task.id), names, *(str(len(d)) for d in (task.train, task.val, task.test)))
+        table.add_row(str(task.id + 1), names, *(str(len(d)) for d in (task.train, task.val, task.test)))
     console = Console()
     console.print(table)
     cost, steps = summary["cost"], summary["step_seconds"]
@@ -285,17 +285,17 @@ class Probe:
             found.append("A full batch needs more memory than the peak of the probe.")
         if self.eager and self.parts.settings.speed == "compile":
             found.append("Steps were timed eagerly; compiled ones take as long on a CPU. Compiling was not timed.")
-        timed, last = ", ".join(str(task.id) for task in self.probed), len(self.tasks) - 1
-        if self.probed[-1].id < last:
+        timed, count = ", ".join(str(task.id + 1) for task in self.probed), len(self.tasks)
+        if self.probed[-1].id + 1 < count:
             found.append(
-                f"No time was left after task {self.probed[-1].id} of 0 to {last}; later ones are assumed equal."
+                f"No time was left after task {self.probed[-1].id + 1} of {count}; later ones are assumed equal."
             )
             if self.probed[-1].id == 0:
                 found.append(
                     "Later tasks may also use a buffer or an old network: they may cost several times as much."
                 )
-        elif len(self.probed) < len(self.tasks):
-            found.append(f"Tasks {timed} of 0 to {last} were timed; the others are interpolated.")
+        elif len(self.probed) < count:
+            found.append(f"Tasks {timed} of {count} were timed; the others are interpolated.")
         if self.parts.settings.linear_probe:
             found.append("The fit of the linear probe is not included, only its passes over the images.")
         if any(phase.may_end for phase in phases):

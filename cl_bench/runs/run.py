@@ -389,7 +389,7 @@ def explain_errors(parts: Parts) -> Iterator[None]:
 
 def _explain_single_value(parts: Parts) -> ConfigError:
     """The error for a batch of one value per channel; settings that always lead to one are refused earlier."""
-    small = [str(task.id) for task in parts.scenario.tasks if len(task.train) == 1]
+    small = [str(task.id + 1) for task in parts.scenario.tasks if len(task.train) == 1]
     return ConfigError(
         "scenario",
         expected="training batches of two images or more, since BatchNorm cannot normalise a single value",
@@ -406,7 +406,7 @@ def _explain_memory(error: Exception, parts: Parts) -> str:
     named |= {f"buffer.{name}": tensor for name, tensor in parts.buffer.named_buffers()}
     for task in parts.scenario.tasks:
         sets = {"training": task.train.images, "test": task.test.images}
-        named |= {f"{of} images of task {task.id}": t for of, t in sets.items() if isinstance(t, Tensor)}
+        named |= {f"{of} images of task {task.id + 1}": t for of, t in sets.items() if isinstance(t, Tensor)}
     size = parts.settings.batch_size
     return (
         f"out of memory on {parts.device} ({str(error).splitlines()[0]}). "

@@ -28,11 +28,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_summary(folder: Path) -> Any:
-    """The content of ``summary.json``; None if the run has not finished."""
+    """The content of ``summary.json``; None if the run has not finished, :class:`ConfigError` if it is damaged."""
+    path = folder / "summary.json"
     try:
-        return json.loads((folder / "summary.json").read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ConfigError(
+            str(path),
+            expected="a JSON object",
+            got=f"text that breaks off or is damaged ({error})",
+            fix="Run the experiment again with overwrite=true, or leave this folder out.",
+        ) from error
     except OSError as error:
         raise _explain_unusable(folder, error) from error
 
