@@ -27,7 +27,7 @@ autodoc_mock_imports = ["avalanche", "wandb", "mlflow", "trackio", "tensorboard"
 napoleon_use_ivar = True
 suppress_warnings = [
     "ref.python",  # one word may be an attribute of several classes; it is no link then
-    "toctree.empty_glob",  # a page that is not written yet
+    "toc.empty_glob",  # a page that is not written yet
 ]
 
 API = ("methods", "buffers", "backbones", "scenarios", "metrics")
