@@ -45,7 +45,7 @@ def write_api() -> None:
 
 
 def resolve_links(app, name: str, content: list[str]) -> None:
-    """Links to files outside this folder: a module is a link into the API, the README the first page, else a download."""
+    """Links to files outside this folder: to a module, a link into the API; to any other file, a download."""
 
     def replace(found: re.Match[str]) -> str:
         text, target = found[1], found[2]
@@ -62,7 +62,7 @@ def resolve_links(app, name: str, content: list[str]) -> None:
 
 
 def keep_as_written(app, what: str, name: str, obj, options, lines: list[str]) -> None:
-    """Formulas of docstrings are shown as they stand: signs are no markup, and indented lines of a module are a block."""
+    """Show formulas of docstrings as they stand: signs are no markup, indented lines of a module are a block."""
     previous, literal = "", False
     result = []
     for line in lines:

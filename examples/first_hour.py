@@ -2,18 +2,19 @@
 
     python examples/first_hour.py [--folder DIR] [--page FILE]
 
-It executes the commands one after the other, as a newcomer would type them, and shows what they print. ``--page`` writes
-all of it as a Markdown page, docs/first_hour.md. It needs no download and no account, and two free cores for some minutes.
+It executes the commands one after the other, as a newcomer would type them, and shows what they print. ``--page``
+writes all of it as a Markdown page, docs/first_hour.md. It needs no download, no account, and two free cores for some
+minutes.
 """
 
 import argparse
 import json
 import os
-
 import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -50,8 +51,8 @@ def list_steps(folder: Path) -> Iterator[Step]:
     """The steps in their order. The last ones depend on what the sweep has found in ``folder``."""
     yield Step(
         "One run",
-        "A small Lifelong Vision Transformer learns ten digits, two at a time. The table says how well it knows them all "
-        "at the end; the report has the rest: open it in a browser.",
+        "A small Lifelong Vision Transformer learns ten digits, two at a time. The table says how well it knows them "
+        "all at the end; the report has the rest: open it in a browser.",
         "python -m cl_bench +experiment=quickstart",
     )
     yield Step(
@@ -87,7 +88,7 @@ def list_steps(folder: Path) -> Iterator[Step]:
     yield Step(
         "Compare again",
         "`comparison/compare.html` is the page with plots and paired tests.",
-        "cl_bench compare results/quickstart --metrics average_accuracy,forgetting --sort average_accuracy --out comparison",
+        "cl_bench compare results/quickstart --metrics average_accuracy,forgetting --out comparison",
     )
     yield Step(
         "Export",
@@ -112,7 +113,8 @@ def find_best_rates(results: Path) -> dict[str, str]:
 def execute(words: list[str], folder: Path) -> str:
     """Run a command in a process of its own; :class:`SystemExit` if it fails."""
     words = [sys.executable, "-m", "cl_bench", *words[words.index("cl_bench") + 1 :]]
-    done = subprocess.run(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wide = {**os.environ, "COLUMNS": "100"}  # tables are as wide on every terminal
+    done = subprocess.run(words, cwd=folder, env=wide, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise SystemExit(f"{shlex.join(words)}\n{done.stdout}\nstatus {done.returncode}")
     return done.stdout
@@ -141,14 +143,14 @@ def make_page(steps: list[Done]) -> str:
     seconds, cpu = sum(done.seconds for done in steps), sum(done.cpu_seconds for done in steps)
     parts = [
         "# The first hour",
-        "Three seeds of two methods, a look at them, a sweep of the learning rate, a comparison and an export. Nothing is "
-        "downloaded and no account is needed.",
+        "Three seeds of two methods, a look at them, a sweep of the learning rate, a comparison and an export. "
+        "Nothing is downloaded and no account is needed.",
         "    make first_hour",
         f"executes these commands and writes this page. All of it took {seconds / 60:.1f} minutes here, and "
         f"{cpu / 60:.1f} minutes of CPU time.",
     ]
     for step, output, took, _ in steps:
-        parts += [f"## {step.title}", step.text] if step.title else []
+        parts += [f"## {step.title}", textwrap.fill(step.text, 110)] if step.title else []
         parts += [f"    {step.command}", f"{took:.0f} s. It prints:" if output.strip() else f"{took:.0f} s."]
         parts += [f"```text\n{shorten(output)}\n```"] if output.strip() else []
     return "\n\n".join(parts) + "\n"

@@ -26,14 +26,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, command_environment, configure, find_run, run_in_process
+from helpers import ROOT, TINY, find_run, run_in_process
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from markdown_it import MarkdownIt
 
 import cl_bench.commands
 from cl_bench.commands.new import make_method
 from cl_bench.config.build import KINDS, load_metric, prepare_component
-from cl_bench.config.schema import compose_config
+from cl_bench.config.schema import CONFIGS, compose_config
+from cl_bench.core.errors import ConfigError
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/**/*.md")))]
 PAGES += [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("examples/*/README.md"))]
@@ -209,7 +211,9 @@ def mylab(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mylab")
     make_method(folder, "l2", "mylab")
     example = ROOT / "examples" / "own_package" / "mylab"
-    files = {f"mylab/{p.relative_to(example)}": p.read_text() for p in example.rglob("*") if p.suffix in (".py", ".yaml")}
+    files = {
+        f"mylab/{p.relative_to(example)}": p.read_text() for p in example.rglob("*") if p.suffix in (".py", ".yaml")
+    }
     for name, text in (files | find_files()).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -242,70 +246,92 @@ def choose(words: list[str]) -> tuple[list[str], bool]:
     return chosen, sweeps
 
 
-def is_plain(call: Call) -> bool:
-    """Only an experiment's name, perhaps its scale: test_architecture.py composes every experiment."""
-    words = [word for word in call.arguments if not re.fullmatch(r"\+experiment=\w+|\+scale=mini", word)]
-    return not words
-
-
 @pytest.mark.slow
 def test_commands_that_train_compose_and_their_parts_are_prepared(calls, beside_mylab):
-    composed = 0
+    composed, wrong = 0, []
     for call in select(calls, "run"):
-        words = [word for word in call.arguments if word not in ("--help", "--cfg", "job")]
-        if "-sc" in words or not words:
-            continue
-        many, config_dir = "-m" in words, None
-        words = [word for word in words if word != "-m"]
-        if "--config-dir" in words:
-            at = words.index("--config-dir")
-            config_dir = beside_mylab / words[at + 1]
-            del words[at : at + 2]
-        elif "method=feature_pull" in words:
-            config_dir = beside_mylab / "mylab" / "configs"  # as if the example were installed
-        chosen, sweeps = choose(words)
-        assert many == sweeps, call
-        if is_plain(call):
-            name = words[0].split("=")[1]
-            assert (ROOT / "configs" / "experiment" / f"{name}.yaml").is_file() or name == "NAME", call
-            continue
-        config, composed = compose_config(chosen, config_dir), composed + 1
-        for group, kind in KINDS.items():
-            if group not in ("logger", "scenario", "trainer", "schedule"):
-                prepare_component(config[group], group, list(config.allow_packages), kind)
-        for name, path in config.metrics.items():
-            load_metric(path, f"metrics.{name}", list(config.allow_packages))
+        try:
+            composed += compose(call, beside_mylab)
+        except (AssertionError, ConfigError, HydraException) as error:
+            wrong.append(f"{call.page}: {' '.join(call.words)}\n    {error}")
+    assert not wrong, "\n".join(wrong)
     assert composed > 60
+
+
+def compose(call: Call, folder: Path) -> bool:
+    """Compose what the command would run, unless another test does; returns whether it was done.
+
+    Args:
+        folder: its working directory.
+    """
+    words = [word for word in call.arguments if word not in ("--help", "--cfg", "job", "-m")]
+    if "-sc" in words or not words:
+        return False
+    config_dir = None
+    if "--config-dir" in words:
+        at = words.index("--config-dir")
+        config_dir = folder / words[at + 1]
+        del words[at : at + 2]
+    elif "method=feature_pull" in words:
+        config_dir = folder / "mylab" / "configs"  # as if the example were installed
+    chosen, sweeps = choose(words)
+    assert ("-m" in call.arguments) == sweeps
+    if all(re.fullmatch(r"\+experiment=\w+|\+scale=mini", word) for word in words):
+        # test_architecture.py composes every experiment
+        name = words[0].split("=")[1]
+        assert name == "NAME" or (CONFIGS / "experiment" / f"{name}.yaml").is_file()
+        return False
+    config = compose_config(chosen, config_dir)
+    allow = list(config.allow_packages)
+    for group in ("trainer", "schedule", "optimizer", "backbone", "buffer", "method"):
+        prepare_component(config[group], group, allow, KINDS[group])
+    for name, path in config.metrics.items():
+        load_metric(path, f"metrics.{name}", allow)
+    return True
 
 
 # ---- what is executed
 
-TINY_RUN = [*TINY, "trainer.epochs=1", "logger=none"]
+TINY_RUN = [*TINY, "trainer.epochs=1", "logger=none", "backbone.hidden=[16]"]
 
 
 @pytest.mark.slow
-def test_data_a_metric_and_a_logger_of_the_pages_work_in_one_run(beside_mylab, monkeypatch):
-    chosen = ["scenario=bars", "metrics=lowest", "logger=accuracy_file", "method=l2", "backbone.hidden=[16]"]
-    words = ["--config-dir", "mylab/configs", *chosen, "trainer.epochs=1"]
+def test_a_method_data_a_metric_and_a_logger_of_the_pages_work_in_one_run(calls, beside_mylab, monkeypatch, capsys):
+    """The README's command for its method, with what the other pages add."""
+    (call,) = [call for call in select(calls, "run") if call.page == "README.md" and "method=l2" in call.words]
+    assert "allow_packages" not in " ".join(call.words)
+    words = [word for word in call.arguments if word != "scenario=digits"]
+    words += ["scenario=bars", "metrics=lowest", "logger=accuracy_file", *TINY_RUN[-1:]]
+    words += ["trainer.epochs=1"]
     assert run_in_process(*words, monkeypatch=monkeypatch, cwd=beside_mylab) == 0
     run = find_run(beside_mylab / "results")
     summary = json.loads((run / "summary.json").read_text())
+    assert summary["method"] == "l2"
     assert summary["class_names"][3] == "row 3"
     assert len(summary["tasks"]) == 4
-    rows = cl_bench.load(run).record.get_matrix("task_il").accuracy
-    assert summary["task_il"]["lowest_task"] == rows[-1].min()
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    terms = [set(event["losses"]) for event in events if event["event"] == "epoch"]
+    assert terms == [{"ce"}, *[{"ce", "l2"}] * 3]
+    assert summary["task_il"]["lowest_task"] == cl_bench.load(run).record.get_matrix("task_il").accuracy[-1].min()
     lines = [line.split() for line in (run / "accuracy.txt").read_text().splitlines()]
-    assert float(lines[-1][0]) == pytest.approx(summary["class_il"]["average_accuracy"])
     assert len(lines) == 4
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        cl_bench.commands.run_command(["compare", "results", "--metrics", "lowest_task", "--format", "csv"])
-    assert "lowest_task" in printed.getvalue()
+    assert float(lines[-1][0]) == pytest.approx(summary["class_il"]["average_accuracy"])
+    capsys.readouterr()
+    assert cl_bench.commands.run_command(["compare", "results", "--metrics", "lowest_task", "--format", "csv"]) == 0
+    assert "lowest_task" in capsys.readouterr().out
+
+    assert run_in_process(*words, "method.strenght=1", monkeypatch=monkeypatch, cwd=beside_mylab) == 2
+    assert "strenght" in capsys.readouterr().err
 
 
 def make_small(code: str) -> str:
-    """Code of a page with the quickstart as a run of two seconds."""
-    small = [*TINY_RUN, "method=er", "buffer=reservoir", "buffer.capacity=20", "backbone=mlp", "backbone.hidden=[16]"]
-    return code.replace('"+experiment=quickstart"', ", ".join(map(repr, ["+experiment=quickstart", *small])))
+    """Code of a page with the quickstart as a run of a second."""
+    small = ["+experiment=quickstart", "method=er", "buffer=reservoir", "backbone=mlp", *TINY_RUN]
+    return code.replace('"+experiment=quickstart"', ", ".join(map(repr, small)))
+
+
+def read_code(text: str) -> list[str]:
+    return [make_small(code) for code in re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)]
 
 
 @pytest.mark.slow
@@ -314,25 +340,47 @@ def test_the_code_about_python_and_the_notebook_are_executed(tmp_path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
-    text = (ROOT / "docs" / "python.md").read_text()
-    code = re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
-    assert len(code) == 4
+    section = (ROOT / "README.md").read_text().split("## From Python")[1].split("\n## ")[0]
+    make, plot = read_code(section)
     names: dict = {}
+    exec(make, names)
+    run = names["run"]
+    answers = run.predict(names["images"])
+    assert answers.shape == (len(names["images"]),)
+    exec(plot, names)
+    assert len(names["plt"].gca().lines) == len(run.scenario.tasks)
+    names["plt"].close("all")
+    again = cl_bench.load(run.run_dir)
+    assert (again.predict(names["images"]) == answers).all()
+    assert again.summary == run.summary
+    for name in re.findall(r"`\.(\w+)`", section):
+        assert hasattr(run, name), name
+
+    code = read_code((ROOT / "docs" / "python.md").read_text())
+    assert len(code) == 4
+    names = {}
     for block in code:
-        exec(make_small(block), names)
+        exec(block, names)
     assert list(names["table"]["seed"]) == [0, 1]
     assert names["matrix"].shape == (2, 2)
 
     notebook = json.loads((ROOT / "examples" / "first_notebook.ipynb").read_text())
     assert len(notebook["cells"]) <= 10
-    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell.get("outputs") for cell in notebook["cells"])
+    cells = [make_small("".join(cell["source"])) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     names = {}
     for cell in cells:
-        exec(make_small(cell), names)
+        exec(cell, names)
     assert eval(cells[-1].splitlines()[-1], names) is True  # what the last cell shows
     assert len(names["plt"].gca().lines) == len(names["run"].scenario.tasks)
     names["plt"].close("all")
+    assert len([*tmp_path.glob("results/**/summary.json")]) == 2  # seeds 0 and 1; all else was loaded
+
+
+def test_the_environment_is_activated_before_it_is_used(calls):
+    words = [call.words for call in calls if call.page == "README.md"]
+    first = next(i for i, call in enumerate(words) if call[0] == "python")
+    assert ("source", ".venv/bin/activate") in words[:first]
 
 
 EXECUTED = [
@@ -361,7 +409,8 @@ def hour(tmp_path_factory):
         if not {*cl_bench.commands.COMMANDS} & {words[0]}:
             words = [word for word in words if not word.startswith(("hydra", "threads"))]
             words = [*(word.replace("seed=0,1,2", "seed=0").replace(",0.3", "") for word in words), *TINY_RUN]
-            words += ["backbone.patch_size=4"] if "backbone=mlp" not in words else ["backbone.hidden=[16]"]
+            if "backbone=mlp" not in words:
+                words.pop()
         with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
             status = run_in_process(*words, monkeypatch=patch, cwd=cwd)
         assert status == 0, printed.getvalue()
@@ -394,7 +443,9 @@ def test_the_page_of_the_first_hour_is_that_of_its_script(hour, calls):
     _, steps, _ = hour
     page = [" ".join(call.words) for call in calls if call.page == "docs/first_hour.md" and call.words[0] != "make"]
     scripted = [step.step.command for step in steps]
-    assert [re.sub(r"lr=[\d.]+ ", "lr= ", line) for line in page] == [re.sub(r"lr=[\d.]+ ", "lr= ", c) for c in scripted]
+    assert [re.sub(r"lr=[\d.]+ ", "lr= ", line) for line in page] == [
+        re.sub(r"lr=[\d.]+ ", "lr= ", c) for c in scripted
+    ]
 
 
 @pytest.mark.slow
@@ -402,7 +453,7 @@ def test_commands_after_runs_are_executed(hour, calls, monkeypatch, capsys):
     folder, _, _ = hour
     monkeypatch.chdir(folder)
     lines = {" ".join(call.words): call for call in calls}
-    run = str(find_run(folder / "results" / "quickstart"))
+    run = str(find_run(*(folder / "results" / "quickstart").glob("lvt-*")))
     for line in EXECUTED:
         words = list(lines[line].words)
         words = words[1:] if words[0] == "cl_bench" else [Path(words[1]).stem, *words[2:]]
