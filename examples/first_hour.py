@@ -131,8 +131,8 @@ def follow(folder: Path, execute: Execute = execute) -> Iterator[Done]:
 
 
 def shorten(output: str, first: int = 12, last: int = 28) -> str:
-    """The beginning and the end of a long output."""
-    lines = [line.rstrip() for line in output.strip().splitlines()]
+    """The beginning and the end of a long output, without the lines in which Hydra repeats the commands."""
+    lines = [line.rstrip() for line in output.strip().splitlines() if "][HYDRA]" not in line]
     if len(lines) > first + last + 1:
         lines = [*lines[:first], f"... {len(lines) - first - last} lines ...", *lines[-last:]]
     return "\n".join(lines)
@@ -143,15 +143,16 @@ def make_page(steps: list[Done]) -> str:
     seconds, cpu = sum(done.seconds for done in steps), sum(done.cpu_seconds for done in steps)
     parts = [
         "# The first hour",
-        "Three seeds of two methods, a look at them, a sweep of the learning rate, a comparison and an export. "
+        "Three seeds of two methods, a look at them, a sweep of the learning rate, a comparison and an export.\n"
         "Nothing is downloaded and no account is needed.",
         "    make first_hour",
-        f"executes these commands and writes this page. All of it took {seconds / 60:.1f} minutes here, and "
-        f"{cpu / 60:.1f} minutes of CPU time.",
+        f"executes these commands and writes this page. All of it took {seconds / 60:.1f} minutes here, and\n"
+        f"{cpu / 60:.1f} minutes of CPU time. Hydra's own lines and the middle of long outputs are left out.",
     ]
     for step, output, took, _ in steps:
         parts += [f"## {step.title}", textwrap.fill(step.text, 110)] if step.title else []
-        parts += [f"    {step.command}", f"{took:.0f} s. It prints:" if output.strip() else f"{took:.0f} s."]
+        command = " \\\n        ".join(textwrap.wrap(step.command, 100, break_long_words=False, break_on_hyphens=False))
+        parts += [f"    {command}", f"{took:.0f} s. It prints:" if output.strip() else f"{took:.0f} s."]
         parts += [f"```text\n{shorten(output)}\n```"] if output.strip() else []
     return "\n\n".join(parts) + "\n"
 
