@@ -1,5 +1,6 @@
 """How the documentation site is built (``make docs``): Markdown pages of this folder, and the API from docstrings."""
 
+import importlib
 import os
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ html_copy_source = False
 html_show_sphinx = False
 highlight_language = "text"
 myst_heading_anchors = 3
+toc_object_entries = False  # with every method of every class, each page's list of pages takes most of the time
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # a docstring gives shapes and units; the signature has the names
@@ -82,7 +84,7 @@ def keep_as_written(app, what: str, name: str, obj, options, lines: list[str]) -
         elif line.strip() and not indented:
             literal = False
         if not literal:
-            parts = re.split(r"(``.*?``|:[\w:]+:`.*?`)", line)
+            parts = re.split(r"(``.*?``|:[\w:]+:`.*?`|(?<!\w)\*\w+\*(?!\w))", line)
             line = "".join(part if i % 2 else re.sub(r"([|*\\])", r"\\\1", part) for i, part in enumerate(parts))
         result.append(line)
         previous = line
@@ -91,6 +93,7 @@ def keep_as_written(app, what: str, name: str, obj, options, lines: list[str]) -
 
 def setup(app) -> None:
     """Called by Sphinx."""
+    importlib.import_module("cl_bench.testing")  # loads torch once, before Sphinx starts processes for `--jobs`
     write_generated()
     app.connect("source-read", resolve_links)
     app.connect("autodoc-process-docstring", keep_as_written, priority=400)  # before napoleon

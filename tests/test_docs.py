@@ -125,7 +125,7 @@ def select(calls: list[Call], kind: str) -> list[Call]:
 
 def test_the_shell_sees_every_command(calls):
     """Loops and variables included: five orders of APD, and two in one sweep."""
-    assert len(calls) > 100
+    assert len(calls) > 200
     apd = [call.words for call in calls if call.page.endswith("apd.md")]
     assert sum("scenario.class_order=[" in word for words in apd for word in words) == 6
     assert any(word.count("[") == 2 for words in apd for word in words)
