@@ -76,7 +76,7 @@ def list_steps(folder: Path) -> Iterator[Step]:
     )
     yield Step(
         "Choose",
-        "The best mean of each method is bold.",
+        "The first row of each method has its best rate.",
         "cl_bench compare results/rates --metrics average_accuracy --group method --sort average_accuracy",
     )
     for method, rate in find_best_rates(folder / "results" / "rates").items():
@@ -130,10 +130,10 @@ def follow(folder: Path, execute: Execute = execute) -> Iterator[Done]:
         yield Done(step, output, time.monotonic() - clock, cpu)
 
 
-def shorten(output: str, first: int = 12, last: int = 28) -> str:
-    """The beginning and the end of a long output, without the lines in which Hydra repeats the commands."""
+def shorten(output: str, longest: int = 60, first: int = 12, last: int = 28) -> str:
+    """A long output's beginning and end, without the lines in which Hydra repeats the commands."""
     lines = [line.rstrip() for line in output.strip().splitlines() if "][HYDRA]" not in line]
-    if len(lines) > first + last + 1:
+    if len(lines) > longest:
         lines = [*lines[:first], f"... {len(lines) - first - last} lines ...", *lines[-last:]]
     return "\n".join(lines)
 
@@ -146,8 +146,9 @@ def make_page(steps: list[Done]) -> str:
         "Three seeds of two methods, a look at them, a sweep of the learning rate, a comparison and an export.\n"
         "Nothing is downloaded and no account is needed.",
         "    make first_hour",
-        f"executes these commands and writes this page. All of it took {seconds / 60:.1f} minutes here, and\n"
-        f"{cpu / 60:.1f} minutes of CPU time. Hydra's own lines and the middle of long outputs are left out.",
+        f"executes these commands and writes this page. Here, on {os.cpu_count()} cores with a load of\n"
+        f"{os.getloadavg()[2]:.0f}, all of it took {seconds / 60:.1f} minutes, and {cpu / 60:.1f} minutes of CPU time.\n"
+        "Hydra's own lines and the middle of long outputs are left out.",
     ]
     for step, output, took, _ in steps:
         parts += [f"## {step.title}", textwrap.fill(step.text, 110)] if step.title else []
