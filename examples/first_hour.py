@@ -146,8 +146,9 @@ def make_page(steps: list[Done]) -> str:
         "Three seeds of two methods, a look at them, a sweep of the learning rate, a comparison and an export.\n"
         "Nothing is downloaded and no account is needed.",
         "    make first_hour",
-        f"executes these commands and writes this page. Here, on {os.cpu_count()} cores with a load of\n"
-        f"{os.getloadavg()[2]:.0f}, all of it took {seconds / 60:.1f} minutes, and {cpu / 60:.1f} minutes of CPU time.\n"
+        "executes these commands and writes this page. Here, on "
+        f"{os.cpu_count()} cores with a load of {os.getloadavg()[2]:.0f},\n"
+        f"all of it took {seconds / 60:.1f} minutes, and {cpu / 60:.1f} minutes of CPU time.\n"
         "Hydra's own lines and the middle of long outputs are left out.",
     ]
     for step, output, took, _ in steps:
