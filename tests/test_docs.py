@@ -4,8 +4,9 @@ A shell executes the command lines of each page as they stand, with its loops, v
 not started but written down, and then checked, in one of these ways:
 
 - EXECUTED: really run, on the runs of the shortened first hour (:func:`hour`), see :data:`EXECUTED`;
-- composed: a command that would train or search. Its configuration is composed, and its parts are prepared: every key,
-  type and choice is checked. Nothing is trained, no data set is read. Sweeps: the first choice of each key;
+- composed: a command that would train or search. Its configuration is composed, and the parts that it names are
+  prepared: every key, type and choice is checked. Nothing is trained, no data set is read. Sweeps: the first choice of
+  each key;
 - parsed: a command or script of ours whose options are read by its own parser, and no more;
 - ``make`` says what it would do (``make -n``);
 - named: programs of others, and what needs an account, :data:`NAMED`.
@@ -290,7 +291,8 @@ def compose(call: Call, folder: Path) -> bool:
     config = compose_config(chosen, config_dir)
     allow = list(config.allow_packages)
     for group in ("trainer", "schedule", "optimizer", "backbone", "buffer", "method"):
-        prepare_component(config[group], group, allow, KINDS[group])
+        if any(re.match(rf"[+~]?{group}[.=]", word) for word in chosen):
+            prepare_component(config[group], group, allow, KINDS[group])
     for name, path in config.metrics.items():
         load_metric(path, f"metrics.{name}", allow)
     return True
