@@ -54,7 +54,7 @@ NAMED = {
 
 PRELUDE = r"""
 set -e
-record() { printf '%s\x1f' "$@" >> "$CALLS"; printf '\x1e' >> "$CALLS"; }
+record() { local line; printf -v line '%s\x1f' "$@"; printf '%s\x1e' "$line" >> "$CALLS"; }  # at once: pipes
 python() { if [ "$1" = -c ]; then "$PYTHON" -SE "$@"; else record python "$@"; fi; }
 python3() { python "$@"; }
 timeout() { shift; "$@"; }
