@@ -26,7 +26,7 @@ LAST := trainer.evaluate_after=last_task
 space := $(subst ,, )
 listed = $(subst $(space),$(,),$(strip $(1)))
 
-.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format avalanche bench mini mini_backbones mini_pretrained mini_memory ablation_lvt ablation_dytox soak golden clean
+.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format avalanche bench mini mini_backbones mini_pretrained mini_memory ablation_lvt ablation_dytox docs first_hour soak golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,7 +36,7 @@ environment: $(VENV)/.made ## python's venv with everything pinned in constraint
 $(VENV)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet uv
-	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 quickstart: $(VENV)/.made ## a small LVT on the bundled digits: accuracy table and report, under a minute
@@ -66,7 +66,7 @@ lint: $(VENV)/.made ## ruff: format and lint
 types: $(VENV)/.made ## mypy
 	$(VENV)/bin/mypy
 
-check: lint types test ## everything that CI checks
+check: lint types test docs ## everything that CI checks
 
 format: $(VENV)/.made ## let ruff fix what it can
 	$(VENV)/bin/ruff format .
@@ -116,6 +116,12 @@ ablation_lvt: $(VENV)/.made ## LVT without one part each at mini scale, beside t
 ablation_dytox: $(VENV)/.made ## the same for DyTox
 	$(SWEEP) results_dir=results/mini/$@/records +experiment=dytox_cifar100_10step +ablation=$(call listed,$(addprefix dytox_without_,$(DYTOX_PARTS)))
 	$(RUN) scripts/compare.py results/mini/records/dytox_cifar100_10step results/mini/$@/records --out results/mini/$@
+
+docs: $(VENV)/.made ## the documentation as a site: site/index.html
+	OMP_NUM_THREADS=1 $(RUN) -m sphinx --fail-on-warning --keep-going --quiet --jobs auto docs site
+
+first_hour: $(VENV)/.made ## what a newcomer does in the first hour, in minutes; the transcript is docs/first_hour.md
+	$(RUN) examples/first_hour.py --page docs/first_hour.md
 
 soak: $(VENV)/.made ## 220 kills over every method, loggers, sweeps, a full disk, 200 tasks, a long fuzz: an hour or so
 	OMP_NUM_THREADS=1 $(RUN) -u tests/soak.py --kills 220 --more --json soak.json
