@@ -67,8 +67,11 @@ DIGITS_INSTEAD = [
 ]  # fmt: skip
 """The bundled digits in place of a data set that may not be here."""
 
-METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml") if path.stem != "avalanche")
-"""Every method with steps of ours; Avalanche's loop is tested in ``test_avalanche.py``."""
+DETECTORS = sorted(path.stem for path in (CONFIGS / "method").glob("detr_*.yaml"))
+"""The methods for detection, which are tested in ``test_detection.py``."""
+
+METHODS = sorted({path.stem for path in (CONFIGS / "method").glob("*.yaml")} - {"avalanche", *DETECTORS})
+"""Every other method with steps of ours; Avalanche's loop is tested in ``test_avalanche.py``."""
 
 FUNCTIONAL = [
     *("agem", "derpp", "dytox", "er", "er_ace", "ewc", "ewc_pp", "finetune", "gdumb", "icarl", "joint", "lvt", "lwf"),

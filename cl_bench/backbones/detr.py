@@ -7,14 +7,15 @@ last is "no object") and a box. Encoder and decoder normalise after each sum; th
 ``queries=plain``: the paper's. A query is a learned vector, added to queries and keys of self-attention and to the
 queries of cross-attention.
 
-``queries=anchors``: a query is a learned box; the boxes begin as a grid. Its position is the sine of the box, and
-cross-attention adds the product of content with content and that of position with position (Conditional DETR, Meng et
-al., ICCV 2021). Each layer corrects the box of the layer before it, without gradient between them (DAB-DETR, Liu et al.,
-ICLR 2022; the box head begins at no correction).
+``queries=anchors``: a query is a learned box; the boxes begin as a grid. Cross-attention adds the product of content
+with content and that of position with position, the sine of the box's centre (Conditional DETR, Meng et al., ICCV
+2021). Each layer corrects the box of the layer before it, without gradient between them (DAB-DETR, Liu et al., ICLR
+2022; the box head begins at no correction).
 
 Departures: docs/methods/detr.md.
 """
 
+import itertools
 import math
 from typing import Literal
 
@@ -178,7 +179,7 @@ class DecoderLayer(nn.Module):
         placed = x + place
         x = self.norms[0](x + self.dropout(self.among(placed, placed, x)))
         if self.apart:
-            seen = self.cross(x, tokens, tokens, where, positions.expand_as(tokens))
+            seen = self.cross(x, tokens, tokens, where, positions)
         else:
             seen = self.cross(x + where, tokens + positions, tokens)
         x = self.norms[1](x + self.dropout(seen))
@@ -186,24 +187,29 @@ class DecoderLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of several heads; with ``apart`` the scores are content with content plus position with position."""
+    """Attention of several heads; with ``apart`` the scores are content with content plus position with position.
+
+    The product of two sines falls with their distance. So each query begins by looking around its box; each head has a
+    learned factor, 1 at first.
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float, *, apart: bool = False) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         if apart:
-            self.query_position, self.key_position = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.scale = nn.Parameter(torch.ones(heads, 1, 1))
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, where: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Queries (B, N, D), keys and values (B, T, D), and with ``apart`` the positions of both -> (B, N, D)."""
+        """Queries (B, N, D), keys and values (B, T, D) -> (B, N, D); with ``apart`` positions (B, N, D) and (T, D)."""
         q, k, v = self._split(self.query(query)), self._split(self.key(key)), self._split(self.value(value))
+        nearness = None
         if where is not None and positions is not None:
-            q = torch.cat([q, self._split(self.query_position(where))], dim=-1)
-            k = torch.cat([k, self._split(self.key_position(positions))], dim=-1)
-        seen = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+            nearness = (self.scale * (where @ positions.T)[:, None]).to(q.dtype)
+        dropout = self.dropout if self.training else 0.0
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=nearness, dropout_p=dropout)
         return self.out(seen.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -247,7 +253,7 @@ def _build_cnn(image_shape: tuple[int, int, int], channels: list[int], dim: int)
 
 
 def _build_mlp(*widths: int) -> nn.Sequential:
-    layers = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.ReLU())]
+    layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 

@@ -27,12 +27,12 @@ TRIES = 20
 MASKS = {
     "disc": lambda x, y: x**2 + y**2 <= 1,
     "square": lambda x, y: np.ones_like(x, dtype=bool),
-    "triangle": lambda x, y: 2 * np.abs(x) <= y + 1,
+    "triangle": lambda x, y: 2 * np.abs(x) <= y + 1.2,
     "cross": lambda x, y: np.minimum(np.abs(x), np.abs(y)) <= 0.35,
     "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.35),
-    "diamond": lambda x, y: np.abs(x) + np.abs(y) <= 1,
+    "diamond": lambda x, y: np.abs(x) + np.abs(y) <= 1.01,
 }
-"""The shapes on [-1, 1] squared, whose sides they touch; y points down."""
+"""The shapes on [-1, 1] squared, whose sides they touch, also with an even number of pixels; y points down."""
 
 
 @fixed_by_settings
@@ -76,7 +76,10 @@ def _draw_image(rng: np.random.Generator, size: int, kinds: list[str]) -> tuple[
     placed: list[tuple[int, int, int]] = []
     objects = []
     for _ in range(rng.integers(1, MOST_OBJECTS + 1)):
-        kind, side = int(rng.integers(len(kinds))), int(rng.integers(round(SIDES[0] * size), round(SIDES[1] * size) + 1))
+        kind, side = (
+            int(rng.integers(len(kinds))),
+            int(rng.integers(round(SIDES[0] * size), round(SIDES[1] * size) + 1)),
+        )
         corners = rng.integers(0, size - side + 1, (TRIES, 2)).tolist()
         free = [corner for corner in corners if all(_covers_little(*corner, side, *other) for other in placed)]
         colour = _draw_colour(rng, ground)

@@ -32,8 +32,8 @@ class Detections:
     Attributes:
         index: (N,) each image's position in the data set's own order.
         labels: (N, M, 5) the objects of all classes.
-        classes, confidence, boxes: (N, Q), (N, Q), (N, Q, 4) of each query: position of the class in the class order, -1
-            for no answer, its probability, and the box.
+        classes, confidence, boxes: (N, Q), (N, Q), (N, Q, 4) of each query: position of its class in the class order
+            (-1 for no answer), the probability, and the box.
         tasks: of the scenario.
         precision: (K, 10) AP of each class in [0, 1] at each IoU threshold; nan for a class not seen or not shown.
     """
@@ -60,7 +60,7 @@ class Detections:
         return [math.nan] * len(tasks)
 
     def summarise(self) -> list[dict[str, Any]]:
-        """AP, AP50 and AP75 in percent of all classes seen, of the old ones and of the last task's."""
+        """AP, AP50 and AP75 in percent of ``all`` classes seen, the ``old`` ones, and the last task's ``new`` ones."""
         last = self.tasks[self.learned - 1].classes
         groups = {"all": range(last.stop), "old": range(last.start), "new": last}
         return [
@@ -131,7 +131,5 @@ def compute_precision(
         image, query = np.nonzero(answer == c)
         true_image, row = np.nonzero(truth == c)
         score = confidence.numpy()[image, query]
-        precision[c] = average_precision(
-            image, score, corners[image, query], true_image, true_corners[true_image, row]
-        )
+        precision[c] = average_precision(image, score, corners[image, query], true_image, true_corners[true_image, row])
     return precision

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from cl_bench.backbones.detr import DETR
@@ -76,7 +75,9 @@ class SetLoss:
 
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-        """(L, B, M) int64: the query of each object; Q for no object, or one that is left over. Waits for the device."""
+        """(L, B, M) int64: the query of each object; Q for none, or no object. Waits for the device."""
+        from scipy.optimize import linear_sum_assignment  # here, because only detectors need it
+
         layers, images, queries, _ = logits.shape
         found = np.full((layers, images, labels.shape[1]), queries)
         costs = np.nan_to_num(self.compute_costs(logits, boxes, labels).cpu().numpy())  # a diverged run says so later

@@ -4,8 +4,8 @@ Before a task is learned, the detector of the tasks so far looks at its images. 
 the ``most`` surest are taken; those that overlap a new object by IoU >= ``overlap`` are dropped (section 3.3). The rest
 are labels like all others: the set loss of :mod:`cl_bench.methods.detection` is unchanged.
 
-``threshold=null`` is the released rule, which keeps every one of the ``most``. A number drops boxes whose probability is
-not above it. Departures: docs/methods/detr.md.
+``threshold=null`` is the released rule, which keeps every one of the ``most``. A number drops boxes whose probability
+is not above it. Departures: docs/methods/detr.md.
 """
 
 from collections.abc import Iterator
