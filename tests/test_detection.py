@@ -18,6 +18,7 @@ from helpers import (
 )
 from PIL import Image
 
+from cl_bench.commands.audit import main as audit_command
 from cl_bench.config.build import build, identify_run
 from cl_bench.config.schema import to_plain_dict
 from cl_bench.core.boxes import compute_overlaps
@@ -27,8 +28,13 @@ from cl_bench.core.types import Data
 from cl_bench.data.coco import coco
 from cl_bench.data.shapes import MASKS, shapes
 from cl_bench.engine.detection import compute_precision, evaluate_detection
+from cl_bench.loggers.dashboard import Series, flatten_summary
+from cl_bench.loggers.jsonl import read_events
 from cl_bench.methods.detection import SetLoss
 from cl_bench.metrics.average_precision import THRESHOLDS, average_precision, compute_iou
+from cl_bench.report.compare import compare, make_tables
+from cl_bench.report.selection import Selection
+from cl_bench.runs.load import load
 from cl_bench.scenarios.detection import Detection
 from cl_bench.testing import check_resumption
 
@@ -72,7 +78,7 @@ def test_shapes_touch_the_sides_of_their_boxes_and_come_again():
                 and (compute_overlaps(torch.tensor(own[number, 1:]), torch.tensor(others[:, 1:]))[0] > 0).any()
             ):
                 continue  # another object may cover a side
-            box = np.abs(image.astype(int) - ground).sum(axis=0)[int(top) : int(bottom), int(left) : int(right)] > 60
+            box = np.abs(image.astype(int) - ground).sum(axis=0)[int(top) : int(bottom), int(left) : int(right)] > 150
             assert all(side.any() for side in (box[0], box[-1], box[:, 0], box[:, -1]))
     again = shapes(kinds=list(MASKS), train_images=20, test_images=3, size=64, draw_seed=1)
     np.testing.assert_array_equal(again.train_images, drawn.train_images[:20])
@@ -381,6 +387,23 @@ def test_a_run_measures_ap_in_its_files_and_words(tmp_path, monkeypatch):
     stored = np.load(run / "predictions.npz")
     assert stored["boxes"].shape == (len(stored["index"]), 9, 4)
     assert stored["examples"].dtype == np.uint8
+
+    comparison = compare([str(tmp_path / "r")])
+    texts = [text for table in make_tables(comparison, interval=True) for text in (table.title, *table.header)]
+    assert "Class-IL AP [%]" in texts
+    assert not [text for text in texts if "ccurac" in text]
+    asked = compare([str(tmp_path / "r")], Selection(metrics=["AP_old", "AP50_new"]))
+    assert [column.key for column in asked.columns] == ["class_il.AP_old", "class_il.AP50_new"]
+
+    series = Series(run)
+    points = [series.extract(number, event) for number, event in enumerate(read_events(run, 0))]
+    names = {name for point in points if point for name in point.values} | flatten_summary(summary).keys()
+    assert {"class_il/average_AP", "class_il/AP_old", "class_il/AP50_new", "losses/giou"} < names
+    assert not [name for name in names if "ccurac" in name]
+
+    loaded = load(run, device="cpu")
+    assert set(loaded.predict(loaded.scenario.tasks[0].test.images)) <= set(range(6))
+    assert audit_command([str(run)]) == 2
 
 
 @pytest.mark.parametrize(

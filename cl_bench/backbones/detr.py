@@ -96,8 +96,8 @@ class DETR(Backbone):
             boxes = F.pad(torch.cartesian_prod(line, line), (0, 2), value=ANCHOR_SIDE)
             self.query = nn.Parameter(torch.logit(boxes))
             self.query_position = _build_mlp(2 * dim, dim, dim)
-            nn.init.zeros_(self.box_head[-1].weight)
-            nn.init.zeros_(self.box_head[-1].bias)
+            for parameter in self.box_head[-1].parameters():
+                nn.init.zeros_(parameter)
         else:
             self.query = nn.Parameter(torch.randn(num_queries, dim))
 

@@ -1,4 +1,4 @@
-"""Coloured shapes on noisy ground, drawn here: detection without a download."""
+"""Coloured shapes on dark, noisy ground, drawn here: detection without a download."""
 
 import numpy as np
 
@@ -12,11 +12,8 @@ MOST_OBJECTS = 4
 SIDES = (0.16, 0.39)
 """Smallest and largest side of an object relative to that of the image: 10 to 25 of 64 pixels."""
 
-CONTRAST = 0.35
-"""Least distance between the colours of an object and of the ground, each in [0, 1] cubed."""
-
-NOISE = 0.05
-"""Standard deviation of a pixel."""
+GROUND, COLOUR = (0.0, 0.35), (0.4, 1.0)
+"""Values of a pixel of the ground, drawn one by one, and of the colour of an object; each for every channel."""
 
 CLEARANCE = 0.1
 """Largest part of the smaller box that another object may cover."""
@@ -71,38 +68,31 @@ def _draw_images(rng: np.random.Generator, count: int, size: int, kinds: list[st
 
 
 def _draw_image(rng: np.random.Generator, size: int, kinds: list[str]) -> tuple[np.ndarray, list[tuple[float, ...]]]:
-    ground = rng.random(3)
-    image = np.broadcast_to(ground[:, None, None], (3, size, size)).copy()
+    image = rng.uniform(*GROUND, (3, size, size))
     placed: list[tuple[int, int, int]] = []
-    objects = []
+    objects: list[tuple[float, ...]] = []
     for _ in range(rng.integers(1, MOST_OBJECTS + 1)):
         kind, side = (
             int(rng.integers(len(kinds))),
             int(rng.integers(round(SIDES[0] * size), round(SIDES[1] * size) + 1)),
         )
         corners = rng.integers(0, size - side + 1, (TRIES, 2)).tolist()
-        free = [corner for corner in corners if all(_covers_little(*corner, side, *other) for other in placed)]
-        colour = _draw_colour(rng, ground)
+        free = [(x, y) for x, y in corners if all(_covers_little((x, y, side), other) for other in placed)]
+        colour = rng.uniform(*COLOUR, (3, 1))
         if not free:
             continue
         left, top = free[0]
         placed.append((left, top, side))
         middle = (np.arange(side) + 0.5) * 2 / side - 1
         inside = MASKS[kinds[kind]](*np.meshgrid(middle, middle))
-        image[:, top : top + side, left : left + side][:, inside] = colour[:, None]
+        image[:, top : top + side, left : left + side][:, inside] = colour
         objects.append((kind, (left + side / 2) / size, (top + side / 2) / size, side / size, side / size))
-    noisy = image + NOISE * rng.standard_normal(image.shape, dtype=np.float32)
-    return (255 * noisy.clip(0, 1)).astype(np.uint8), objects
+    return (255 * image).astype(np.uint8), objects
 
 
-def _covers_little(left: int, top: int, side: int, other_left: int, other_top: int, other_side: int) -> bool:
+def _covers_little(first: tuple[int, int, int], second: tuple[int, int, int]) -> bool:
+    """Whether two squares, left, top and side each, overlap by :data:`CLEARANCE` at most."""
+    (left, top, side), (other_left, other_top, other_side) = first, second
     across = min(left + side, other_left + other_side) - max(left, other_left)
     down = min(top + side, other_top + other_side) - max(top, other_top)
     return max(0, across) * max(0, down) <= CLEARANCE * min(side, other_side) ** 2
-
-
-def _draw_colour(rng: np.random.Generator, ground: np.ndarray) -> np.ndarray:
-    while True:
-        colour = rng.random(3)
-        if np.linalg.norm(colour - ground) > CONTRAST:
-            return colour

@@ -169,9 +169,12 @@ def find_commit() -> str | None:
 def write_predictions(folder: Path, answers: Evaluation | Detections, scenario: Scenario) -> None:
     """``predictions.npz``: one entry per test image, in the data set's own order, with its own class ids."""
     original = np.append(np.array(scenario.class_order), -1)  # position -1 (not answered) -> -1
-    list_columns = _list_boxes if isinstance(answers, Detections) else _list_answers
+    if isinstance(answers, Detections):
+        columns = _list_boxes(answers, scenario, original)
+    else:
+        columns = _list_answers(answers, original)
     partial = folder / "predictions.partial.npz"
-    np.savez_compressed(partial, **list_columns(answers, scenario, original))
+    np.savez_compressed(partial, **columns)  # type: ignore[arg-type]  # a name could be allow_pickle
     partial.replace(folder / "predictions.npz")
 
 
@@ -191,7 +194,7 @@ def _list_boxes(answers: Detections, scenario: Scenario, original: np.ndarray) -
     }
 
 
-def _list_answers(answers: Evaluation, scenario: Scenario, original: np.ndarray) -> dict[str, np.ndarray]:
+def _list_answers(answers: Evaluation, original: np.ndarray) -> dict[str, np.ndarray]:
     order = np.argsort(answers.index.numpy(), kind="stable")
     return {
         "index": answers.index.numpy()[order],
