@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import os
+from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
-    DETECTORS,
     SEED,
     configure,
     find_run,
@@ -27,7 +28,7 @@ from cl_bench.core.record import name_measure
 from cl_bench.core.types import Data
 from cl_bench.data.coco import coco
 from cl_bench.data.shapes import MASKS, shapes
-from cl_bench.engine.detection import compute_precision, evaluate_detection
+from cl_bench.engine.detection import compute_precision
 from cl_bench.loggers.dashboard import Series, flatten_summary
 from cl_bench.loggers.jsonl import read_events
 from cl_bench.methods.detection import SetLoss
@@ -295,7 +296,8 @@ def test_a_step_reaches_the_parameters(queries, tmp_path):
     assert parts.method.net.features(batch.x).shape == (6, 16)
 
 
-@pytest.mark.parametrize("method", DETECTORS)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["detr_pseudo_labels", "detr_replay"])  # the others have no further state
 def test_resumes_bit_equal_wherever_it_is_stopped(method, tmp_path):
     check_resumption(partial(build_small, method), tmp_path)
 
@@ -342,25 +344,36 @@ def test_replay_offers_each_image_once_and_draws_old_ones(tmp_path):
     assert {image.numpy().tobytes() for image in stored.images} == {i.numpy().tobytes() for i in trained.images}
 
 
+TINY_IMAGES = [
+    "scenario.source.size=32", "scenario.source.kinds=[disc,square]", "scenario.classes_per_task=[2]",
+    "backbone.channels=[16]", "backbone.dim=32", "backbone.num_queries=9", "trainer.epochs=120", "optimizer.lr=0.002",
+]  # fmt: skip
+WHOLE_IMAGES = [
+    "scenario.source.kinds=[disc,square,triangle,cross]", "scenario.classes_per_task=[4]", "trainer.epochs=300",
+]  # fmt: skip
+LONG = pytest.mark.skipif("CL_BENCH_TEST_LONG" not in os.environ, reason="CL_BENCH_TEST_LONG=1 runs it: a minute")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("queries", ["plain", "anchors"])
-def test_ten_images_are_learned(queries, tmp_path):
-    """AP50 above 0.8 on the images themselves; docs/methods/detr.md has longer runs."""
-    parts = build(configure(
-        "scenario=detr_shapes", "scenario.source.train_images=10", "scenario.source.test_images=2",
-        "scenario.source.size=32", "scenario.source.kinds=[disc,square]", "scenario.classes_per_task=[2]",
-        "backbone=detr_shapes", "backbone.channels=[16]", "backbone.dim=32", "backbone.num_queries=9",
-        f"backbone.queries={queries}", "method=detr_finetune", "optimizer=adamw", "optimizer.lr=0.002",
-        "trainer.clip_norm=1", "trainer.batch_size=10", "trainer.epochs=120", "trainer.evaluate_after=last_task",
-        "device=cpu", f"seed={SEED}",
-    ))  # fmt: skip
-    trainer_of(parts, tmp_path).run()
-    [task] = parts.scenario.tasks
-    object.__setattr__(task, "test", task.train)
-    [found] = evaluate_detection(
-        parts.method, parts.scenario, learned=1, split="test", autocast=parts.autocast
-    ).summarise()[:1]
-    assert found["AP50"] > 80
+@pytest.mark.parametrize(
+    ("least", "overrides"),
+    [
+        pytest.param(70, [*TINY_IMAGES], id="tiny"),
+        pytest.param(95, [*WHOLE_IMAGES], id="anchors", marks=LONG),
+        pytest.param(95, [*WHOLE_IMAGES, "backbone.queries=plain"], id="plain", marks=LONG),
+    ],
+)
+def test_ten_images_are_learned(least, overrides, tmp_path):
+    """AP50 on the images themselves."""
+    ten = ["scenario.source.train_images=10", "scenario.source.test_images=2", "trainer.batch_size=10"]
+    ten += ["schedule.warmup_epochs=20", "trainer.evaluate_after=last_task", "device=cpu", f"seed={SEED}"]
+    parts = build(configure("+experiment=detr_shapes_finetune", *ten, *overrides))
+    trainer = trainer_of(parts, tmp_path)
+    parts.scenario.tasks = [replace(task, test=task.train) for task in parts.scenario.tasks]
+    trainer.run()
+    [found] = [row for row in trainer.record.average_precision if row["classes"] == "all"]
+    print(found)
+    assert found["AP50"] > least
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
@@ -396,7 +409,7 @@ def test_a_run_measures_ap_in_its_files_and_words(tmp_path, monkeypatch):
     assert [column.key for column in asked.columns] == ["class_il.AP_old", "class_il.AP50_new"]
 
     series = Series(run)
-    points = [series.extract(number, event) for number, event in enumerate(read_events(run, 0))]
+    points = [series.extract(number, event) for number, event in enumerate(read_events(run, 0, 999))]
     names = {name for point in points if point for name in point.values} | flatten_summary(summary).keys()
     assert {"class_il/average_AP", "class_il/AP_old", "class_il/AP50_new", "losses/giou"} < names
     assert not [name for name in names if "ccurac" in name]
