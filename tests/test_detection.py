@@ -345,13 +345,13 @@ def test_replay_offers_each_image_once_and_draws_old_ones(tmp_path):
 
 
 @pytest.mark.skipif("CL_BENCH_TEST_LONG" not in os.environ, reason="CL_BENCH_TEST_LONG=1 runs it: half a minute each")
-@pytest.mark.parametrize("queries", ["plain", "anchors"])
-def test_ten_images_are_learned(queries, tmp_path):
+@pytest.mark.parametrize(("queries", "steps"), [("plain", 600), ("anchors", 300)])
+def test_ten_images_are_learned(queries, steps, tmp_path):
     """AP50 above 95 on the images themselves."""
     parts = build(configure(
         "+experiment=detr_shapes_finetune", "scenario.source.kinds=[disc,square,triangle,cross]",
         "scenario.classes_per_task=[4]", "scenario.source.train_images=10", "scenario.source.test_images=2",
-        f"backbone.queries={queries}", "schedule.warmup_epochs=50", "trainer.batch_size=10", "trainer.epochs=300",
+        f"backbone.queries={queries}", "schedule.warmup_epochs=50", "trainer.batch_size=10", f"trainer.epochs={steps}",
         "trainer.evaluate_after=last_task", "device=cpu", f"seed={SEED}",
     ))  # fmt: skip
     trainer = trainer_of(parts, tmp_path)

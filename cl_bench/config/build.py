@@ -107,7 +107,7 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
             "trainer.evaluate_on",
             expected="test, since no validation images are held out",
             got="val",
-            fix="Set scenario.val_fraction=0.1 as well.",
+            fix="Leave it out." if scenario.target_shape else "Set scenario.val_fraction=0.1 as well.",
         )
     shared: dict[str, Any] = {"num_classes": scenario.num_classes, "image_shape": scenario.image_shape}
     transform = scenario.transform
