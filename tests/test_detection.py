@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ROOT,
     SEED,
     configure,
     find_run,
@@ -21,7 +22,7 @@ from PIL import Image
 
 from cl_bench.commands.audit import main as audit_command
 from cl_bench.config.build import build, identify_run
-from cl_bench.config.schema import to_plain_dict
+from cl_bench.config.schema import select_comparable, to_plain_dict
 from cl_bench.core.boxes import compute_overlaps
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.record import name_measure
@@ -527,3 +528,22 @@ def test_a_detector_on_classes_is_refused():
         ConfigError, match=r"^method: expected one for classification, as scenario=digits is; got detr_"
     ):
         build(configure("method=detr_finetune", "backbone=detr_shapes", "backbone.channels=[]"))
+
+
+# -- recorded runs -----------------------------------------------------------------------------------------------------
+
+
+def test_recorded_runs_show_what_the_page_says():
+    rows = {row.runs[0].summary["experiment"]: row for row in compare([str(ROOT / "results/detection/records")]).rows}
+    old, new = (
+        {name.removeprefix("detr_shapes_"): row.values(f"class_il.{key}") for name, row in rows.items()}
+        for key in ("AP_old", "AP_new")
+    )
+    assert (old["finetune"] < 10).all()
+    for method in ("pseudo_labels", "replay"):
+        assert (old[method] > 60).all()
+        assert (new[method] > 60).all()
+    for row in rows.values():
+        run = row.runs[0]
+        settings = select_comparable(to_plain_dict(configure(f"+experiment={run.summary['experiment']}")))
+        assert settings == run.summary["comparable"]
