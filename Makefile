@@ -14,6 +14,7 @@ RESNET18 := $(foreach method,finetune er derpp joint icarl lwf ewc,resnet18_$(me
 MINI := $(RESNET18) $(foreach net,lvt den apd memory_vit vit_er,$(net)_cifar100_10split) dytox_cifar100_10step
 LVT_PARTS := inter_task injection_head accumulation_head confidence
 FAMILY := vit deepvit navit cvt cct efficientvit mobilevit mobilevitv2 levit coat
+DETECTORS := $(foreach method,finetune replay pseudo_labels pseudo_labels_released joint,detr_shapes_$(method))
 DYTOX_PARTS := token_expansion divergence_head finetuning independent_classifiers
 # One frozen trunk for every row: all images of the first 50 classes, which are in no task.
 PRETRAINED := results/mini/pretrained
@@ -26,7 +27,7 @@ LAST := trainer.evaluate_after=last_task
 space := $(subst ,, )
 listed = $(subst $(space),$(,),$(strip $(1)))
 
-.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format avalanche bench mini mini_backbones mini_pretrained mini_memory ablation_lvt ablation_dytox docs first_hour soak golden clean
+.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format avalanche bench mini detection mini_backbones mini_pretrained mini_memory ablation_lvt ablation_dytox docs first_hour soak golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +84,10 @@ mini: $(VENV)/.made ## the table in results/mini: three seeds of every method, a
 	$(SWEEP) results_dir=results/mini/records +experiment=vit_er_cifar100_10split method=finetune,joint buffer=none
 	$(SWEEP) results_dir=results/mini/records +experiment=supsup_cifar100_20split scenario.num_tasks=10
 	$(RUN) scripts/compare.py results/mini/records --out results/mini
+
+detection: $(VENV)/.made ## the table in results/detection: three seeds of each detector, about half an hour
+	OMP_NUM_THREADS=1 $(RUN) -m cl_bench -m hydra/launcher=joblib hydra.launcher.n_jobs=2 seed=0,1,2 logger=none results_dir=results/detection/records +experiment=$(call listed,$(DETECTORS))
+	$(RUN) scripts/compare.py results/detection/records --metrics AP_all,AP_old,AP_new,AP50_all,train_seconds --out results/detection
 
 mini_backbones: $(VENV)/.made ## ER, fine-tuning and joint training on each network of the ViT family at mini scale
 	$(SWEEP) results_dir=results/mini/backbones/records +experiment=vit_family_cifar100_10split backbone=$(call listed,$(FAMILY))

@@ -80,8 +80,11 @@ HEAVY = ("avalanche", "matplotlib", "mlflow", "optuna", "pandas", "PIL", "scipy"
 HEAVY += ("torchvision", "trackio", "wandb")
 """Packages that neither ``--help`` nor a plain run imports, so that both begin in a moment."""
 
-METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml") if path.stem != "avalanche")
-"""Every method with steps of ours; Avalanche's loop is tested in ``test_avalanche.py``."""
+DETECTORS = sorted(path.stem for path in (CONFIGS / "method").glob("detr_*.yaml"))
+"""The methods for detection, which are tested in ``test_detection.py``."""
+
+METHODS = sorted({path.stem for path in (CONFIGS / "method").glob("*.yaml")} - {"avalanche", *DETECTORS})
+"""Every other method with steps of ours; Avalanche's loop is tested in ``test_avalanche.py``."""
 
 FUNCTIONAL = [
     *("agem", "coda_prompt", "derpp", "dualprompt", "dytox", "er", "er_ace", "ewc", "ewc_pp", "finetune", "gdumb"),

@@ -30,8 +30,8 @@ FLOORS = [
 """From the ground up. A file imports only from lower floors, and from its own folder only as :data:`ORDER` says."""
 
 ORDER = {
-    "core": ["errors images", "avalanche types"],
-    "engine": ["checkpoint evaluate probe step", "trainer", "replicas"],
+    "core": ["boxes errors images", "avalanche types"],
+    "engine": ["detection", "checkpoint evaluate probe step", "trainer", "replicas"],
     "config": ["packages", "schema", "build command_line", "explain"],
     "report": [
         "folders labels plots published statistics svg trials",
@@ -48,10 +48,11 @@ ORDER = {
 """Inside these folders a file imports from the earlier ones."""
 
 SHARED = {"base", "layers", "dashboard", "delivered", "jsonl", "cache", "decoded", "pictures", "picture_files"}
-SHARED |= {"official_files", "pixel_maps", "recurring", "selection", "frozen_trunk"}
+SHARED |= {"official_files", "pixel_maps", "recurring", "selection", "frozen_trunk", "detection"}
 """In the other folders a variant does not import another variant, only these shared files: the other loggers catch up
 from metrics.jsonl; modules of their own decode and store pictures, fetch published files, permute pixels, select
-images, spread them over the tasks, and train the trunk of a frozen ViT."""
+images, spread them over the tasks, train the trunk of a frozen ViT, and hold what all data sets and methods for
+detection share."""
 
 
 def imports(path: Path) -> set[str]:

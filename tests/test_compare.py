@@ -291,7 +291,7 @@ def test_plots_and_all_tables_use_the_label(tmp_path, monkeypatch):
         seeds(tmp_path, [60 + lr, 61 + lr, 63 + lr], fingerprint=f"f{lr}", comparable=BASE | {"optimizer.lr": lr})
     drawn = []
     monkeypatch.setattr(plots, "draw_dots", lambda values, *_: drawn.extend(values))
-    monkeypatch.setattr(plots, "draw_accuracy_by_row", lambda curves: drawn.extend(curves["class_il"]))
+    monkeypatch.setattr(plots, "draw_accuracy_by_row", lambda curves, *_: drawn.extend(curves["class_il"]))
     comparison = compare([str(tmp_path)])
     write(comparison, tmp_path / "out", "command")
     assert drawn == ["lr=0.2", "lr=0.1"] * 2

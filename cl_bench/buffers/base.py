@@ -38,6 +38,7 @@ class Context:
         generator: CPU generator of slots and draws.
         device: the device of the images.
         pairs: number of pairs of a task and one of its classes; None for K, if tasks share no class.
+        target_shape: of the label of an image: () for a class, (M, 5) in detection.
     """
 
     image_shape: tuple[int, int, int]
@@ -46,6 +47,7 @@ class Context:
     generator: Generator
     device: torch.device
     pairs: int | None = None
+    target_shape: tuple[int, ...] = ()
 
 
 class Buffer(nn.Module, ABC):
@@ -71,7 +73,12 @@ class Buffer(nn.Module, ABC):
         self.columns: Columns = {}
         shape = (capacity, *context.image_shape)
         self.register_buffer("images", torch.zeros(shape, dtype=torch.uint8, device=context.device))
-        self.register_buffer("labels", torch.zeros(capacity, dtype=torch.int64, device=context.device))
+        labels = torch.zeros(
+            (capacity, *context.target_shape),
+            dtype=torch.float32 if context.target_shape else torch.int64,
+            device=context.device,
+        )
+        self.register_buffer("labels", labels)
 
     @abstractmethod
     def add(self, batch: Batch, **columns: Tensor) -> None:
@@ -109,7 +116,7 @@ class Buffer(nn.Module, ABC):
     def data(self) -> Data:
         """All stored images as a training set; their positions in the data set are not known (-1)."""
         labels = self.labels[: self.filled]
-        return Data(self.images[: self.filled], labels, torch.full_like(labels, -1))
+        return Data(self.images[: self.filled], labels, torch.full((self.filled,), -1, device=labels.device))
 
     def __len__(self) -> int:
         return self.filled

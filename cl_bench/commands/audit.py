@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cl_bench.core.errors import ConfigError
+from cl_bench.core.errors import ConfigError, require
 from cl_bench.runs.audit import audit
 from cl_bench.runs.load import load
 from cl_bench.system.atomic import write_text
@@ -25,6 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder: Path = parser.parse_args(arguments).run
     try:
         run = load(folder)
+        require(
+            run.summary.get("measure", "accuracy") == "accuracy",
+            "RUN",
+            expected="a run of classification",
+            got="one of detection, where an image has no single answer",
+            fix="There is no audit of detection yet.",
+        )
         checks = audit(run.build_parts, run.state, run.predictions)
     except ConfigError as error:
         print(f"cl_bench: {error}", file=sys.stderr)

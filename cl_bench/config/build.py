@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from cl_bench.backbones.base import Backbone, SingleHead, check_single_images
-from cl_bench.buffers.base import Buffer, Context, PerClassBuffer
+from cl_bench.buffers.base import Buffer, Context, OnlineBuffer, PerClassBuffer
 from cl_bench.config.schema import (
     Precision,
     import_allowed,
@@ -29,6 +29,7 @@ from cl_bench.engine.step import find_obstacle_to_graphs
 from cl_bench.engine.trainer import Settings, Trainer
 from cl_bench.loggers.base import Logger
 from cl_bench.methods.base import Method
+from cl_bench.methods.detection import Detector
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.memory import is_out_of_memory
 
@@ -76,6 +77,7 @@ class Parts:
             "follows_seed": self.scenario.follows_seed,
             "evaluate_on": self.settings.evaluate_on,
             "images": self.scenario.storage,
+            "measure": self.scenario.measure,
             "test_batches": self.method.test_batches,
         }
 
@@ -106,7 +108,7 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
             "trainer.evaluate_on",
             expected="test, since no validation images are held out",
             got="val",
-            fix="Set scenario.val_fraction=0.1 as well.",
+            fix="Leave it out." if scenario.target_shape else "Set scenario.val_fraction=0.1 as well.",
         )
     shared: dict[str, Any] = {"num_classes": scenario.num_classes, "image_shape": scenario.image_shape}
     transform = scenario.transform
@@ -118,8 +120,16 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
     if settings.batch_size == 1:
         check_single_images(net, scenario.image_shape, "trainer.batch_size")
     pairs = sum(len(task.classes) + len(task.other_classes) for task in scenario.tasks)
-    context = Context(transform=transform, generator=generators["buffer"], device=device, pairs=pairs, **shared)
+    context = Context(
+        transform=transform,
+        generator=generators["buffer"],
+        device=device,
+        pairs=pairs,
+        target_shape=scenario.target_shape,
+        **shared,
+    )
     buffer = make_buffer(context=context)
+    _refuse_other_targets(config, allow, scenario, buffer, settings)
     _refuse_unsuitable(config, allow, net, buffer)
     parts = {"net": net, "buffer": buffer, "scenario": scenario, "make_net": make_network, "make_optimizer": optimizer}
     method = make_method(**parts).to(device)
@@ -365,6 +375,32 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
             expected=f"none, since method={config.choices.method} replays nothing",
             got=config.choices.buffer,
             fix="Add buffer=none, or use method=er for plain replay.",
+        )
+
+
+def _refuse_other_targets(
+    config: DictConfig, allow: list[str], scenario: Scenario, buffer: Buffer, settings: Settings
+) -> None:
+    """Refuse a method for classes on a detection scenario, the reverse, and what reads one label per image."""
+    detector = issubclass(import_target(config.method, "method", allow), Detector)  # type: ignore[arg-type]
+    if detector != bool(scenario.target_shape):
+        kind = "detection" if scenario.target_shape else "classification"
+        raise ConfigError(
+            "method",
+            expected=f"one for {kind}, as scenario={config.choices.scenario} is",
+            got=config.choices.method,
+            fix="Use method=detr_finetune, detr_joint, detr_pseudo_labels or detr_replay with scenario=detr_shapes or "
+            "coco, and no other.",
+        )
+    if not detector:
+        return
+    by_class = isinstance(buffer, PerClassBuffer) or (isinstance(buffer, OnlineBuffer) and buffer.by_class)
+    for key, wrong, expected, got in (
+        ("buffer", by_class, "one without classes, since an image shows several", config.choices.buffer),
+        ("trainer.linear_probe", settings.linear_probe, "false, since an image has no single class", True),
+    ):
+        require(
+            not wrong, key, expected=expected, got=got, fix="Use buffer=reservoir." if by_class else "Leave it out."
         )
 
 

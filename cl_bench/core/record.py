@@ -149,12 +149,15 @@ class Record:
 
     Attributes:
         curves: by setting; empty if nothing was measured while learning.
+        average_precision: in detection, after each task for ``all``, ``old`` and ``new`` classes: AP, AP50 and AP75 in
+            percent; else empty.
     """
 
     class_il: Matrix
     task_il: Matrix
     cost: Cost = field(default_factory=Cost)
     curves: dict[str, Curve] = field(default_factory=dict)
+    average_precision: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, num_tasks: int) -> "Record":
@@ -191,7 +194,8 @@ class Record:
             for s in SETTINGS
         }
         curves = {s: replace_non_finite(vars(curve)) for s, curve in self.curves.items()}
-        return matrices | {"cost": asdict(self.cost), "curves": curves}
+        detection = {"average_precision": replace_non_finite(self.average_precision)} if self.average_precision else {}
+        return matrices | {"cost": asdict(self.cost), "curves": curves} | detection
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Record":
@@ -202,7 +206,7 @@ class Record:
         curves = {s: Curve(**values) for s, values in data.get("curves", {}).items()}  # older records have none
         for curve in curves.values():
             curve.correct = [[math.nan if c is None else c for c in row] for row in curve.correct]
-        return cls(class_il, task_il, Cost(**data["cost"]), curves)
+        return cls(class_il, task_il, Cost(**data["cost"]), curves, data.get("average_precision", []))
 
     def write_csv(self, path: Path) -> None:
         """Write ``accuracy_matrix.csv``: one line per setting, row and task, without entries that were not measured."""
@@ -214,8 +218,7 @@ class Record:
                 for row in [BASELINE, *range(matrix.num_tasks)]:
                     for task, correct in enumerate(matrix.correct[row]):
                         if not math.isnan(correct):
-                            count = int(matrix.count[task])
-                            writer.writerow([setting, row, task, int(correct), count, round(100 * correct / count, 4)])
+                            writer.writerow([setting, row, task, *_count(correct, int(matrix.count[task]))])
 
     def write_curve_csv(self, path: Path) -> None:
         """Write ``curve.csv``: a line per setting, evaluation and task; ``correct`` is empty if it was not answered."""
@@ -228,9 +231,37 @@ class Record:
                         known = ["", count, ""] if math.isnan(correct) else _count(correct, count)
                         writer.writerow([setting, step, learning, task, *known])
 
+    def list_precision(self) -> dict[str, float]:
+        """Average precision after the last task as metrics: ``AP_old``, ``AP50_old``, ...; empty if not measured."""
+        return name_precision(self.average_precision)
+
+    def write_precision_csv(self, path: Path) -> None:
+        """Write ``average_precision.csv``: in detection, a line per task and ``all``, ``old`` or ``new`` classes."""
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.average_precision[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(replace_non_finite(self.average_precision))
+
 
 def _count(correct: float, count: int) -> list[float]:
-    return [int(correct), count, round(100 * correct / count, 4)]
+    """Right answers, a whole number (but AP times images), number of images, accuracy in percent."""
+    whole = int(correct) if correct == int(correct) else correct
+    return [whole, count, round(100 * correct / count, 4)]
+
+
+def name_precision(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The rows of the last task in :attr:`Record.average_precision` as metrics: ``AP_old``, ``AP50_old``, ..."""
+    last = [row for row in rows if row["after_task"] == rows[-1]["after_task"]]
+    return {f"{key}_{row['classes']}": row[key] for row in last for key in row if key.startswith("AP")}
+
+
+def name_measure(text: str, measure: str) -> str:
+    """A text about accuracy in the words of a scenario that is measured by something else."""
+    if measure == "accuracy":
+        return text
+    for word in ("accuracies", "accuracy"):
+        text = text.replace(word, measure).replace(word.capitalize(), measure)
+    return text
 
 
 def replace_non_finite(value: Any) -> Any:

@@ -24,7 +24,7 @@ class Data:
     Attributes:
         images: (N, C, H, W) uint8, or one of the classes in :mod:`cl_bench.core.images`, which are indexed like such a
             tensor.
-        labels: (N,) int64, positions in the class order.
+        labels: (N,) int64, positions in the class order; in detection (N, M, 5) float, see :mod:`cl_bench.core.boxes`.
         index: (N,) int64, each image's position in the data set's own order.
     """
 
@@ -38,6 +38,13 @@ class Data:
     def take(self, which: Tensor | slice) -> "Data":
         """The subset at positions (or mask, or slice) ``which``."""
         return Data(self.images[which], self.labels[which], self.index[which])
+
+    def list_classes(self) -> Tensor:
+        """(P,) int64, the class of each image; in detection, of each object in all images."""
+        if self.labels.ndim == 1:
+            return self.labels
+        classes = self.labels[..., 0]
+        return classes[classes >= 0].long()
 
     def split(self, size: int) -> Iterator["Data"]:
         """The set in order, in parts of at most ``size`` images; for measuring, never for training."""
@@ -94,7 +101,7 @@ class Batch:
 
     Attributes:
         x: (B, C, H, W) float, augmented and normalised.
-        y: (B,) int64, positions in the class order.
+        y: (B,) int64, positions in the class order; in detection (B, M, 5), as ``Data.labels``.
         raw: (B, C, H, W) uint8, the same images before augmentation; a buffer stores these.
         task: id of the task that is being learned.
         columns: what a buffer stores beside its images, by name, each (B, ...); empty for the stream.

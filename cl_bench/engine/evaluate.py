@@ -20,7 +20,9 @@ from torch import Tensor
 
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Data, Task, list_seen_classes
+from cl_bench.engine.detection import Detections, evaluate_detection
 from cl_bench.methods.base import Method, Predict
+from cl_bench.methods.detection import Detector
 from cl_bench.metrics.auroc import one_vs_rest
 from cl_bench.scenarios.base import Scenario
 
@@ -71,6 +73,21 @@ class Evaluation:
             scores = self.of_task[own, : len(task.classes)].double().numpy()
             values.append(100 * one_vs_rest(scores, (self.label[own] - task.classes.start).numpy()))
         return values
+
+
+def measure(
+    method: Method,
+    scenario: Scenario,
+    *,
+    learned: int,
+    split: str,
+    autocast: torch.autocast,
+    rule: Predict | None = None,
+) -> Evaluation | Detections:
+    """:func:`evaluate`, or its counterpart for a detector, whose only rule is :meth:`Detector.detect`."""
+    if isinstance(method, Detector):
+        return evaluate_detection(method, scenario, learned=learned, split=split, autocast=autocast)
+    return evaluate(method, scenario, learned=learned, split=split, autocast=autocast, rule=rule)
 
 
 @torch.no_grad()  # not inference_mode: some methods differentiate in order to answer

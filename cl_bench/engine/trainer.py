@@ -22,7 +22,8 @@ from cl_bench.core.record import BASELINE, SETTINGS, Record
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.data.feed import open_feed
 from cl_bench.engine.checkpoint import Checkpoint, State, clone_state, get_final_state, get_rng_state, set_rng_state
-from cl_bench.engine.evaluate import Evaluation, draw_sample, evaluate
+from cl_bench.engine.detection import Detections
+from cl_bench.engine.evaluate import Evaluation, draw_sample, measure
 from cl_bench.engine.probe import LINEAR_PROBE, fit_linear_probe, require_features
 from cl_bench.engine.step import Choice, PhaseContext, Step, StepExecutor, StepGenerator, T, warn
 from cl_bench.loggers.base import Logger, Progress
@@ -145,7 +146,7 @@ class Trainer:
         self.optimizer, self.schedule, self.generators = optimizer, schedule, generators
         self.autocast, self.logger, self.checkpoint, self.stop = autocast, logger, checkpoint, stop
         self.record = Record.empty(len(scenario.tasks))
-        self.answers: Evaluation | None = None
+        self.answers: Evaluation | Detections | None = None
         self.alternatives: dict[str, dict[str, Any]] = {}
         self.steps_done = self.events = self.parameters_after_first_task = self.steps_saved = 0
         self._excused: set[str] = set()  # buffers that were not finite when the phase began, e.g. "no loss yet"
@@ -399,9 +400,18 @@ class Trainer:
         if after_task != BASELINE:
             seen = {s: self.record.get_matrix(s).accuracy[after_task, : after_task + 1] for s in SETTINGS}
             averages = {f"{s}_average": float(row.mean()) for s, row in seen.items()}
-            stream = {"recurring_classes": True} if self.scenario.recurring else {}
+            more = self._name_measure()
+            if self.scenario.recurring:
+                more["recurring_classes"] = True
+            if isinstance(answers, Detections):
+                more["average_precision"] = answers.summarise()
+                self.record.average_precision += more["average_precision"]
             rows = {s: row.tolist() for s, row in seen.items()}
-            self._log_event("task", task=after_task, **rows, **averages, **stream)
+            self._log_event("task", task=after_task, **rows, **averages, **more)
+
+    def _name_measure(self) -> dict[str, Any]:
+        """What events say of the numbers in them if they are not accuracies."""
+        return {} if self.scenario.measure == "accuracy" else {"measure": self.scenario.measure}
 
     def measure_sample(self, task: Task) -> None:
         """Add a point to the curves: the tasks begun, in evaluation mode, on their samples.
@@ -416,7 +426,7 @@ class Trainer:
         with keep_modes_and_draws(self.method, self.generators):
             answers = self._ask(asked, task.id + 1, None)
         count = [len(sampled.test) for sampled in self._sample.tasks]
-        event: dict[str, Any] = {"task": task.id}
+        event: dict[str, Any] = {"task": task.id, **self._name_measure()}
         for setting in SETTINGS:
             correct = answers.count_correct(setting, len(asked.tasks))
             self.record.add_to_curve(self.steps_done, task.id, setting, correct, count)
@@ -441,7 +451,7 @@ class Trainer:
         seen = f"{images} training images of all tasks"
         return self._average_accuracies(self._evaluate(len(self.scenario.tasks), rule)) | {"fitted_on": seen}
 
-    def _average_accuracies(self, answers: Evaluation) -> dict[str, Any]:
+    def _average_accuracies(self, answers: Evaluation | Detections) -> dict[str, Any]:
         """Average accuracy in percent over all tasks, for each setting; None if a task was not answered."""
         record = Record.empty(len(self.scenario.tasks))
         for setting in SETTINGS:
@@ -453,17 +463,17 @@ class Trainer:
         """How many images each task is measured on."""
         return [len(task.get_split(self.settings.evaluate_on)) for task in self.scenario.tasks]
 
-    def _evaluate(self, learned: int, rule: Predict | None = None) -> Evaluation:
+    def _evaluate(self, learned: int, rule: Predict | None = None) -> Evaluation | Detections:
         began = time.monotonic()
         with allow_interruption():
             answers = self._ask(self.scenario, learned, rule)
         self.record.cost.evaluate_seconds += time.monotonic() - began
         return answers
 
-    def _ask(self, scenario: Scenario, learned: int, rule: Predict | None) -> Evaluation:
+    def _ask(self, scenario: Scenario, learned: int, rule: Predict | None) -> Evaluation | Detections:
         split = self.settings.evaluate_on
         try:
-            return evaluate(self.method, scenario, learned=learned, split=split, autocast=self.autocast, rule=rule)
+            return measure(self.method, scenario, learned=learned, split=split, autocast=self.autocast, rule=rule)
         except FloatingPointError as error:
             self._raise_diverged(f"{error} at step {self.steps_done}")
 

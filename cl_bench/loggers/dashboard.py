@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cl_bench.core.record import SETTINGS, Curve, Matrix
+from cl_bench.core.record import SETTINGS, Curve, Matrix, name_measure, name_precision
 from cl_bench.loggers.base import RunInfo
 from cl_bench.loggers.delivered import Event
 from cl_bench.loggers.jsonl import read_events
@@ -70,7 +70,9 @@ class Series:
             for earlier in read_events(self._folder, 0, number):
                 self._read(earlier)
         self._next = number + 1
-        values = {name: value for name, value in self._read(event).items() if value is not None and value == value}
+        measure = event.get("measure", "accuracy")
+        found = {name_measure(name, measure): value for name, value in self._read(event).items()}
+        values = {name: value for name, value in found.items() if value is not None and value == value}
         axes = {"step": event["step"], "epoch": self._epochs, "task": event.get("task", -1) + 1}
         return Point(axes, values) if values else None
 
@@ -99,7 +101,7 @@ class Series:
             if self._curves[setting].step:
                 found[anytime_average_accuracy.__name__] = anytime_average_accuracy(self._curves[setting])
             values |= _name(setting, found.items()) | _name_tasks(setting, event[setting])
-        return values
+        return values | _name("class_il", name_precision(event.get("average_precision", [])).items())
 
     def _read_sample(self, event: Event) -> dict[str, float | None]:
         values: dict[str, float | None] = {}
@@ -126,8 +128,9 @@ def _name_tasks(setting: str, row: list[float | None]) -> dict[str, float | None
 
 def flatten_summary(summary: dict[str, Any]) -> dict[str, float]:
     """The known numbers of ``summary.json`` for a table of runs, e.g. ``class_il/forgetting``."""
+    measure = summary.get("measure", "accuracy")
     return {
-        f"{group}/{key}": value
+        f"{group}/{name_measure(key, measure)}": value
         for group in (*SETTINGS, "cost")
         for key, value in (summary.get(group) or {}).items()
         if value is not None

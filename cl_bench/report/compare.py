@@ -6,7 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from cl_bench.core.errors import require
-from cl_bench.core.record import SETTINGS
+from cl_bench.core.record import SETTINGS, name_measure
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.order_robustness import order_disparity
 from cl_bench.report import plots
@@ -94,6 +94,11 @@ class Comparison:
         """What all rows have in common, as one sentence."""
         runs = [row.runs for row in self.rows]
         return describe_common([first.summary for first, *_ in runs], [[r.summary["seed"] for r in of] for of in runs])
+
+    @property
+    def measure(self) -> str:
+        """The word for what was measured in all rows, e.g. ``accuracy``."""
+        return " or ".join(sorted({row.runs[0].measure for row in self.rows}))
 
     @property
     def all_columns(self) -> Sequence[Column]:
@@ -210,7 +215,12 @@ def make_tables(comparison: Comparison, interval: bool) -> list[Table]:
         few = comparison.reference is None and len(rows) > MOST_ROWS_PAIRED
         note = f"Of more than {MOST_ROWS_PAIRED} rows each is tested against the first only." if few else ""
         shown.append(make_pairs_table(comparison.pairs, note))
-    return shown
+    return [_reword(table, comparison.measure) for table in shown]
+
+
+def _reword(table: Table, measure: str) -> Table:
+    title, note, *header = (name_measure(text, measure) for text in (table.title, table.note, *table.header))
+    return replace(table, title=title, note=note, header=header)
 
 
 def _list_left_out(comparison: Comparison) -> list[str]:
@@ -347,20 +357,20 @@ def _draw_pictures(comparison: Comparison) -> Iterator[tuple[str, Picture]]:
     figure = plots.draw_dots(
         {row.label: row.values(MAIN).tolist() for row in rows},
         {row.label: row.stat(MAIN).ci95 for row in rows},
-        DOTS_TITLE,
+        name_measure(DOTS_TITLE, comparison.measure),
     )
     if figure is not None:
         caption = (
             "One dot per seed, a bar at the mean, a line over its 95 % confidence interval. "
             f"The axis does not always begin at 0.{few}"
         )
-        yield DOTS, Picture.of(DOTS, figure, "Final accuracy", caption)
+        yield DOTS, Picture.of(DOTS, figure, name_measure("Final accuracy", comparison.measure), caption)
     curves = {setting: _make_curves(rows, setting) for setting in SETTINGS}
-    figure = plots.draw_accuracy_by_row(curves)
+    figure = plots.draw_accuracy_by_row(curves, comparison.measure)
     if figure is not None:
         caption = f"Mean over seeds; with several seeds, a band of one standard deviation up and down.{few}"
-        name = "accuracy_over_tasks"
-        yield name, Picture.of(name, figure, "Accuracy over tasks", caption, plots.make_legend(curves))
+        name, title = "accuracy_over_tasks", name_measure("Accuracy over tasks", comparison.measure)
+        yield name, Picture.of(name, figure, title, caption, plots.make_legend(curves))
 
 
 def _make_curves(rows: Sequence[Row], setting: str) -> dict[str, np.ndarray]:

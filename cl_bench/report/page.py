@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record, name_measure
 from cl_bench.engine.evaluate import read_predictions
 from cl_bench.report import plots
 from cl_bench.report.svg import Panel, render_panels
@@ -58,6 +58,11 @@ class Run:
     def value(self, section: str, name: str) -> float | None:
         """A number of the summary's ``class_il``, ``task_il`` or ``cost``; None if it is unknown."""
         return (self.summary[section] or {}).get(name)
+
+    @property
+    def measure(self) -> str:
+        """The word for what was measured: ``accuracy``, or ``AP`` in detection."""
+        return self.summary.get("measure", "accuracy")  # older records have none
 
     @property
     def incomparable(self) -> str:
@@ -122,19 +127,21 @@ def write_report(folder: Path) -> Path:
     """Write ``plots/*.png`` and ``report.html`` of the finished run in ``folder``; returns the page's path."""
     run = Run.read(folder)
     pictures = {name: Picture.of(name, *figure) for name, figure in _draw_figures(run)}
+    say = functools.partial(name_measure, measure=run.measure)
     summary = run.summary
     page = render(
         "report.html.j2",
         summary=summary,
         warnings=_list_warnings(summary),
         facts=_list_facts(summary),
-        cards=[(_format_card_label(*card), _format_card_value(run, *card)) for card in CARDS],
-        metrics=_list_metrics(run),
-        odd=list(_explain_odd_numbers(run)),
+        accuracies=say("Accuracies"),
+        cards=[(say(_format_card_label(*card)), _format_card_value(run, *card)) for card in CARDS],
+        metrics=[(say(label), *values) for label, *values in _list_metrics(run)],
+        odd=[say(sentence) for sentence in _explain_odd_numbers(run)],
         costs=[(label, _format_or_dash(run.value("cost", key), text)) for key, (label, text) in COSTS.items()],
         verdicts=judge(run, run.value),
         pictures=pictures.values(),
-        missing=[text for name, text in _ABSENT.items() if name not in pictures],
+        missing=[text for name, text in _ABSENT.items() if name not in pictures and "boxes" not in pictures],
         class_order=[[(summary["class_names"][c], c) for c in task] for task in summary["tasks"]],
         config=read_text(folder / "config.yaml"),
         environment=list(_flatten(_read_json(folder / "env.json"))),
@@ -271,23 +278,29 @@ def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
     on = "test images" if summary["evaluate_on"] == "test" else f"{summary['evaluate_on']} images"
     candidates = {
         "accuracy_matrix": (
-            plots.draw_accuracy_matrix(run.record),
+            plots.draw_accuracy_matrix(run.record, run.measure),
             "Accuracy matrix",
             f"Accuracy in percent on the {on} of each task (columns) after learning each task (rows). "
             "Grey was not measured.",
         ),
         "over_tasks": (
-            plots.draw_over_tasks(run.record),
+            plots.draw_over_tasks(run.record, run.measure),
             "Accuracy and forgetting over tasks",
             "Average accuracy: mean over the tasks seen so far. Forgetting: the best earlier accuracy of a task minus "
             "its present one, mean over the earlier tasks; larger is worse, below 0 they have improved.",
         ),
         "curve": (
-            plots.draw_curves(run.record),
+            plots.draw_curves(run.record, run.measure),
             "Accuracy while learning",
             f"Measured while learning, on a fixed sample of up to {_count_sample(run.record)} {on} per task. "
             "Thick: mean over the tasks begun. Thin: each task, the first dark, the last bright. Dashed: the end of a "
             "task. Anytime, minimum and worst-case accuracy and the stability gap are computed from this.",
+        ),
+        "boxes": (
+            _draw_boxes(run),
+            "Boxes",
+            f"After the last task, on the first {on}: the objects (white and black), and in the colour of its class "
+            f"each box with a probability above {plots.SURE}.",
         ),
         "confusion": (
             _draw_confusion(run),
@@ -304,7 +317,7 @@ def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
     }
     for name, (figure, title, caption) in candidates.items():
         if figure is not None:
-            yield name, (figure, title, caption)
+            yield name, (figure, name_measure(title, run.measure), name_measure(caption, run.measure))
 
 
 def _count_sample(record: Record) -> int:
@@ -314,9 +327,16 @@ def _count_sample(record: Record) -> int:
 
 def _draw_confusion(run: Run) -> Figure | None:
     path = run.folder / "predictions.npz"
-    if not path.is_file():
+    if not path.is_file() or run.measure != "accuracy":
         return None
     return plots.draw_confusion(run.summary["tasks"], run.summary["class_names"], read_predictions(path))
+
+
+def _draw_boxes(run: Run) -> Figure | None:
+    path = run.folder / "predictions.npz"
+    if not path.is_file() or run.measure == "accuracy":
+        return None
+    return plots.draw_boxes(run.summary["class_names"], read_predictions(path))
 
 
 def _draw_losses(path: Path) -> Figure | None:

@@ -20,11 +20,15 @@ from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from cl_bench.core.record import SETTINGS, TITLES, Matrix, Record
+from cl_bench.core.record import SETTINGS, TITLES, Matrix, Record, name_measure
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.metrics.forgetting import forgetting
+
+SURE = 0.5
+"""The confidence from which a box is drawn."""
 
 _DPI = 150  # sharper than the page asks for: readable when zoomed in or printed
 _WIDTH = 10.0  # inches
@@ -62,8 +66,12 @@ def compute_over_tasks(metric: Callable[[Matrix], float], matrix: Matrix) -> np.
     return np.array([metric(take_first_tasks(matrix, count)) for count in range(1, matrix.num_tasks + 1)])
 
 
-def draw_accuracy_matrix(record: Record) -> Figure | None:
-    """Both accuracy matrices as heat maps, with numbers up to 20 tasks; None if nothing was measured."""
+def draw_accuracy_matrix(record: Record, measure: str = "accuracy") -> Figure | None:
+    """Both accuracy matrices as heat maps, with numbers up to 20 tasks; None if nothing was measured.
+
+    Args:
+        measure: the word for accuracy in this and the other pictures.
+    """
     settings = _list_measured(record)
     if not settings:
         return None
@@ -82,12 +90,12 @@ def draw_accuracy_matrix(record: Record) -> Figure | None:
         axes.set_xticks(shown, labels)
         ticks = [*range(len(untrained)), *(len(untrained) + task for task in shown)]
         axes.set_yticks(ticks, [*untrained, *labels])
-        axes.set(title=TITLES[setting], xlabel="accuracy on task", ylabel="after task")
-    _add_colour_bar(figure, image, panels, "accuracy [%]")
+        axes.set(title=TITLES[setting], xlabel=name_measure("accuracy on task", measure), ylabel="after task")
+    _add_colour_bar(figure, image, panels, name_measure("accuracy [%]", measure))
     return figure
 
 
-def draw_over_tasks(record: Record) -> Figure | None:
+def draw_over_tasks(record: Record, measure: str = "accuracy") -> Figure | None:
     """Average accuracy on the tasks seen, and forgetting, after each task; None with one task or no measurement."""
     settings = _list_measured(record)
     num_tasks = record.class_il.num_tasks
@@ -98,7 +106,7 @@ def draw_over_tasks(record: Record) -> Figure | None:
         style: dict[str, Any] = {"ms": 3.5, "color": _COLOURS[setting], "label": TITLES[setting]}
         for axes, metric in ((accuracies, average_accuracy), (forgettings, forgetting)):
             axes.plot(range(1, num_tasks + 1), compute_over_tasks(metric, record.get_matrix(setting)), "o-", **style)
-    accuracies.set(title="average accuracy on the tasks seen [%]", ylim=(0, 102))
+    accuracies.set(title=name_measure("average accuracy on the tasks seen [%]", measure), ylim=(0, 102))
     accuracies.legend(frameon=False)
     forgettings.set_title("forgetting [percentage points]")
     forgettings.axhline(0, color="0.4", lw=0.8)
@@ -108,7 +116,7 @@ def draw_over_tasks(record: Record) -> Figure | None:
     return figure
 
 
-def draw_curves(record: Record) -> Figure | None:
+def draw_curves(record: Record, measure: str = "accuracy") -> Figure | None:
     """The accuracy on a sample of each task over optimizer steps, and the mean of the tasks begun; None if unknown."""
     curves = {s: curve for s, curve in record.curves.items() if not np.isnan(curve.accuracy).all()}
     if not curves:
@@ -126,7 +134,8 @@ def draw_curves(record: Record) -> Figure | None:
                 axes.axvline(step[learning == task][-1], color="0.55", lw=0.6, ls=(0, (4, 3)))
         _open_frame(axes)
         axes.grid(visible=False, axis="x")
-        axes.set(title=f"{TITLES[setting]}: accuracy on the sample [%]", ylim=(0, 102), xlabel="optimizer steps")
+        title = name_measure(f"{TITLES[setting]}: accuracy on the sample [%]", measure)
+        axes.set(title=title, ylim=(0, 102), xlabel="optimizer steps")
         axes.set_xlim(0, max(1, step[-1]) * 1.005)
     return figure
 
@@ -156,6 +165,48 @@ def draw_confusion(
         axes.set(title=TITLES[setting], xlabel="answer", ylabel="class of the image")
     _add_colour_bar(figure, image, panels, "share of the class's images [%]")
     return figure
+
+
+def draw_boxes(class_names: Sequence[str], predictions: Mapping[str, np.ndarray]) -> Figure | None:
+    """The first test images with their objects (thin, white on black) and the sure boxes found, in colours of classes.
+
+    Args:
+        class_names: names by original class id.
+        predictions: the arrays of a detector's ``predictions.npz``.
+    """
+    images = predictions["examples"]
+    if not len(images):
+        return None
+    columns = min(4, len(images))
+    figure = Figure((_WIDTH, 2.7 * math.ceil(len(images) / columns)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False).flatten()
+    for axes in panels:
+        axes.set_axis_off()
+    for number, (axes, image) in enumerate(zip(panels, images)):
+        height, width = image.shape[1:]
+        axes.imshow(np.broadcast_to(image, (3, height, width)).transpose(1, 2, 0), interpolation="nearest")
+        for c, *box in predictions["label"][number]:
+            if c >= 0:
+                _draw_box(axes, box, width, height, "black", 3.0)
+                _draw_box(axes, box, width, height, "white", 1.0)
+        answers = zip(*(predictions[key][number] for key in ("class_il", "confidence", "boxes")))
+        for c, confidence, box in answers:
+            if c >= 0 and confidence > SURE:
+                left, top = _draw_box(axes, box, width, height, f"C{c % 10}", 2.0)
+                text = f"{_shorten(class_names[c], 12)} {confidence:.2f}"
+                background = {"color": f"C{c % 10}", "pad": 1.0, "lw": 0}
+                axes.text(left, top, text, size=7, color="white", bbox=background, parse_math=False, clip_on=True)
+    return figure
+
+
+def _draw_box(
+    axes: Axes, box: Sequence[float], width: int, height: int, colour: str, line: float
+) -> tuple[float, float]:
+    """Draw a box and return its left upper corner, in pixels."""
+    x, y, across, down = box
+    corner = ((x - across / 2) * width - 0.5, (y - down / 2) * height - 0.5)
+    axes.add_patch(Rectangle(corner, across * width, down * height, fill=False, edgecolor=colour, lw=line))
+    return corner
 
 
 def compute_confusion(order: Sequence[int], label: np.ndarray, answer: np.ndarray) -> np.ndarray:
@@ -202,7 +253,7 @@ def draw_losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure | None:
+def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]], measure: str = "accuracy") -> Figure | None:
     """Average accuracy on the tasks seen: one line per row of the comparison, with a band of one standard deviation.
 
     A row that learned everything in one task is drawn as a horizontal line.
@@ -227,7 +278,8 @@ def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figu
         _open_frame(axes)
         highest = max(np.nanmax(values) for values in curves[setting].values())
         axes.set(
-            title=f"{TITLES[setting]}: average accuracy on the tasks seen [%]", ylim=(0, min(102, 1.1 * highest + 1))
+            title=name_measure(f"{TITLES[setting]}: average accuracy on the tasks seen [%]", measure),
+            ylim=(0, min(102, 1.1 * highest + 1)),
         )
         _set_task_axis(axes, max(values.shape[1] for values in curves[setting].values()))
     handles = [Line2D([], [], **_choose_line_style(i)) for i in range(len(labels))]

@@ -21,7 +21,8 @@ from cl_bench.config.build import Parts
 from cl_bench.core.record import Record
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
 from cl_bench.engine.checkpoint import Checkpoint
-from cl_bench.engine.evaluate import MAX_BATCH, SINGLE_TASK_BATCH, evaluate
+from cl_bench.engine.evaluate import MAX_BATCH, SINGLE_TASK_BATCH
+from cl_bench.engine.evaluate import measure as measure_answers
 from cl_bench.engine.probe import PASSES
 from cl_bench.engine.step import Graphs, StepGenerator
 from cl_bench.engine.trainer import count_parameters
@@ -416,7 +417,7 @@ class Probe:
             for t, count in enumerate(images):
                 part = take_few(self.tasks[t].get_split(split), count)
                 probe.tasks[t] = replace(self.tasks[t], test=part, val=part)
-            evaluate(self.method, probe, learned=learned, split=split, autocast=self.parts.autocast, rule=rule)
+            measure_answers(self.method, probe, learned=learned, split=split, autocast=self.parts.autocast, rule=rule)
             return 0
 
         budget = self.budget.take_share(1 / 2, ANSWERS_UNTIL[min(len(self.probed), 2)])

@@ -26,7 +26,7 @@ from cl_bench.config.schema import (
 )
 from cl_bench.core.errors import ConfigError, RunError, require
 from cl_bench.core.labels import shorten_label
-from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record, replace_non_finite
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record, name_measure, replace_non_finite
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.step import StepGenerator
 from cl_bench.engine.trainer import run_alone
@@ -340,6 +340,8 @@ def _train(
     record.write_csv(run_dir / "accuracy_matrix.csv")
     if record.curves:
         record.write_curve_csv(run_dir / "curve.csv")
+    if record.average_precision:
+        record.write_precision_csv(run_dir / "average_precision.csv")
     assert trainer.answers is not None
     files.write_predictions(run_dir, trainer.answers, scenario)
     summary = summary | parts.describe() | {"status": "finished"}
@@ -350,6 +352,8 @@ def _train(
     areas = trainer.answers.compute_auroc(scenario.tasks)
     summary["task_il_auroc"] = replace_non_finite({"mean": math.fsum(areas) / len(areas), "tasks": areas})
     summary["cost"] = record.to_json()["cost"]
+    if record.average_precision:
+        summary["class_il"] |= replace_non_finite(record.list_precision())
     summary["speed"] = trainer.executor.describe() | {"replicas": parts.settings.replicas}
     summary |= {"alternatives": trainer.alternatives, "method_facts": parts.method.facts()}
     summary["buffer_by_class"] = _count_by_class(parts)
@@ -369,7 +373,7 @@ def _count_by_class(parts: Parts) -> list[int] | None:
     """Images in the buffer of each class, in the order of ``class_names``; None if there is no buffer."""
     if not parts.buffer.capacity:
         return None
-    position = parts.buffer.data().labels.cpu().bincount(minlength=parts.scenario.num_classes).tolist()
+    position = parts.buffer.data().list_classes().cpu().bincount(minlength=parts.scenario.num_classes).tolist()
     counts = dict(zip(parts.scenario.class_order, position))
     return [counts.get(number, 0) for number in range(len(parts.scenario.class_names))]
 
@@ -442,8 +446,9 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     for setting in SETTINGS:
         table.add_column(TITLES[setting], justify="right")
     for metric in summary["class_il"]:
-        cells = [summary[setting][metric] for setting in SETTINGS]
-        table.add_row(metric.replace("_", " "), *("-" if cell is None else f"{cell:.2f}" for cell in cells))
+        cells = [summary[setting].get(metric) for setting in SETTINGS]
+        words = name_measure(metric.replace("_", " "), summary.get("measure", "accuracy"))  # older records have none
+        table.add_row(words, *("-" if cell is None else f"{cell:.2f}" for cell in cells))
     console = Console()
     console.print(table)
     page = run_dir / "report.html"

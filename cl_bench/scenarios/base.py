@@ -37,11 +37,15 @@ class Scenario(ABC):
             task; labels are positions in ``pretrain_order``. Both are empty if the scenario holds no classes out.
         pretrain_order: the data set's class id at each of those positions.
         storage: where the images are kept, on the training device or on the host; None before :meth:`to`.
+        target_shape: of the label of an image: () for a class, (M, 5) in detection (decision 36).
+        measure: the word for what is measured of the answers.
         follows_seed: whether the tasks depend on the run's ``seed``; the seeds of a row may then differ in their tasks.
     """
 
     shared_labels: bool = False
     follows_seed: bool = False
+    target_shape: tuple[int, ...] = ()
+    measure: str = "accuracy"
     tasks: list[Task]
     class_order: list[int]
     class_names: list[str]
