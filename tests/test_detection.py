@@ -384,6 +384,10 @@ def test_a_run_measures_ap_in_its_files_and_words(tmp_path, monkeypatch):
     assert "AP" in words
     assert "ccurac" not in words
     assert (run / "plots" / "boxes.png").exists()
+    boxes = words[words.index('id="boxes-figure"') :]
+    boxes = boxes[: boxes.index("</svg>")]
+    assert "stroke: #fefefe" in boxes  # the objects; white itself is the page's paper
+    assert "filter" not in boxes  # photographs stay as they are on a dark page
     stored = np.load(run / "predictions.npz")
     assert stored["boxes"].shape == (len(stored["index"]), 9, 4)
     assert stored["examples"].dtype == np.uint8

@@ -19,6 +19,9 @@ from cl_bench.report import plots
 from cl_bench.report.svg import Panel, render_panels
 from cl_bench.system.atomic import write_text
 
+BOXES = "boxes"
+"""The picture of test images with what a detector found."""
+
 CARDS = (
     ("class_il", "average_accuracy", "%"),
     ("class_il", "average_incremental_accuracy", "%"),
@@ -120,7 +123,7 @@ class Picture:
     def of(cls, name: str, figure: Figure, title: str, caption: str, legend: Sequence[plots.Key] = ()) -> "Picture":
         """The picture of a figure; ``name`` is that of its file."""
         png = plots.render_png(figure)  # first, because it lays the figure out
-        return cls(title, caption, png, render_panels(figure, name), legend)
+        return cls(title, caption, png, render_panels(figure, name, photos=name == BOXES), legend)
 
 
 def write_report(folder: Path) -> Path:
@@ -141,7 +144,7 @@ def write_report(folder: Path) -> Path:
         costs=[(label, _format_or_dash(run.value("cost", key), text)) for key, (label, text) in COSTS.items()],
         verdicts=judge(run, run.value),
         pictures=pictures.values(),
-        missing=[text for name, text in _ABSENT.items() if name not in pictures and "boxes" not in pictures],
+        missing=[text for name, text in _ABSENT.items() if name not in pictures and BOXES not in pictures],
         class_order=[[(summary["class_names"][c], c) for c in task] for task in summary["tasks"]],
         config=read_text(folder / "config.yaml"),
         environment=list(_flatten(_read_json(folder / "env.json"))),
@@ -296,7 +299,7 @@ def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
             "Thick: mean over the tasks begun. Thin: each task, the first dark, the last bright. Dashed: the end of a "
             "task. Anytime, minimum and worst-case accuracy and the stability gap are computed from this.",
         ),
-        "boxes": (
+        BOXES: (
             _draw_boxes(run),
             "Boxes",
             f"After the last task, on the first {on}: the objects (white and black), and in the colour of its class "

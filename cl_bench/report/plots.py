@@ -30,6 +30,7 @@ from cl_bench.metrics.forgetting import forgetting
 SURE = 0.5
 """The confidence from which a box is drawn."""
 
+_NEARLY_BLACK, _NEARLY_WHITE = "#010101", "#fefefe"  # on photographs: a page changes black and white itself
 _DPI = 150  # sharper than the page asks for: readable when zoomed in or printed
 _WIDTH = 10.0  # inches
 _HALF = 5.3  # inches, width of a picture with one panel
@@ -187,15 +188,15 @@ def draw_boxes(class_names: Sequence[str], predictions: Mapping[str, np.ndarray]
         axes.imshow(np.broadcast_to(image, (3, height, width)).transpose(1, 2, 0), interpolation="nearest")
         for c, *box in predictions["label"][number]:
             if c >= 0:
-                _draw_box(axes, box, width, height, "black", 3.0)
-                _draw_box(axes, box, width, height, "white", 1.0)
+                _draw_box(axes, box, width, height, _NEARLY_BLACK, 3.0)
+                _draw_box(axes, box, width, height, _NEARLY_WHITE, 1.0)
         answers = zip(*(predictions[key][number] for key in ("class_il", "confidence", "boxes")))
         for c, confidence, box in answers:
             if c >= 0 and confidence > SURE:
                 left, top = _draw_box(axes, box, width, height, f"C{c % 10}", 2.0)
                 text = f"{_shorten(class_names[c], 12)} {confidence:.2f}"
                 background = {"color": f"C{c % 10}", "pad": 1.0, "lw": 0}
-                axes.text(left, top, text, size=7, color="white", bbox=background, parse_math=False, clip_on=True)
+                axes.text(left, top, text, size=7, color=_NEARLY_WHITE, bbox=background, parse_math=False, clip_on=True)
     return figure
 
 

@@ -47,7 +47,7 @@ class Panel:
     reference: str
 
 
-def render_panels(figure: Figure, name: str) -> list[Panel]:
+def render_panels(figure: Figure, name: str, photos: bool = False) -> list[Panel]:
     """The panels of a figure that has been drawn before, row by row.
 
     The legend of the whole figure is left out: a page writes it as text.
@@ -55,6 +55,7 @@ def render_panels(figure: Figure, name: str) -> list[Panel]:
     Args:
         figure: its layout stays as it was drawn.
         name: begins every id, so that several figures fit into one page.
+        photos: whether it shows photographs, which look the same on a dark page, not heat maps.
     """
     figure.set_layout_engine("none")
     for legend in figure.legends:
@@ -63,6 +64,8 @@ def render_panels(figure: Figure, name: str) -> list[Panel]:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     content = _clean(file.getvalue(), name)
+    if not photos:
+        content = content.replace("<image ", '<image style="filter: var(--heat)" ')
     width, height = figure.get_size_inches()
     panels: list[Panel] = []
     for left, top, right, bottom in _cut(figure):
@@ -78,7 +81,7 @@ def _clean(text: str, name: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r"(<[^>]*? )id=\"", rf'\1id="{name}-', body)
     body = re.sub(r"(?:xlink:)?href=\"#", f'href="#{name}-', body).replace("xlink:href", "href")
-    body = body.replace("url(#", f"url(#{name}-").replace("<image ", '<image style="filter: var(--heat)" ')
+    body = body.replace("url(#", f"url(#{name}-")
     body = re.sub(r"((?:fill|stroke): )(#[0-9a-f]{6})", lambda found: found[1] + COLOURS.get(found[2], found[2]), body)
     body = re.sub(r">\s+<", "><", re.sub(r"font-family: [^;\"]*; ", "", body))
     return f'<g id="{name}-figure">{body}</g>'
