@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import re
 import os
+import re
 from dataclasses import replace
 from functools import cache, partial
 
