@@ -363,7 +363,7 @@ def test_mir_scores_by_the_candidates_statistics_and_the_virtual_network_leaves_
 # OCS
 
 
-OCS_KEYS = {"replay_size": 6, "tau": 2.0, "strength": 0.5, "candidates": 4, "loss_classes": "all"}
+OCS_KEYS = {"replay_size": 6, "tau": 2.0, "replay_weight": 0.5, "candidates": 4, "loss_classes": "all"}
 
 
 def numpy_image_gradients(net: MLP, x: np.ndarray, y: list[int]) -> np.ndarray:
@@ -422,6 +422,10 @@ def test_ocs_stores_the_best_of_the_images_picked_in_the_last_epoch(three_images
         offered = (inputs["x"] * 255).round().to(torch.uint8)
         phase.after_epoch(epoch)
     assert len(method.picked) == 2  # not those of the first epoch
+    assert len(method.buffer) == 0  # until the task ends
+    other = make(OCS, select=2, **OCS_KEYS)
+    other.observe(batch_of(raw, y))
+    assert len(other.buffer) == 2  # a reservoir is offered the picked images at once
     torch.testing.assert_close(method.picked.data().images, offered)
     whole = Data(raw, y, torch.arange(3))
     g = numpy_image_gradients(method.net, raw.flatten(1).double().numpy() / 255, y.tolist())

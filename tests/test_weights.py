@@ -101,10 +101,11 @@ def test_a_method_without_a_net_is_refused(tmp_path):
 
 def network(*overrides):
     """The network that these overrides choose; one that wants the images' mean and deviation is given them."""
+    size = 64 if overrides[0] == "backbone=detr" else 32  # of stride 32
     wants = overrides[0].startswith(("backbone=memory_vit", "backbone=prompt_vit", "backbone=timm"))
     statistics = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if wants else {}
     return prepare_component(configure(*overrides).backbone, "backbone", [], Backbone)(
-        num_classes=100, image_shape=(3, 32, 32), **statistics
+        num_classes=100, image_shape=(3, size, size), **statistics
     )
 
 

@@ -7,7 +7,7 @@ draw (x', y') from the memory C,
     V(b) = - mean over p of cos(g_b, g_p)      sample diversity
     A(b) = cos(g_b, g_C)                       coreset affinity
     picked: the images with the largest S + V + tau A;   without A in the first task
-    L = CE(f(x), y) over the picked images + strength CE(f(x'), y'),   one mean each
+    L = CE(f(x), y) over the picked images + replay_weight CE(f(x'), y'),   one mean each
 
 After a task the memory gets images that were picked in the last epoch: of a random number of these, the ones with the
 largest S + V come first (``buffer=ordered``), for S and V among them all.
@@ -60,7 +60,7 @@ class OCS(RehearsalMethod):
         select: images of a batch that are learned.
         replay_size: images drawn from the memory at each step.
         tau: weight of the affinity to the memory.
-        strength: weight of the memory's loss.
+        replay_weight: weight of the memory's loss.
         candidates: picked images of a task that are ranked for the memory.
         loss_classes: the outputs that all losses compare.
     """
@@ -77,7 +77,7 @@ class OCS(RehearsalMethod):
         select: int,
         replay_size: int,
         tau: float,
-        strength: float,
+        replay_weight: float,
         candidates: int,
         loss_classes: LossClasses,
     ) -> None:
@@ -86,7 +86,7 @@ class OCS(RehearsalMethod):
         require_positive(fix="250 are ranked in the released code.", candidates=candidates)
         check_replay_size(replay_size)
         check_draws(net, buffer, replay_size)
-        self.select, self.replay_size, self.tau, self.strength = select, replay_size, tau, strength
+        self.select, self.replay_size, self.tau, self.replay_weight = select, replay_size, tau, replay_weight
         self.classify = ClassLoss(scenario, loss_classes)
         self.picked = Reservoir(
             capacity=candidates,
@@ -135,18 +135,20 @@ class OCS(RehearsalMethod):
         """Cross-entropy of the picked images and, weighted, of the memory."""
         losses = {"ce": self.classify(self.net(inputs["x"]), inputs["y"], task)}
         if "x'" in inputs:
-            losses["replay_ce"] = self.strength * self.classify(self.net(inputs["x'"]), inputs["y'"], task)
+            losses["replay_ce"] = self.replay_weight * self.classify(self.net(inputs["x'"]), inputs["y'"], task)
         return losses, {}
 
     def remember(self, batch: Batch, columns: Columns) -> None:
-        """Keep a random part of the images picked in this epoch."""
+        """Offer the picked images to the buffer, and keep a random part of those of this epoch."""
         if self._new_epoch:
             self.picked.filled = self.picked.offered = 0
             self._new_epoch = False
         picks, self._picks = self._picks, None
         assert picks is not None
         x, y, raw = (t.index_select(0, picks) for t in (batch.x, batch.y, batch.raw))
-        self.picked.add(replace(batch, x=x, y=y, raw=raw, host_y=None))
+        picked = replace(batch, x=x, y=y, raw=raw, host_y=None)
+        self.picked.add(picked)
+        self.buffer.add(picked)  # for a buffer that is filled during a task
 
     def compute_image_gradients(self, x: Tensor, y: Tensor, task: int) -> Tensor:
         """(B, C, H, W), (B,) -> (B, P): the gradient of each image's loss, by all P parameters that are trained.
