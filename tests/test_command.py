@@ -95,6 +95,7 @@ def test_real_cifar100_killed_in_mid_task_goes_on_bit_equal(tmp_path):
     arguments = [
         "+experiment=lvt_cifar100_10split", "+scale=mini", "scenario.train_per_class=3", "scenario.test_per_class=1",
         "scenario.num_tasks=2", "trainer.epochs=3", "trainer.checkpoint_steps=2", "buffer.capacity=100", "device=cpu",
+        "report=false",
     ]  # fmt: skip
     straight = command(*arguments, "results_dir=straight", cwd=tmp_path)
     assert straight.returncode == 0, straight.stderr
@@ -131,7 +132,7 @@ def _whole(path: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_signals_save_and_leave_and_the_same_command_goes_on(tmp_path):
-    arguments = ["+experiment=quickstart", *TINY, "trainer.epochs=20"]
+    arguments = ["+experiment=quickstart", *TINY, "trainer.epochs=20", "report=false"]
     call = [sys.executable, "-m", "cl_bench", *arguments, "results_dir=stopped"]
     for number, status, epochs in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 23)):
         process = subprocess.Popen(

@@ -61,4 +61,4 @@ def test_learns_two_toy_tasks(method, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_resumes_bit_equal_wherever_it_is_stopped(method, precision, tmp_path):
-    check_resumption(partial(parts_of, method, f"precision={precision}"), tmp_path)
+    check_resumption(partial(parts_of, method, f"precision={precision}"), tmp_path, few=precision == "bf16")
