@@ -110,6 +110,29 @@ class Method(nn.Module, ABC):
         return 0
 
 
+class GradientFreeMethod(Method):
+    """A method that computes between the tasks on a frozen network, and yields no phase (decision 37).
+
+    Args:
+        net: the network, which stays as it is.
+        scenario: whose images it gets.
+    """
+
+    gradient_free = True
+
+    def __init__(self, *, net: Backbone, scenario: Scenario) -> None:
+        super().__init__()
+        self.net, self.transform = net.requires_grad_(False), scenario.transform
+
+    def observe(self, batch: Batch) -> Losses:
+        """Not used, since there is no phase."""
+        raise TypeError(f"{type(self).__name__} has no step")
+
+    def facts(self) -> dict[str, Any]:
+        """Where the network's weights come from, if it says so."""
+        return {"trunk": getattr(self.net, "source", None)}
+
+
 class FunctionalMethod(Method):
     """A method whose step has three parts: get the tensors, compute the loss terms from them alone, fill the buffer.
 

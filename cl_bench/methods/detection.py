@@ -17,9 +17,6 @@ are summed over the decoder layers (``auxiliary``), each matched anew.
 Shapes: L decoder layers, B images, Q queries, M objects at most, K classes.
 """
 
-from abc import abstractmethod
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +26,7 @@ from cl_bench.backbones.detr import DETR
 from cl_bench.core.boxes import compute_overlaps
 from cl_bench.core.errors import require_nonnegative
 from cl_bench.core.images import send
-from cl_bench.core.types import Batch, Losses, Phase, Task
+from cl_bench.core.types import Batch, Losses
 from cl_bench.methods.base import Method
 
 
@@ -110,10 +107,6 @@ class Detector(Method):
     def __init__(self, *, net: DETR, set_loss: SetLoss) -> None:
         super().__init__()
         self.net, self.set_loss = net, set_loss
-
-    @abstractmethod
-    def learn(self, task: Task) -> Iterator[Phase]:
-        """See :meth:`Method.learn`."""
 
     def observe(self, batch: Batch) -> Losses:
         """The set loss of the stream."""

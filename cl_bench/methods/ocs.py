@@ -122,10 +122,11 @@ class OCS(RehearsalMethod):
                 self.net, drawn.x, lambda logits: self.classify(logits, y, task), keep_statistics=True
             )
         gradients = self.compute_image_gradients(batch.x, batch.y, task)
-        scores = score_gradients(gradients, gradients.mean(dim=0), F.normalize(gradients).mean(dim=0))
+        unit = F.normalize(gradients)
+        scores = score_gradients(unit, gradients.mean(dim=0), unit.mean(dim=0))
         if reference is not None:
             flat = torch.cat([g.flatten() for g in reference.values()])
-            scores = scores + self.tau * F.cosine_similarity(gradients, flat[None])
+            scores = scores + self.tau * (unit @ F.normalize(flat, dim=0))
         picks = scores.topk(min(self.select, len(batch))).indices
         self._picks = picks
         found = {"x": batch.x.index_select(0, picks), "y": batch.y.index_select(0, picks)}
@@ -177,7 +178,7 @@ class OCS(RehearsalMethod):
 
         sums = [torch.stack([g.sum(dim=0), F.normalize(g).sum(dim=0)]) for g in gradients()]
         mean, direction = torch.stack(sums).sum(dim=0) / len(images)
-        return torch.cat([score_gradients(g, mean, direction) for g in gradients()])
+        return torch.cat([score_gradients(F.normalize(g), mean, direction) for g in gradients()])
 
     def memory_bytes(self) -> int:
         """The picked images of a task."""
@@ -192,6 +193,6 @@ class OCS(RehearsalMethod):
         self._new_epoch = state["new_epoch"]
 
 
-def score_gradients(gradients: Tensor, mean: Tensor, direction: Tensor) -> Tensor:
-    """(B, P) gradients, (P,) their mean and (P,) the mean of them at unit length -> (B,) S + V."""
-    return F.cosine_similarity(gradients, mean[None]) - F.normalize(gradients) @ direction
+def score_gradients(unit: Tensor, mean: Tensor, direction: Tensor) -> Tensor:
+    """(B, P) gradients at unit length, (P,) their mean before that and (P,) after it -> (B,) S + V."""
+    return unit @ (F.normalize(mean, dim=0) - direction)

@@ -16,7 +16,7 @@ Departures: docs/methods/ranpac.md.
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ from torch import Tensor
 from cl_bench.backbones.base import Backbone
 from cl_bench.buffers.base import CHUNK
 from cl_bench.core.errors import require_nonnegative
-from cl_bench.core.types import Batch, Losses, Phase, Task
-from cl_bench.methods.base import Method, measure_width
+from cl_bench.core.types import Phase, Task
+from cl_bench.methods.base import GradientFreeMethod, measure_width
 from cl_bench.scenarios.base import Scenario
 
 RIDGES = tuple(10.0**exponent for exponent in range(-8, 9))
@@ -36,14 +36,13 @@ FITTED = 0.8
 """Part of a task's images that lambda is tried with; the others choose it."""
 
 
-class RanPAC(Method):
+class RanPAC(GradientFreeMethod):
     """Ridge regression on randomly projected features of a frozen network.
 
     Args:
         projection: M, random features; 0 for the network's own.
     """
 
-    gradient_free: ClassVar[bool] = True
     shared_labels = True
     projection: Tensor
     gram: Tensor
@@ -52,9 +51,8 @@ class RanPAC(Method):
     ridges: Tensor
 
     def __init__(self, *, net: Backbone, scenario: Scenario, projection: int) -> None:
-        super().__init__()
+        super().__init__(net=net, scenario=scenario)
         require_nonnegative(fix="The paper has 10,000.", projection=projection)
-        self.net, self.transform = net.requires_grad_(False), scenario.transform
         width = measure_width(net, scenario.image_shape)
         features, classes = projection or width, scenario.num_classes
         self.projected = projection > 0
@@ -83,17 +81,13 @@ class RanPAC(Method):
         features = self.net.features(x).float()
         return F.relu(features @ self.projection) if self.projected else features
 
-    def observe(self, batch: Batch) -> Losses:
-        """Never called: there is no phase."""
-        raise NotImplementedError
-
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K), the regression's targets."""
         return self.project(x) @ self.weight
 
     def facts(self) -> dict[str, Any]:
         """Where the network's weights come from, if it says so, and lambda after each task."""
-        return {"trunk": getattr(self.net, "source", None), "ridges": [float(f"{r:.0e}") for r in self.ridges.tolist()]}
+        return super().facts() | {"ridges": [float(f"{r:.0e}") for r in self.ridges.tolist()]}
 
     def memory_bytes(self) -> int:
         """W, G, Q and O."""

@@ -9,28 +9,25 @@ Departures: docs/methods/simplecil.md.
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cl_bench.backbones.base import Backbone
-from cl_bench.core.types import Batch, Losses, Phase, Task
-from cl_bench.methods.base import Method, measure_width, update_class_means
+from cl_bench.core.types import Phase, Task
+from cl_bench.methods.base import GradientFreeMethod, measure_width, update_class_means
 from cl_bench.scenarios.base import Scenario
 
 
-class SimpleCIL(Method):
+class SimpleCIL(GradientFreeMethod):
     """Answers with the class whose mean is nearest by cosine."""
 
-    gradient_free: ClassVar[bool] = True
     means: Tensor
     known: Tensor
 
     def __init__(self, *, net: Backbone, scenario: Scenario) -> None:
-        super().__init__()
-        self.net, self.transform = net.requires_grad_(False), scenario.transform
+        super().__init__(net=net, scenario=scenario)
         self.register_buffer("means", torch.zeros(scenario.num_classes, measure_width(net, scenario.image_shape)))
         self.register_buffer("known", torch.zeros(scenario.num_classes, dtype=torch.bool))
 
@@ -40,18 +37,10 @@ class SimpleCIL(Method):
         self.known[task.classes.start : task.classes.stop] = True
         yield from ()
 
-    def observe(self, batch: Batch) -> Losses:
-        """Never called: there is no phase."""
-        raise NotImplementedError
-
     def predict(self, x: Tensor, task_id: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, K) cosines, -inf for a class without a mean."""
         features = F.normalize(self.net.features(x).float(), dim=1)
         return (features @ F.normalize(self.means, dim=1).T).masked_fill(~self.known, -torch.inf)
-
-    def facts(self) -> dict[str, Any]:
-        """Where the network's weights come from, if it says so."""
-        return {"trunk": getattr(self.net, "source", None)}
 
     def memory_bytes(self) -> int:
         """The class means."""

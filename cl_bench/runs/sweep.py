@@ -148,7 +148,7 @@ class Sweep:
     @contextmanager
     def report_failures(self) -> Iterator[None]:
         """Inside, each failure of a job in another process is printed when it happens, wherever that process is."""
-        over, told = threading.Event(), set()
+        told = set()
 
         def tell() -> None:
             for job in self.read_jobs():
@@ -156,17 +156,10 @@ class Sweep:
                     told.add(job.number)
                     print(f"cl_bench: {job.failure.message}", file=sys.stderr)
 
-        def watch() -> None:
-            while not over.wait(POLL_SECONDS):
-                tell()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
         try:
-            yield
+            with _repeat(tell):
+                yield
         finally:
-            over.set()
-            thread.join()
             tell()
 
     def read_jobs(self) -> list[Job]:
@@ -314,21 +307,34 @@ class Sweep:
         except ValueError:  # a launcher may run jobs in threads, where signals cannot be caught
             yield
             return
-        over = threading.Event()
 
-        def watch() -> None:
-            while not over.wait(POLL_SECONDS):
-                if self._is_stopped() or requeue.wanted:
-                    os.kill(os.getpid(), signal.SIGTERM)
+        def pass_on() -> None:
+            if self._is_stopped() or requeue.wanted:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
         try:
-            yield
+            with _repeat(pass_on):
+                yield
         finally:
-            over.set()
-            thread.join()
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _repeat(action: Callable[[], None]) -> Iterator[None]:
+    """Inside, a thread calls ``action`` every :data:`POLL_SECONDS`."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(POLL_SECONDS):
+            action()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class Requeue:
