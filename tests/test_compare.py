@@ -478,6 +478,12 @@ def test_a_short_key_of_two_is_refused(tmp_path, capsys):
     assert capsys.readouterr().err == "--where: expected the whole key; got lr. Use method.lr or optimizer.lr.\n"
 
 
+def test_an_imported_row_alone_is_no_reference(tmp_path, capsys):
+    (tmp_path / "matrix.csv").write_text("90\n80,95\n")
+    assert command()(["--import", str(tmp_path / "matrix.csv"), "--reference", "1"]) == 2
+    assert "with the seeds of another program" in capsys.readouterr().err
+
+
 def test_a_reference_without_a_seed_in_common_is_refused(tmp_path, capsys):
     make_run(tmp_path, name="a", seed=0)
     make_run(tmp_path, name="b", seed=1)
@@ -556,7 +562,8 @@ def in_order(root: Path, positions: list[int], last: list[float] = LAST, **optio
         "tasks": tasks,
     }
     class_il = [*[[50.0] * (i + 1) for i in range(4)], last]
-    make_run(root, class_il=class_il, **(settings | options))
+    known = None if math.isnan(last[0]) else float(np.mean(last))
+    make_run(root, class_il=class_il, **({"accuracy": known} | settings | options))
 
 
 def order_lines(root: Path) -> list[list[str]]:
@@ -565,8 +572,8 @@ def order_lines(root: Path) -> list[list[str]]:
 
 
 def test_rows_that_differ_in_the_order_of_tasks_have_a_disparity(tmp_path):
-    in_order(tmp_path, [0, 1, 2, 3, 4], accuracy=68.0)
-    in_order(tmp_path, [4, 3, 2, 1, 0], [81.0, 70.0, 61.0, 62.0, 75.0], accuracy=69.0)
+    in_order(tmp_path, [0, 1, 2, 3, 4])
+    in_order(tmp_path, [4, 3, 2, 1, 0], [81.0, 70.0, 61.0, 62.0, 75.0])
     make_run(tmp_path, name="other", accuracy=90.0)
     # Class-IL: 60/75, 58/62, 64/61, 70/70, 91/81; Task-IL: 91/98, 93/96, 95/95, 96/93, 98/91
     (line,) = order_lines(tmp_path)
@@ -609,8 +616,8 @@ def test_no_disparity_of_other_tasks_other_settings_or_one_order(tmp_path):
 
 
 def test_a_setting_that_was_not_answered_has_no_disparity(tmp_path):
-    in_order(tmp_path, [0, 1, 2, 3, 4], [math.nan] * 5, accuracy=None)
-    in_order(tmp_path, [1, 0, 2, 3, 4], [math.nan] * 5, accuracy=None)
+    in_order(tmp_path, [0, 1, 2, 3, 4], [math.nan] * 5)
+    in_order(tmp_path, [1, 0, 2, 3, 4], [math.nan] * 5)
     (line,) = order_lines(tmp_path)
     assert line[4:] == ["", "", "0.80 (1)", "2.00 (1)"]  # 91 and 93 have changed places
 
@@ -700,7 +707,7 @@ def test_written_files(tmp_path, monkeypatch, capsys):
     names = {"table.md", "table.csv", "pairs.csv", "compare.html", "final_accuracy.png", "accuracy_over_tasks.png"}
     assert {file.name for file in out.iterdir()} == names
     markdown = (out / "table.md").read_text().splitlines()
-    assert markdown[0] == "Made by `python scripts/compare.py runs --out out`."
+    assert markdown[0] == "Made by `cl_bench compare runs --out out`."
     cells = ["1", "new", "3", "**63.03 ± 3.66 (3)**", "80.72 ± 0.00 (3)", "28.25 ± 0.00 (3)", "94.60 ± 0.00 (3)"]
     assert f"| {' | '.join([*cells, '2.50 ± 0.00 (3)', 'reference'])} |" in markdown
     cells = ["1", "new", "3", "1.000 ± 0.000 (3)", "3.00 ± 0.00 (3)", "0.50 ± 0.00 (3)", "100.0 ± 0.0 (3)"]

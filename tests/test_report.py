@@ -44,9 +44,9 @@ def test_first_tasks_keep_the_untrained_row():
 
 
 def test_the_matrix_is_read_as_it_was_written(tmp_path):
-    folder = make_run(tmp_path)
     written = Matrix.from_accuracy(TASK_IL, [50, 51, 52, 53, 54])
     written.count[:] = [100, 200, 300, 400, 500]
+    folder = make_run(tmp_path, accuracy=None, task_il={"average_accuracy": average_accuracy(written)})
     Record(Matrix.empty(5), written).write_csv(folder / "accuracy_matrix.csv")
     record = page.Run.read(folder).record
     np.testing.assert_equal(record.task_il.correct, written.correct)
@@ -326,6 +326,12 @@ def test_a_number_that_looks_odd_is_explained(tmp_path, average, forgetting, tra
     assert [line[: len(told or "")] for line in lines] == ([told] if told else [])
 
 
+def test_average_precision_is_not_held_against_guessing(tmp_path):
+    folder = make_run(tmp_path, measure="AP", task_il=None)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(page._explain_odd_numbers(page.Run(folder, summary | {"class_il": {"average_accuracy": 1.0}}))) == []
+
+
 def test_every_cost_has_a_label():
     assert set(page.COSTS) == {field.name for field in dataclasses.fields(Cost)}
 
@@ -349,6 +355,33 @@ def test_numbers_have_no_negative_zero():
         "+0.00",
         "+1.00",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("accuracy_matrix.csv", 0),  # without its last line, without one sign more, in the middle of it
+        ("accuracy_matrix.csv", -1),
+        ("accuracy_matrix.csv", -9),
+        ("curve.csv", 0),
+        ("curve.csv", -1),
+        ("metrics.jsonl", -9),
+        ("env.json", -1),
+    ],
+)
+def test_a_file_that_breaks_off_is_named(tmp_path, name, cut):
+    folder = make_run(tmp_path)
+    record = Record.empty(5)
+    for step in (1, 2):
+        record.add_to_curve(step, 1, "class_il", [3.0, 4.0], [5, 5])
+    record.write_curve_csv(folder / "curve.csv")
+    page.Run.read(folder).record.get_matrix("class_il")  # whole files are read
+    text = (folder / name).read_text()
+    (folder / name).write_text(text[: text.rindex("\n", 0, -1) + 1] if cut == 0 else text[:cut])
+    with pytest.raises(ConfigError) as error:
+        page.write_report(folder)
+    assert error.value.key == str(folder / name)
+    assert not (folder / "report.html").exists()
 
 
 @pytest.mark.slow

@@ -38,8 +38,9 @@ field.addEventListener("input", () => {
   const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
   const fits = (line) => words.every((word) => line.textContent.toLowerCase().includes(word));
   const lines = [...tables[0].tBodies[0].rows];
+  const known = new Set(lines.map(getLabel));
   const found = new Set(lines.filter(fits).map(getLabel));
-  for (const part of parts) part.hidden = !found.has(getLabel(part));
+  for (const part of parts) part.hidden = known.has(getLabel(part)) && !found.has(getLabel(part));
   document.querySelector("#shown").textContent = words.length ? `${found.size} of ${lines.length} rows` : "";
 });
 document.querySelector("#tools").hidden = false;

@@ -125,7 +125,7 @@ def compare(paths: Sequence[str], selection: Selection | None = None, imports: S
     rows = arrange_rows(make_rows(runs), selection)
     names = find_metrics(runs, selection.metrics)
     reference = None if selection.reference is None else find_reference(rows, selection.reference)
-    if reference is not None and len(rows) > 1:
+    if reference is not None:
         _require_common_seeds(rows, reference)
     rows = describe_differences(rows, reference or 0)
     published = [(row.label, verdict) for row in rows for verdict in judge(row.runs[0], row.mean)]
@@ -179,6 +179,10 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
     if comparison.orders:
         _make_orders_frame(comparison.orders).to_csv(out / "orders.csv", index=False, lineterminator="\n")
     (out / "table.md").write_text(f"Made by `{command}`.\n\n{make_markdown(comparison)}", encoding="utf-8")
+    dots = None
+    if DOTS in pictures:
+        title = name_measure(DOTS_TITLE, comparison.measure)
+        dots = make_dots(comparison.rows[:MOST_ROWS_DRAWN], title, pictures[DOTS].caption)
     script = (Path(__file__).parent / "compare.js").read_text(encoding="utf-8")
     page = render(
         "compare.html.j2",
@@ -190,7 +194,7 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
         notes=_list_left_out(comparison),
         left_out=Counter(run.state for run in comparison.left_out),
         pictures=[picture for name, picture in pictures.items() if name != DOTS],
-        dots=make_dots(comparison.rows[:MOST_ROWS_DRAWN], pictures[DOTS].caption) if DOTS in pictures else None,
+        dots=dots,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -331,7 +335,7 @@ class Dots:
     rows: list[tuple[str, list[float], float, tuple[float, float] | None]]
 
 
-def make_dots(rows: Sequence[Row], caption: str) -> Dots:
+def make_dots(rows: Sequence[Row], title: str, caption: str) -> Dots:
     """The plot of the rows that have a Class-IL accuracy; at least one has."""
     values = {row.label: row.values(MAIN).tolist() for row in rows}
     shown = [row for row in rows if values[row.label]]
@@ -348,7 +352,7 @@ def make_dots(rows: Sequence[Row], caption: str) -> Dots:
         mean, half = spans[row.label]
         interval = (place(mean - half), place(mean + half)) if half else None
         lines.append((row.label, [place(value) for value in values[row.label]], place(mean), interval))
-    return Dots(DOTS_TITLE, caption, [(place(tick), f"{tick:g}") for tick in plots.choose_ticks(low, high)], lines)
+    return Dots(title, caption, [(place(tick), f"{tick:g}") for tick in plots.choose_ticks(low, high)], lines)
 
 
 def _draw_pictures(comparison: Comparison) -> Iterator[tuple[str, Picture]]:

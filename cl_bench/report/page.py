@@ -1,6 +1,8 @@
 """The report of one run: pictures and one self-contained page, made only from the files of its folder."""
 
+import contextlib
 import functools
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +15,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record, name_measure
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Matrix, Record, name_measure
 from cl_bench.engine.evaluate import read_predictions
+from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.report import plots
 from cl_bench.report.svg import Panel, render_panels
 from cl_bench.system.atomic import write_text
@@ -54,7 +57,10 @@ class Run:
 
         They are read when they are first asked for: a table of thousands of runs needs none.
         """
-        record = _read_record(self.folder / "accuracy_matrix.csv", len(self.summary["tasks"]))
+        path = self.folder / "accuracy_matrix.csv"
+        record = _read_record(path, len(self.summary["tasks"]))
+        for setting in SETTINGS:
+            _require_matrix_of(path, record.get_matrix(setting), self.value(setting, "average_accuracy"))
         _read_curves(self.folder / "curve.csv", record)
         return record
 
@@ -219,13 +225,9 @@ def read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        text = read_text(path)
+    text = read_text(path)
+    with _explain_damage(path, "a JSON object"):
         return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(
-            str(path), expected="a JSON object", got=f"text that breaks off or is damaged ({error})", fix=_RUN_AGAIN
-        ) from error
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -249,30 +251,58 @@ def _read_record(path: Path, num_tasks: int) -> Record:
     """The inverse of :meth:`Record.write_csv`; ``after_task`` -1, the untrained network, is the last row."""
     require(path.is_file(), str(path), expected="the accuracy matrix", got="no such file", fix=_RUN_AGAIN)
     record = Record.empty(num_tasks)
-    try:
-        table = pd.read_csv(path)
+    with _explain_damage(path, "the accuracy matrix"):
+        table = _read_table(path)
         if table.isna().any(axis=None):
             raise ValueError("a line without all its columns")
         for setting, lines in table.groupby("setting"):
             matrix = record.get_matrix(str(setting))
             matrix.correct[lines["after_task"], lines["task"]] = lines["correct"]
             matrix.count[lines["task"]] = lines["count"]
-    except (ValueError, KeyError, IndexError) as error:
-        got = f"text that breaks off or is damaged ({type(error).__name__})"
-        raise ConfigError(str(path), expected="the accuracy matrix", got=got, fix=_RUN_AGAIN) from error
     return record
+
+
+def _require_matrix_of(path: Path, matrix: Matrix, known: float | None) -> None:
+    """A matrix without its last lines can be read, so it is held against the average accuracy of the summary."""
+    found = average_accuracy(matrix)
+    require(
+        known is None or math.isclose(found, known, abs_tol=1e-6),
+        str(path),
+        expected=f"the matrix of a run with average accuracy {format_number(known)}, as summary.json says",
+        got=f"one with average accuracy {format_number(found)}",
+        fix=_RUN_AGAIN,
+    )
 
 
 def _read_curves(path: Path, record: Record) -> None:
     """The inverse of :meth:`Record.write_curve_csv`; runs without continual evaluation have no such file."""
     if not path.is_file():
         return
-    table = pd.read_csv(path)
-    count = [int(n) for n in table.groupby("task")["count"].first()]
-    for setting, lines in table.groupby("setting", sort=False):
-        for _, row in lines.groupby(["step", "learning"], sort=False):
-            step, learning = int(row["step"].iloc[0]), int(row["learning"].iloc[0])
-            record.add_to_curve(step, learning, str(setting), row["correct"].astype(float).tolist(), count)
+    with _explain_damage(path, "the curves"):
+        table = _read_table(path)
+        count = [int(n) for n in table.groupby("task")["count"].first()]
+        for setting, lines in table.groupby("setting", sort=False):
+            for _, row in lines.groupby(["step", "learning"], sort=False):
+                if len(row) != len(count):
+                    raise ValueError("an evaluation without all its tasks")
+                step, learning = int(row["step"].iloc[0]), int(row["learning"].iloc[0])
+                record.add_to_curve(step, learning, str(setting), row["correct"].astype(float).tolist(), count)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    text = path.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        raise ValueError("the last line breaks off")
+    return pd.read_csv(io.StringIO(text))
+
+
+@contextlib.contextmanager
+def _explain_damage(path: Path, expected: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, IndexError) as error:
+        got = f"text that breaks off or is damaged ({type(error).__name__}: {error})"
+        raise ConfigError(str(path), expected=expected, got=got, fix=_RUN_AGAIN) from error
 
 
 def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
@@ -345,7 +375,8 @@ def _draw_boxes(run: Run) -> Figure | None:
 def _draw_losses(path: Path) -> Figure | None:
     if not path.is_file():  # the JSON-lines logger can be switched off
         return None
-    return plots.draw_losses([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    with _explain_damage(path, "a JSON object per line"):
+        return plots.draw_losses([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
 
 
 def _list_warnings(summary: dict[str, Any]) -> list[str]:
@@ -394,7 +425,8 @@ def _explain_odd_numbers(run: Run) -> Iterator[str]:
                 "than right after they were learned. Forgetting compares with the best earlier accuracy instead.",
                 [],
             ).append(TITLES[setting])
-        if average is not None and max(classes) > 1 and average <= guessing[setting]:
+        guessed = run.measure == "accuracy" and max(classes) > 1  # guesses of boxes have no such average
+        if guessed and average is not None and average <= guessing[setting]:
             said = f"average accuracy is not above {guessing[setting]:.1f} %, what guessing a class gives."
             found.setdefault(said, []).append(TITLES[setting])
     yield from (f"{' and '.join(titles)} {said}" for said, titles in found.items())
