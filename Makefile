@@ -87,7 +87,7 @@ mini: $(VENV)/.made ## the table in results/mini: three seeds of every method, a
 
 detection: $(VENV)/.made ## the table in results/detection: three seeds of each detector, about half an hour
 	OMP_NUM_THREADS=1 $(RUN) -m cl_bench -m hydra/launcher=joblib hydra.launcher.n_jobs=2 seed=0,1,2 logger=none results_dir=results/detection/records +experiment=$(call listed,$(DETECTORS))
-	$(RUN) scripts/compare.py results/detection/records --metrics AP_all,AP_old,AP_new,AP50_all,train_seconds --out results/detection
+	$(RUN) scripts/compare.py results/detection/records --metrics AP_all,AP_old,AP_new,AP50_all --out results/detection
 
 mini_backbones: $(VENV)/.made ## ER, fine-tuning and joint training on each network of the ViT family at mini scale
 	$(SWEEP) results_dir=results/mini/backbones/records +experiment=vit_family_cifar100_10split backbone=$(call listed,$(FAMILY))

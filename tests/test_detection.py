@@ -547,7 +547,7 @@ def test_recorded_runs_show_what_the_page_says():
     )
     assert (old["finetune"] < 10).all()
     for method in ("pseudo_labels", "replay"):
-        assert (old[method] > 50).all()  # 55 is the lowest of two seeds each
+        assert (old[method] > 50).all()  # 55 is the lowest of three seeds each
         assert (new[method] > 60).all()
     for row in rows.values():
         run = row.runs[0]
