@@ -36,6 +36,7 @@ from cl_bench.engine.trainer import Trainer
 from cl_bench.loggers.base import Logger
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.report.folders import scan
+from cl_bench.runs import run as run_module
 from cl_bench.scenarios.split import Split
 from cl_bench.testing import SMALL, make_trainer
 
@@ -343,8 +344,13 @@ def find_run(folder: Path) -> Path:
     return found
 
 
-def run_in_process(*arguments: str, monkeypatch, cwd: Path) -> int:
-    """The command without a new process; returns its exit status."""
+WRITE_REPORT = run_module.write_report
+
+
+def run_in_process(*arguments: str, monkeypatch, cwd: Path, report: bool = False) -> int:
+    """The command without a new process; returns its exit status. An empty file stands for a report nobody reads."""
+    if not report and run_module.write_report is WRITE_REPORT:
+        monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", ["cl_bench", *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

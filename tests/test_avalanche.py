@@ -269,7 +269,7 @@ def test_the_whole_command_and_a_loaded_run(tmp_path, monkeypatch):
     import cl_bench
 
     words = [*RUN, *STRATEGIES["icarl"], f"results_dir={tmp_path}", "trainer.evaluate_every=5", "metrics=online"]
-    assert run_in_process(*words, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert run_in_process(*words, monkeypatch=monkeypatch, cwd=tmp_path, report=True) == 0
     folder = find_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["method_facts"]["strategy"] == f"{SUPERVISED}.ICaRL"

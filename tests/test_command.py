@@ -578,7 +578,6 @@ def test_a_logger_gets_what_was_typed_with_short_keys(monkeypatch):
 @pytest.mark.slow
 def test_threads_are_set_for_a_run_and_noted(monkeypatch, tmp_path):
     """For this run only; a run with another number is the same run."""
-    monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
     before = torch.get_num_threads()
     for number in ("2", "auto"):
         arguments = [*TINY, "logger=none", f"threads={number}", f"results_dir=r{number}"]

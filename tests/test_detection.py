@@ -370,7 +370,7 @@ def test_ten_images_are_learned(queries, steps, tmp_path):
 @pytest.mark.slow
 def test_a_run_measures_ap_in_its_files_and_words(tmp_path, monkeypatch):
     typed = [*SMALL, "method=detr_replay", *WITH_BUFFER["detr_replay"], "logger=none", "results_dir=r"]
-    assert run_in_process(*typed, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert run_in_process(*typed, monkeypatch=monkeypatch, cwd=tmp_path, report=True) == 0
     run = find_run(tmp_path / "r")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["measure"] == "AP"

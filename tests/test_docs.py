@@ -420,7 +420,7 @@ def hour(tmp_path_factory):
             if "backbone=mlp" not in words:
                 words.pop()
         with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
-            status = run_in_process(*words, monkeypatch=patch, cwd=cwd)
+            status = run_in_process(*words, monkeypatch=patch, cwd=cwd, report=True)
         assert status == 0, printed.getvalue()
         patch.setattr("cl_bench.runs.run.write_report", lambda run_dir: None)
         return printed.getvalue()

@@ -31,7 +31,6 @@ def straight(tmp_path_factory) -> Path:
     """The folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "write_report", lambda place: None)
         assert run_in_process(*RUN, "results_dir=r", monkeypatch=patch, cwd=folder) == 0
     return find_run(folder)
 
@@ -39,7 +38,6 @@ def straight(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """The command in this process -> exit status and what it said on stderr; pictures are drawn where asked only."""
-    monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
 
     def call(*arguments: str) -> tuple[int, str]:
         status = run_in_process(*RUN, *arguments, monkeypatch=monkeypatch, cwd=tmp_path)

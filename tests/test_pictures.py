@@ -34,7 +34,6 @@ from cl_bench.core.errors import ConfigError
 from cl_bench.data.digits import digits
 from cl_bench.data.folder import folder
 from cl_bench.data.pictures import Decoder
-from cl_bench.runs import run as run_module
 
 WHITE = [255, 255, 255]
 
@@ -548,7 +547,6 @@ def test_a_process_that_is_killed_while_it_decodes_leaves_nothing_that_is_taken_
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """The command in this process -> exit status and what it said on stderr; no pictures of reports are drawn."""
-    monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
 
     def call(*arguments: str) -> tuple[int, str]:
         status = run_in_process(*arguments, "results_dir=r", monkeypatch=monkeypatch, cwd=tmp_path)
@@ -819,7 +817,7 @@ def test_a_class_name_that_is_not_utf8_reaches_the_report(tmp_path, monkeypatch,
     root = write_pictures(tmp_path / "mine")
     for split in ("train", "test"):
         os.rename(root / split / "bee", os.fsencode(root / split) + b"/caf\xe9")
-    assert run_in_process(*learns(root), monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert run_in_process(*learns(root), monkeypatch=monkeypatch, cwd=tmp_path, report=True) == 0
     assert "No report" not in capsys.readouterr().err
     run = find_run(tmp_path / "results")
     assert json.loads((run / "summary.json").read_text())["class_names"] == ["ant", "caf\\xe9", "cat"]

@@ -29,7 +29,6 @@ from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import list_seen_classes
 from cl_bench.engine.evaluate import evaluate
 from cl_bench.methods.base import ClassLoss, Method
-from cl_bench.runs import run as run_module
 from cl_bench.runs.audit import check_rehearsal
 from cl_bench.scenarios.shared_labels import SharedLabels
 from cl_bench.testing import make_trainer
@@ -213,7 +212,6 @@ def test_the_audit_knows_the_classes_seen():
 
 
 def test_a_one_pass_run_over_a_blurry_stream_says_what_is_not_defined(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_module, "write_report", lambda place: (place / "report.html").touch())
     keys = [
         "scenario=digits", "scenario.blurry=0.1", "scenario.train_per_class=40", "scenario.test_per_class=4",
         "device=cpu", "method=er", "buffer=reservoir", "buffer.capacity=20", "backbone.hidden=[8]", "trainer.epochs=1",

@@ -148,7 +148,7 @@ def test_no_secret_of_the_environment_reaches_a_file_or_a_message(tmp_path, monk
     for name in ("MY_API_KEY", "PGPASSWORD", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, SECRET)
     arguments = [*TINY, "results_dir=r", "logger=tensorboard"]
-    assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    assert run_in_process(*arguments, monkeypatch=monkeypatch, cwd=tmp_path, report=True) == 0
     refused = ["name=${oc.env:MY_API_KEY}", "data_dir=${oc.env:PGPASSWORD}", "+published.of=${oc.env:HF_TOKEN}"]
     refused += ["scenario.train_per_class=${oc.env:MY_API_KEY}", "+logger.x=${oc.env:AWS_SECRET_ACCESS_KEY}"]
     for argument in refused:
