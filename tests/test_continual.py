@@ -221,7 +221,7 @@ def test_the_command_leaves_a_curve_and_its_metrics_can_be_added_later(tmp_path,
     assert "average accuracy by linear probe (fitted on 100 training images of all tasks: no continual learner)" in page
     names = ["anytime_average_accuracy", "minimum_accuracy", "worst_case_accuracy", "stability_gap", "forgetting"]
 
-    assert run_in_process("metrics", str(run), "--add", *names, monkeypatch=monkeypatch, cwd=later) == 0
+    assert run_in_process("metrics", str(run), "--add", *names, monkeypatch=monkeypatch, cwd=later, report=True) == 0
     after, expected = (json.loads((r / "summary.json").read_text()) for r in (run, whole))
     for setting in SETTINGS:
         assert after[setting] == expected[setting]
@@ -261,7 +261,8 @@ def test_what_cannot_be_added_is_said(tmp_path, monkeypatch, capsys):
     assert status == 2
     assert "expected a file of a finished run" in said
     assert not (tmp_path / "nowhere").exists()
-    lone = make_run(tmp_path, name="lone", tasks=[[8, 0]], class_il=None, class_order=[8, 0])
+    known = {"tasks": [[8, 0]], "class_order": [8, 0], "task_il": {"average_accuracy": 100.0}}
+    lone = make_run(tmp_path, name="lone", class_il=None, **known)
     (lone / "accuracy_matrix.csv").write_text("setting,after_task,task,correct,count,accuracy\ntask_il,0,0,4,4,100.0\n")
     status, said = add(str(lone), "--add", "forgetting_clipped")
     assert status == 2
