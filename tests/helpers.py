@@ -89,6 +89,7 @@ METHODS = sorted({path.stem for path in (CONFIGS / "method").glob("*.yaml")} - {
 FUNCTIONAL = [
     *("agem", "coda_prompt", "derpp", "dualprompt", "dytox", "er", "er_ace", "ewc", "ewc_pp", "finetune", "gdumb"),
     *("icarl", "joint", "l2p", "lvt", "lwf", "memory_vit", "mir", "ocs", "scr"),
+    "slca",
 ]
 """The methods whose step is a function of tensors alone."""
 
@@ -145,6 +146,7 @@ SUITS = {
     ],
     "simplecil": ["backbone=mlp", "backbone.hidden=[64]"],
     "ranpac": ["backbone=mlp", "backbone.hidden=[64]", "method.projection=200"],
+    "slca": ["backbone=mlp", "backbone.hidden=[32]", "method.trunk_lr=0.03", "method.alignment_draws=16"],
     "l2p": [*PROMPTS, "method.pool=4", "method.length=2", "method.top=2"],
     "dualprompt": [*PROMPTS, "method.general_layers=[0]", "method.expert_layers=[1]", "method.length=2"],
     "coda_prompt": [*PROMPTS, "method.layers=[0,1]", "method.components=3", "method.length=4"],

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl_bench.backbones.base import SingleHead
 from cl_bench.backbones.layers.frozen_vit import FrozenViT, apply_mlp, declare_void_sizes, project
 
 Prefix = tuple[Tensor, Tensor]
@@ -26,7 +27,7 @@ Prefix = tuple[Tensor, Tensor]
 
 
 @declare_void_sizes
-class PromptViT(FrozenViT):
+class PromptViT(FrozenViT, SingleHead):
     """A ViT that is frozen by its method, and a head on what it makes of images and prompts.
 
     Args:
@@ -64,10 +65,6 @@ class PromptViT(FrozenViT):
             image_std=image_std,
         )
         self.head = nn.Linear(self.dim, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K) logits without prompts."""
-        return self.head(self.features(x))
 
     def encode(self, x: Tensor, tokens: Tensor | None = None, prefixes: Mapping[int, Prefix] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, 1 + P + N, D) after the last norm: class token, prompt tokens, patches.
