@@ -1,7 +1,7 @@
 """SLCA, slow learner with classifier alignment (Zhang, Wang, Kang, Chen, Wei, ICCV 2023, arXiv 2303.05118).
 
-The whole network is trained, its trunk h at a small learning rate and its linear head at a larger one, on the classes of
-the task t alone. z_s are the logits W h(x) + b of the classes of task s; rows of W and b of other tasks stay as they are:
+The whole network is trained on the classes of task t alone, its trunk h at a small learning rate and its linear head at
+a larger one. z_s are the logits W h(x) + b of the classes of task s; the rows of W and b of other tasks stay:
 
     L = CE( z_t, y )
 
@@ -9,7 +9,7 @@ Then each class k of the task gets a Gaussian of its features h(x), x un-augment
 
     mu_k = mean of h(x),    Sigma_k = covariance of h(x) + 10^-4 I
 
-and from the second task on the head is aligned on draws from the Gaussians of all classes so far. k is a class of task s:
+From the second task on the head is then aligned on draws from the Gaussians of all classes so far, k being of task s:
 
     h ~ N( (0.9 + 0.1 (s + 1) / (t + 1)) mu_k, Sigma_k )
     L = CE( [ z_0 .. z_t ] / (tau n), k )                   n = mean of |z_0|, .., |z_t|, the lengths for each draw
@@ -59,7 +59,7 @@ class SLCA(FunctionalMethod):
         trunk_lr: learning rate of everything but the head.
         alignment: False for the slow rate alone.
         alignment_epochs, alignment_lr: of the alignment, with half a cosine down to 0.
-        alignment_draws: features that an epoch draws for each class.
+        alignment_draws: features that an epoch draws for each class, and that a step is computed on.
         temperature: tau.
     """
 
@@ -109,7 +109,11 @@ class SLCA(FunctionalMethod):
                 p.copy_(old)
         hold = partial(self._hold_other_rows, task.classes)
         yield Phase(
-            task.train, self.observe, self.net.parameters(), optimizer=self._make_optimizer_of_two_rates, after_step=hold
+            task.train,
+            self.observe,
+            self.net.parameters(),
+            optimizer=self._make_optimizer_of_two_rates,
+            after_step=hold,
         )
         self.unaligned.take(head)
         if self.alignment:
@@ -121,6 +125,7 @@ class SLCA(FunctionalMethod):
                     head,
                     epochs=self.epochs,
                     lr=self.alignment_lr,
+                    batch_size=self.draws,
                     schedule=Cosine(warmup_epochs=0, warmup_factor=1.0, min_factor=0.0),
                 )
 
@@ -149,7 +154,7 @@ class SLCA(FunctionalMethod):
         """Mean and covariance of the features of each class of the task; in double precision on the CPU."""
         parts = [self.net.features(self.transform.normalise(chunk.images)) for chunk in task.train.split(CHUNK)]
         found, labels = torch.cat(parts).cpu().double(), task.train.labels.cpu()
-        for k in task.classes:
+        for k in labels.unique().tolist():
             of_class = found[labels == k]
             mean = of_class.mean(dim=0)
             centred = of_class - mean
