@@ -13,6 +13,8 @@ ROTATED = ["scenario=rotated_mnist", "scenario.num_tasks=2", *DIGITS_INSTEAD]
 
 L2P = ["backbone=prompt_vit_digits", "method=l2p", "method.prompts=false"]
 
+SLCA = ["method=slca", "method.alignment=false"]
+
 VOID = {
     "scenario.num_tasks": ["scenario.num_tasks=5", "scenario.classes_per_task=[5,5]"],
     "class_order_seed": ["class_order_seed=3"],
@@ -61,6 +63,11 @@ VOID = {
     "backbone.dim": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.dim=64"],
     "backbone.depth": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.depth=3"],
     "backbone.heads": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.heads=3"],
+    "method.alignment_epochs": [*SLCA, "method.alignment_epochs=3"],
+    "method.alignment_draws": [*SLCA, "method.alignment_draws=8"],
+    "method.alignment_lr": [*SLCA, "method.alignment_lr=0.1"],
+    "method.alignment_temperature": [*SLCA, "method.alignment_temperature=1"],
+    "method.trunk_lr": ["method=slca", "backbone=timm", "backbone.frozen=true", "method.trunk_lr=0.1"],
     "method.replay_current_task": ["method=er", "buffer=herding", "method.replay_current_task=true"],
     "method.tau": ["method=ocs", "buffer=ordered", "buffer.capacity=20", "trainer.batch_size=8", "method.tau=1"],
     "backbone.low_scales": ["backbone=navit", "backbone.low_share=0", "backbone.low_scales=[0.5]"],

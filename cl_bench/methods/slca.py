@@ -47,9 +47,12 @@ LEAST_LENGTH = 1e-7
 
 
 @void(
-    *("alignment_epochs", "alignment_draws", "alignment_lr", "temperature"),
+    *("alignment_epochs", "alignment_draws", "alignment_lr", "alignment_temperature"),
     when=lambda v: not v["alignment"],
     why="method.alignment=false trains the head on images only",
+)
+@void(
+    "trunk_lr", when=lambda v: bool(v["config"].backbone.get("frozen")), why="backbone.frozen=true trains the head only"
 )
 class SLCA(FunctionalMethod):
     """Trains a whole network slowly, and then its head on Gaussians of the classes.
@@ -60,7 +63,7 @@ class SLCA(FunctionalMethod):
         alignment: False for the slow rate alone.
         alignment_epochs, alignment_lr: of the alignment, with half a cosine down to 0.
         alignment_draws: features that an epoch draws for each class, and that a step is computed on.
-        temperature: tau.
+        alignment_temperature: tau.
     """
 
     net: SingleHead
@@ -79,7 +82,7 @@ class SLCA(FunctionalMethod):
         alignment_epochs: int,
         alignment_draws: int,
         alignment_lr: float,
-        temperature: float,
+        alignment_temperature: float,
     ) -> None:
         super().__init__()
         linear, fix = isinstance(net.head, nn.Linear), "Use another network, or backbone.head=linear."
@@ -87,9 +90,9 @@ class SLCA(FunctionalMethod):
         require_positive(fix="The released code has 0.0001 and 0.01.", trunk_lr=trunk_lr, alignment_lr=alignment_lr)
         fix = "The released code has 5 epochs of 256 draws, and 0.1."
         counts = {"alignment_epochs": alignment_epochs, "alignment_draws": alignment_draws}
-        require_positive(fix=fix, **counts, temperature=temperature)
+        require_positive(fix=fix, **counts, alignment_temperature=alignment_temperature)
         self.net, self.transform, self.make_optimizer = net, scenario.transform, make_optimizer
-        self.trunk_lr, self.alignment, self.temperature = trunk_lr, alignment, temperature
+        self.trunk_lr, self.alignment, self.tau = trunk_lr, alignment, alignment_temperature
         self.epochs, self.draws, self.alignment_lr = alignment_epochs, alignment_draws, alignment_lr
         self._classes = [task.classes for task in scenario.tasks]
         self.unaligned = ParameterSnapshot(self, net.head.parameters(), values="unaligned")
@@ -138,7 +141,8 @@ class SLCA(FunctionalMethod):
     def _make_optimizer_of_two_rates(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         of_head = {id(p) for p in self.net.head.parameters()}
         optimizer = self.make_optimizer([p for p in params if id(p) in of_head])
-        for group in self.make_optimizer([p for p in params if id(p) not in of_head]).param_groups:
+        trunk = [p for p in params if id(p) not in of_head]
+        for group in self.make_optimizer(trunk).param_groups if trunk else ():
             optimizer.add_param_group(group | {"lr": self.trunk_lr})
         return optimizer
 
@@ -184,7 +188,7 @@ class SLCA(FunctionalMethod):
         classes = self._classes[: batch.task + 1]
         logits = self.net.head(self.draw(batch.y, batch.task)).float()
         lengths = torch.stack([logits[:, c.start : c.stop].norm(dim=1) for c in classes]) + LEAST_LENGTH  # (tasks, B)
-        normalised = logits[:, : classes[-1].stop] / (self.temperature * lengths.mean(dim=0)[:, None])
+        normalised = logits[:, : classes[-1].stop] / (self.tau * lengths.mean(dim=0)[:, None])
         return {"alignment": F.cross_entropy(normalised, batch.y)}
 
     def alternatives(self) -> dict[str, Predict]:
