@@ -36,7 +36,7 @@ from cl_bench.engine.trainer import Trainer
 from cl_bench.loggers.base import Logger
 from cl_bench.report.folders import scan
 from cl_bench.scenarios.split import Split
-from cl_bench.testing import SMALL, make_trainer
+from cl_bench.testing import SMALL, compose_read, make_trainer
 
 INSTRUCTION_SETS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 """Environment variables that make torch compute as on another processor; read when it is loaded."""
@@ -450,7 +450,7 @@ def array(t: torch.Tensor) -> np.ndarray:
 
 
 def parts_of(method: str, *overrides: str) -> Parts:
-    return build(configure(*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}", *overrides))
+    return build(compose_read([*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}", *overrides]))
 
 
 def trainer_of(parts: Parts, folder, stop=lambda: False) -> Trainer:

@@ -3,10 +3,11 @@
 import pytest
 import yaml
 from helpers import DIGITS_INSTEAD, ROOT, configure
+from omegaconf import OmegaConf
 
 from cl_bench.config.build import build
 from cl_bench.config.explain import refuse_unread_keys
-from cl_bench.config.schema import import_allowed
+from cl_bench.config.schema import compose_config, import_allowed, to_plain_dict
 from cl_bench.core.errors import ConfigError, void
 
 ROTATED = ["scenario=rotated_mnist", "scenario.num_tasks=2", *DIGITS_INSTEAD]
@@ -133,3 +134,40 @@ def test_a_seed_that_nothing_refers_to_is_refused():
 def test_only_arguments_that_there_are_can_be_declared():
     with pytest.raises(AssertionError, match="has no argument"):
         void("y", when=lambda v: True, why="")(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "optimizer.lr=0.1",
+        "optimizer=adam",
+        "schedule=cosine",
+        "trainer.epochs=3",
+        "trainer.batch_size=8",
+        "trainer.clip_norm=1",
+    ],
+)
+def test_what_only_a_step_reads_is_refused_for_a_method_without_one(typed):
+    key, _, value = typed.partition("=")
+    with pytest.raises(ConfigError) as caught:
+        build(configure("method=simplecil", typed))
+    expected = (key, "no value, since method=simplecil takes no training step", value, "Leave it out.")
+    assert (caught.value.key, caught.value.expected, caught.value.got, caught.value.fix) == expected
+
+
+def test_what_an_experiment_sets_or_a_method_reads_is_taken_without_a_step(tmp_path):
+    typed = ["method=simplecil", "trainer.evaluate_after=last_task", "trainer.evaluate_every=5"]
+    assert build(configure("+experiment=quickstart", *typed, "backbone=mlp", "buffer=none")).method.gradient_free
+    ranpac = tmp_path / "method" / "ranpac_of_its_own.yaml"
+    ranpac.parent.mkdir()
+    ranpac.write_text("_target_: cl_bench.methods.ranpac.RanPAC\nprojection: ${trainer.batch_size}\n")
+    config = compose_config(["method=ranpac_of_its_own", "trainer.batch_size=30"], tmp_path)
+    assert build(config).method.projection.shape[1] == 30
+    with pytest.raises(ConfigError, match=r"^trainer\.epochs: expected no value"):
+        build(compose_config(["method=ranpac_of_its_own", "trainer.batch_size=30", "trainer.epochs=2"], tmp_path))
+
+
+def test_the_configuration_of_a_finished_run_was_not_typed_here():
+    finished = OmegaConf.create(to_plain_dict(configure("method=simplecil", "scenario.train_per_class=2")))
+    configure("method=finetune", "trainer.epochs=3")  # what was composed last in this process
+    assert build(finished).method.gradient_free
