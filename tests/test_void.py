@@ -3,11 +3,10 @@
 import pytest
 import yaml
 from helpers import DIGITS_INSTEAD, ROOT, configure
-from omegaconf import OmegaConf
 
 from cl_bench.config.build import build
 from cl_bench.config.explain import refuse_unread_keys
-from cl_bench.config.schema import compose_config, import_allowed, to_plain_dict
+from cl_bench.config.schema import compose_config, import_allowed
 from cl_bench.core.errors import ConfigError, void
 
 ROTATED = ["scenario=rotated_mnist", "scenario.num_tasks=2", *DIGITS_INSTEAD]
@@ -168,6 +167,6 @@ def test_what_an_experiment_sets_or_a_method_reads_is_taken_without_a_step(tmp_p
 
 
 def test_the_configuration_of_a_finished_run_was_not_typed_here():
-    finished = OmegaConf.create(to_plain_dict(configure("method=simplecil", "scenario.train_per_class=2")))
+    finished = configure("method=simplecil", "scenario.train_per_class=2")
     configure("method=finetune", "trainer.epochs=3")  # what was composed last in this process
     assert build(finished).method.gradient_free
