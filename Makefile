@@ -114,6 +114,7 @@ mini_memory: mini_pretrained ## what memory tokens gain from cells, top-k reads,
 	$(SWEEP) results_dir=$(OPEN)/records/attention $(MEMORY) $(LAST) name=concatenation backbone.attention=concatenation
 	for what in new all; do $(SWEEP) results_dir=$(OPEN)/records/rehearsal $(MEMORY) $(LAST) name=$$what buffer=reservoir buffer.capacity=100 method.rehearsal=$$what; done
 	for part in cells reads attention rehearsal; do $(RUN) scripts/compare.py $(PRETRAINED)/records/memory_vit_cifar100_10split $(OPEN)/records/$$part --out $(OPEN)/$$part; done
+	$(RUN) scripts/plot_memory.py
 
 ablation_lvt: $(VENV)/.made ## LVT without one part each at mini scale, beside the complete LVT of make mini
 	$(SWEEP) results_dir=results/mini/$@/records +experiment=lvt_cifar100_10split +ablation=$(call listed,$(addprefix lvt_without_,$(LVT_PARTS)))

@@ -32,7 +32,15 @@ from cl_bench.buffers.base import CHUNK
 from cl_bench.core.errors import require, require_positive, void
 from cl_bench.core.images import send
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
-from cl_bench.methods.base import FunctionalMethod, Inputs, ParameterSnapshot, Predict, Terms, measure_width
+from cl_bench.methods.base import (
+    FunctionalMethod,
+    Inputs,
+    ParameterSnapshot,
+    Predict,
+    Terms,
+    describe_weights,
+    measure_width,
+)
 from cl_bench.optim import Cosine
 from cl_bench.scenarios.base import Scenario
 
@@ -201,7 +209,8 @@ class SLCA(FunctionalMethod):
 
     def facts(self) -> dict[str, Any]:
         """Where the network's weights come from, if it says so, and how many bytes the covariances have."""
-        return {"trunk": getattr(self.net, "source", None), "covariance_bytes": self._count_bytes("factors")}
+        trunk = {"trunk": getattr(self.net, "source", None)} | describe_weights(self.net)
+        return trunk | {"covariance_bytes": self._count_bytes("factors")}
 
     def memory_bytes(self) -> int:
         """The head that was not aligned, means and covariances."""
