@@ -47,7 +47,7 @@ def network(tasks=(2, 2, 2), **keys) -> MemoryViT:
 
 def only(net: MemoryViT, tasks: list[int]) -> MemoryViT:
     """The same trunk with some of the tasks."""
-    part = MemoryViT(**(KEYS | {"attention": net.attention})).double().eval()
+    part = MemoryViT(**(KEYS | {"attention": net.attention, "memory": net.num_memory})).double().eval()
     part.trunk.load_state_dict(net.trunk.state_dict())
     for new, old in enumerate(tasks):
         part.add_task(net.sizes[old])

@@ -1,6 +1,7 @@
 """Methods on a frozen network: class means, ridge regression, prompts. Equations, choice by image, frozen weights."""
 
 import hashlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -235,19 +236,21 @@ def test_the_trunk_is_bit_equal_after_a_task(name, tmp_path):
 # -- chosen for each image -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*EXPECTED, SimpleCIL, RanPAC], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [*EXPECTED, SimpleCIL, partial(RanPAC, projection=30)],
+    ids=["L2P", "DualPrompt", "CODA-Prompt", "SimpleCIL", "RanPAC"],
+)
 def test_an_image_gets_the_same_answer_in_any_batch(kind):
-    if kind in EXPECTED:
-        made = method(kind)
-    else:
-        made = learned(kind, **({"projection": 30} if kind is RanPAC else {}))[0].double()
-    x = images(32)
+    made, x, bound = (
+        (method(kind), images(32), 1e-10) if kind in EXPECTED else (learned(kind)[0], images(32).float(), 1e-4)
+    )
     together = made.predict(x, None)
     for size in (1, 16):
         apart = torch.cat([made.predict(part, None) for part in x.split(size)])
-        assert (apart - together).abs().max() < 1e-10
+        assert (apart - together).abs().max() < bound
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    assert (made.predict(x[order], None) - together[order]).abs().max() < 1e-10
+    assert (made.predict(x[order], None) - together[order]).abs().max() < bound
 
 
 class VotingL2P(L2P):

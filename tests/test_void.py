@@ -168,5 +168,6 @@ def test_what_an_experiment_sets_or_a_method_reads_is_taken_without_a_step(tmp_p
 
 def test_the_configuration_of_a_finished_run_was_not_typed_here():
     finished = configure("method=simplecil", "scenario.train_per_class=2")
+    finished.choices.method = "simplecil"  # no interpolation, as in config.yaml
     configure("method=finetune", "trainer.epochs=3")  # what was composed last in this process
     assert build(finished).method.gradient_free

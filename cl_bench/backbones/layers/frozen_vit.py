@@ -40,8 +40,8 @@ def declare_void_sizes(built: Built) -> Built:
 class FrozenViT(Backbone):
     """The trunk, its images and features; a method freezes it.
 
-    ``source`` says in words where its weights come from, and ``weights`` (:meth:`_describe_weights`) which they are; both
-    are None for a trunk without weights.
+    ``source`` says where its weights come from, ``weights`` (:meth:`_describe_weights`) which they are. A trunk without
+    weights has None for both.
 
     The trunk is ``model`` with the weights of timm (``pretrained``) or of a file (``checkpoint``); its images are
     resized to the model's side (bicubic) and normalised as in its training. ``model=small`` is a ViT of the given
