@@ -88,7 +88,11 @@ def draw(rows: Sequence[Row]) -> Figure:
     if len(modes) > 1:
         draw_gain(gain, modes["extension"], modes["concatenation"])
     gain.set(xlabel="task", ylabel="Task-IL, what a task gains [points]")
-    kinds = [{"buffer.capacity": 0}, {"buffer.capacity": 100, "method.rehearsal": "new"}, {"buffer.capacity": 100}]
+    kinds: list[dict[str, Any]] = [
+        {"buffer.capacity": 0},
+        {"buffer.capacity": 100, "method.rehearsal": "new"},
+        {"buffer.capacity": 100},
+    ]
     by_kind = zip(("none", "100, new tokens", "100, all tokens"), kinds)
     found = {name: row for name, kind in by_kind for row in rows if choose(row) == USUAL | kind}
     draw_accuracies(rehearsal, found, head)
@@ -104,7 +108,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", default=list(map(str, RECORDS)), metavar="RUN_OR_FOLDER")
@@ -115,4 +119,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -312,6 +312,11 @@ def learned(kind, **keys):
     return made, parts
 
 
+def test_no_test_image_takes_part_in_a_choice():
+    checks = {check.name: check for check in check_rehearsal(lambda: parts_of("ranpac"))}
+    assert checks["training does not depend on the images it is measured on"].passed
+
+
 def test_simplecil_against_numpy():
     made, parts = learned(SimpleCIL)
     x = images().float()

@@ -35,6 +35,8 @@ class PromptViT(FrozenViT, SingleHead):
             see :class:`~cl_bench.backbones.layers.frozen_vit.FrozenViT`.
     """
 
+    head: nn.Linear
+
     def __init__(
         self,
         *,
