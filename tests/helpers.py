@@ -104,6 +104,8 @@ PROMPTS = [
     "method.warm_up_lr=0.002",
 ]
 
+ALIGNMENT = ["method.alignment_draws=16", "method.alignment_epochs=2"]
+
 SUITS = {
     "den": [
         "backbone=den_mlp",
@@ -146,7 +148,7 @@ SUITS = {
     ],
     "simplecil": ["backbone=mlp", "backbone.hidden=[64]"],
     "ranpac": ["backbone=mlp", "backbone.hidden=[64]", "method.projection=200"],
-    "slca": ["backbone=mlp", "backbone.hidden=[32]", "method.trunk_lr=0.03", "method.alignment_draws=16"],
+    "slca": ["backbone=mlp", "backbone.hidden=[32]", "method.trunk_lr=0.03", *ALIGNMENT],
     "l2p": [*PROMPTS, "method.pool=4", "method.length=2", "method.top=2"],
     "dualprompt": [*PROMPTS, "method.general_layers=[0]", "method.expert_layers=[1]", "method.length=2"],
     "coda_prompt": [*PROMPTS, "method.layers=[0,1]", "method.components=3", "method.length=4"],
