@@ -99,8 +99,9 @@ $(PRETRAINED)/trunk.pt: $(VENV)/.made
 	OMP_NUM_THREADS=1 $(RUN) -m cl_bench +scale=mini +experiment=memory_vit_cifar100_10split name=trunk results_dir=$(PRETRAINED)/trunk/records scenario.pretrain_classes=50 scenario.num_tasks=1 scenario.train_per_class=500 scenario.test_per_class=100 method.warm_up=half method.warm_up_epochs=16 trainer.batch_size=128 trainer.epochs=2 backbone.memory=0 backbone.class_token=false trainer.keep_tasks=true
 	cp $(PRETRAINED)/trunk/records/*/*/seed0/checkpoint/task00.pt $@
 
-mini_pretrained: $(VENV)/.made $(PRETRAINED)/trunk.pt ## class means, RanPAC, prompts and memory tokens on one frozen network: results/mini/pretrained
-	$(SWEEP) results_dir=$(PRETRAINED)/records $(ON_HALF) +experiment=simplecil_cifar100_10split,ranpac_cifar100_10split,l2p_cifar100_10split,dualprompt_cifar100_10split,coda_prompt_cifar100_10split
+mini_pretrained: $(VENV)/.made $(PRETRAINED)/trunk.pt ## class means, RanPAC, SLCA, prompts and memory tokens on one network: results/mini/pretrained
+	$(SWEEP) results_dir=$(PRETRAINED)/records $(ON_HALF) +experiment=simplecil_cifar100_10split,ranpac_cifar100_10split,l2p_cifar100_10split,dualprompt_cifar100_10split,coda_prompt_cifar100_10split,slca_cifar100_10split
+	$(SWEEP) results_dir=$(PRETRAINED)/records $(ON_HALF) +experiment=slca_cifar100_10split name=slca-unaligned method.alignment=false
 	for method in l2p dualprompt coda_prompt; do $(SWEEP) results_dir=$(PRETRAINED)/records $(ON_HALF) +experiment=$${method}_cifar100_10split name=$$method-off method.prompts=false; done
 	for method in l2p coda_prompt; do $(SWEEP) results_dir=$(PRETRAINED)/records $(ON_HALF) +experiment=$${method}_cifar100_10split name=$$method-unmasked method.loss_classes=seen; done
 	$(SWEEP) results_dir=$(PRETRAINED)/records $(MEMORY) name=head backbone.memory=0 backbone.class_token=false
@@ -113,6 +114,7 @@ mini_memory: mini_pretrained ## what memory tokens gain from cells, top-k reads,
 	$(SWEEP) results_dir=$(OPEN)/records/attention $(MEMORY) $(LAST) name=concatenation backbone.attention=concatenation
 	for what in new all; do $(SWEEP) results_dir=$(OPEN)/records/rehearsal $(MEMORY) $(LAST) name=$$what buffer=reservoir buffer.capacity=100 method.rehearsal=$$what; done
 	for part in cells reads attention rehearsal; do $(RUN) scripts/compare.py $(PRETRAINED)/records/memory_vit_cifar100_10split $(OPEN)/records/$$part --out $(OPEN)/$$part; done
+	$(RUN) scripts/plot_memory.py
 
 ablation_lvt: $(VENV)/.made ## LVT without one part each at mini scale, beside the complete LVT of make mini
 	$(SWEEP) results_dir=results/mini/$@/records +experiment=lvt_cifar100_10split +ablation=$(call listed,$(addprefix lvt_without_,$(LVT_PARTS)))

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from cl_bench.config.build import Parts, build
-from cl_bench.config.schema import compose_config
+from cl_bench.config.schema import compose_config, find_unread
 from cl_bench.core.record import SETTINGS
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.trainer import Interrupted, Trainer
@@ -56,7 +57,7 @@ def check_method(
     """
 
     def build_parts(*more: str) -> Parts:
-        return build(compose_config([*SMALL, "device=cpu", f"method={method}", *overrides, *more], config_dir))
+        return build(compose_read([*SMALL, "device=cpu", f"method={method}", *overrides, *more], config_dir))
 
     with tempfile.TemporaryDirectory() as folder:
         check_steps(build_parts, Path(folder, "steps"))
@@ -67,6 +68,13 @@ def check_method(
                 lambda *more, precision=precision: build_parts(f"precision={precision}", *more),
                 Path(folder, precision),
             )
+
+
+def compose_read(overrides: Sequence[str], config_dir: str | Path | None = None) -> DictConfig:
+    """The configuration of these overrides without those of steps, if the method takes none and would refuse them."""
+    config = compose_config(overrides, config_dir)
+    unread = find_unread(overrides, config)
+    return compose_config([o for o in overrides if o not in unread], config_dir) if unread else config
 
 
 def check_steps(build_parts: BuildParts, folder: Path) -> None:

@@ -3,8 +3,8 @@
     python scripts/growth.py [--only online_er_cifar100_20split] [--images 60] [--out results/growth]
 
 Each experiment is trained on real data with fewer images per class, in a process of its own, and nothing is evaluated
-before the end. A step is measured in CPU time on one thread, so that other programs disturb it little; the first step of
-a task is left out, because it begins the task. Memory is the resident set of the process when the training of a task
+before the end. A step is measured in CPU time on one thread, so that other programs disturb it little; the first step
+of a task is left out, because it begins the task. Memory is the resident set of the process when the training of a task
 ends.
 """
 

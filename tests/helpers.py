@@ -38,7 +38,7 @@ from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.report.folders import scan
 from cl_bench.runs import run as run_module
 from cl_bench.scenarios.split import Split
-from cl_bench.testing import SMALL, make_trainer
+from cl_bench.testing import SMALL, compose_read, make_trainer
 
 INSTRUCTION_SETS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 """Environment variables that make torch compute as on another processor; read when it is loaded."""
@@ -91,6 +91,7 @@ METHODS = sorted({path.stem for path in (CONFIGS / "method").glob("*.yaml")} - {
 FUNCTIONAL = [
     *("agem", "coda_prompt", "derpp", "dualprompt", "dytox", "er", "er_ace", "ewc", "ewc_pp", "finetune", "gdumb"),
     *("icarl", "joint", "l2p", "lvt", "lwf", "memory_vit", "mir", "ocs", "scr"),
+    "slca",
 ]
 """The methods whose step is a function of tensors alone."""
 
@@ -104,6 +105,8 @@ PROMPTS = [
     "method.warm_up_epochs=1",
     "method.warm_up_lr=0.002",
 ]
+
+ALIGNMENT = ["method.alignment_draws=16", "method.alignment_epochs=2"]
 
 SUITS = {
     "den": [
@@ -147,6 +150,7 @@ SUITS = {
     ],
     "simplecil": ["backbone=mlp", "backbone.hidden=[64]"],
     "ranpac": ["backbone=mlp", "backbone.hidden=[64]", "method.projection=200"],
+    "slca": ["backbone=mlp", "backbone.hidden=[32]", "method.trunk_lr=0.03", *ALIGNMENT],
     "l2p": [*PROMPTS, "method.pool=4", "method.length=2", "method.top=2"],
     "dualprompt": [*PROMPTS, "method.general_layers=[0]", "method.expert_layers=[1]", "method.length=2"],
     "coda_prompt": [*PROMPTS, "method.layers=[0,1]", "method.components=3", "method.length=4"],
@@ -455,7 +459,7 @@ def array(t: torch.Tensor) -> np.ndarray:
 
 
 def parts_of(method: str, *overrides: str) -> Parts:
-    return build(configure(*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}", *overrides))
+    return build(compose_read([*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}", *overrides]))
 
 
 def trainer_of(parts: Parts, folder, stop=lambda: False) -> Trainer:

@@ -43,6 +43,7 @@ from helpers import (
 
 import cl_bench.engine.evaluate as evaluation
 from cl_bench import __main__ as main_module
+from cl_bench.config.schema import compose_config, find_unread
 from cl_bench.core.record import Record
 from cl_bench.data import digits  # noqa: F401 - loaded before the forks
 from cl_bench.data.pictures import Decoder, list_kinds
@@ -100,7 +101,8 @@ class Case:
             arguments.append("trainer.clip_norm=1")
         if rng.random() < 1 / 3:
             arguments += ["scenario=folder", f"data_dir={own}", "scenario.source.size=8"]
-        return cls(method, [*arguments, "logger=none"])
+        unread = find_unread(arguments, compose_config(arguments))
+        return cls(method, [*(a for a in arguments if a not in unread), "logger=none"])
 
 
 # -- moments -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from cl_bench.loggers.group import Loggers
 from cl_bench.runs import dry_run as module
 from cl_bench.runs.dry_run import Probe, dry_run
 from cl_bench.runs.timing import SMALLEST, Budget, Measured, Operations, measure
+from cl_bench.testing import compose_read
 
 
 class Clock:
@@ -121,6 +122,7 @@ STEPS = {
     "icarl": "method=icarl buffer=herding buffer.capacity=120",
     "dytox": "backbone=dytox_digits buffer.capacity=120 method.repeated_augmentation=1 method.finetune_epochs=1",
     "memory_vit": "backbone=memory_vit_digits method.warm_up_epochs=1 trainer.epochs=1",
+    "slca": "method=slca method.alignment_draws=6",
     "without a step": "method=simplecil",
 }
 
@@ -129,10 +131,10 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_the_steps_of_a_run_are_counted(name, monkeypatch):
     """With a second a step and no time between, the hours are at most the steps that a run takes."""
-    config = configure(
+    config = compose_read([
         "scenario.num_tasks=5", "scenario.train_per_class=35", "scenario.test_per_class=2", "device=cpu",
         "trainer.epochs=2", "trainer.batch_size=16", *STEPS[name].split(),
-    )  # fmt: skip
+    ])  # fmt: skip
 
     def a_second(work, full, budget, **options):
         work(SMALLEST)
@@ -147,7 +149,9 @@ def test_the_steps_of_a_run_are_counted(name, monkeypatch):
     trainer.run()
     low, expected, high = probe.estimate_training()
     assert high == trainer.steps_done
-    assert low == expected == pytest.approx(trainer.record.cost.samples_seen / 16)
+    assert low == expected
+    if name != "slca":  # its second phase has steps of another size
+        assert expected == pytest.approx(trainer.record.cost.samples_seen / 16)
 
 
 def slow_network(parts: Parts, monkeypatch, seconds_an_image: float) -> Clock:

@@ -28,6 +28,7 @@ from cl_bench.config.explain import explain
 from cl_bench.config.schema import CONFIGS, to_plain_dict
 from cl_bench.core.errors import ConfigError
 from cl_bench.runs.run import begin_summary, choose_run_dir
+from cl_bench.testing import compose_read
 
 EXAMPLES = int(os.environ.get("CL_BENCH_FUZZ", "60"))
 GROUPS = ["method", "backbone", "buffer", "scenario", "optimizer", "schedule", "trainer", "metrics", "logger"]
@@ -140,7 +141,7 @@ def test_no_command_line_gives_a_traceback(choices, changes, more):
 @functools.cache
 def suitable(method: str) -> DictConfig:
     """A configuration of the method that builds."""
-    return configure(*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}")
+    return compose_read([*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}"])
 
 
 @pytest.mark.slow

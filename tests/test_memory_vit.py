@@ -47,7 +47,7 @@ def network(tasks=(2, 2, 2), **keys) -> MemoryViT:
 
 def only(net: MemoryViT, tasks: list[int]) -> MemoryViT:
     """The same trunk with some of the tasks."""
-    part = MemoryViT(**(KEYS | {"attention": net.attention})).double().eval()
+    part = MemoryViT(**(KEYS | {"attention": net.attention, "memory": net.num_memory})).double().eval()
     part.trunk.load_state_dict(net.trunk.state_dict())
     for new, old in enumerate(tasks):
         part.add_task(net.sizes[old])
@@ -136,15 +136,17 @@ def test_input_tokens_are_those_of_timms_network_without_any_task():
 # -- what a new task changes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("memory", [0, 1, 3, 20])
 @pytest.mark.parametrize("mode", ["extension", "concatenation"])
-def test_a_new_task_leaves_old_outputs_unchanged(mode):
-    net, x = network(attention=mode), images()
+def test_a_new_task_leaves_old_outputs_unchanged(mode, memory):
+    net, x = network(attention=mode, memory=memory), images()
     assert same(only(net, [0, 1]).compute_outputs(x), net.compute_outputs(x)[:, :2])
     assert same(only(net, [0, 1])(x)[:, :4], net(x)[:, :4])
 
 
-def test_concatenated_tasks_are_as_run_on_their_own():
-    net, x = network(attention="concatenation"), images()
+@pytest.mark.parametrize("memory", [0, 1, 3, 20])
+def test_concatenated_tasks_are_as_run_on_their_own(memory):
+    net, x = network(attention="concatenation", memory=memory), images()
     for task in range(3):
         assert same(only(net, [task]).compute_outputs(x)[:, 0], net.compute_outputs(x)[:, task])
 

@@ -1,12 +1,13 @@
 """The mini-scale records of this checkout: tables made of them, and the orders that they are said to show."""
 
+import runpy
 import shlex
 
 import pytest
 from helpers import ROOT
 
 from cl_bench.report.compare import compare, write
-from cl_bench.report.rows import MAIN
+from cl_bench.report.rows import MAIN, find_runs, make_rows
 
 MINI = ROOT / "results" / "mini"
 SEEDS = [0, 1, 2]
@@ -93,3 +94,17 @@ def test_transformers_made_for_it_are_above_rehearsal_on_an_ordinary_one(rows):
     ordinary = rows["er-vit-reservoir"].stat(MAIN).mean
     assert rows["lvt-lvt-confidence_aware"].stat(MAIN).mean > ordinary
     assert rows["dytox-dytox-herding"].stat(MAIN).mean > ordinary
+
+
+def test_the_picture_of_the_open_ends_has_every_row_that_is_there():
+    script = runpy.run_path(str(ROOT / "scripts" / "plot_memory.py"))
+    rows = make_rows(find_runs([str(ROOT / path) for path in script["RECORDS"]])[0])
+    cells, reads, gain, rehearsal = script["draw"](rows).axes
+    labels = {
+        axes.get_title(): [label.get_text() for label in axes.get_xticklabels()] for axes in (cells, reads, rehearsal)
+    }
+    assert set(labels["number of memory tokens"]) >= {"1", "5"}
+    assert labels["number of memory tokens"] == sorted(labels["number of memory tokens"], key=int)
+    assert labels["top-k reads"][-1] == "all 5"
+    assert labels["exemplars beside memory tokens"] == ["none", "100, new tokens", "100, all tokens"]
+    assert gain.get_title() == "extension minus concatenation: -3.1 on average"

@@ -31,7 +31,7 @@ from cl_bench.engine.evaluate import evaluate
 from cl_bench.methods.base import ClassLoss, Method
 from cl_bench.runs.audit import check_rehearsal
 from cl_bench.scenarios.shared_labels import SharedLabels
-from cl_bench.testing import make_trainer
+from cl_bench.testing import compose_read, make_trainer
 
 
 def make_stream(**keys):
@@ -187,7 +187,9 @@ def test_a_method_learns_the_stream(method, tmp_path):
         keys += ["buffer=reservoir", "buffer.capacity=20"]
     if "loss_classes" in (CONFIGS / "method" / f"{method}.yaml").read_text():
         keys.append("method.loss_classes=seen")
-    record = make_trainer(build(configure(*keys, "scenario.blurry=0.1", "scenario.blurry_classes=0.5")), tmp_path).run()
+    record = make_trainer(
+        build(compose_read([*keys, "scenario.blurry=0.1", "scenario.blurry_classes=0.5"])), tmp_path
+    ).run()
     assert np.isfinite(record.class_il.accuracy[-1]).all()
 
 

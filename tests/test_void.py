@@ -6,12 +6,14 @@ from helpers import DIGITS_INSTEAD, ROOT, configure
 
 from cl_bench.config.build import build
 from cl_bench.config.explain import refuse_unread_keys
-from cl_bench.config.schema import import_allowed
+from cl_bench.config.schema import compose_config, import_allowed
 from cl_bench.core.errors import ConfigError, void
 
 ROTATED = ["scenario=rotated_mnist", "scenario.num_tasks=2", *DIGITS_INSTEAD]
 
 L2P = ["backbone=prompt_vit_digits", "method=l2p", "method.prompts=false"]
+
+SLCA = ["method=slca", "method.alignment=false"]
 
 VOID = {
     "scenario.num_tasks": ["scenario.num_tasks=5", "scenario.classes_per_task=[5,5]"],
@@ -61,6 +63,11 @@ VOID = {
     "backbone.dim": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.dim=64"],
     "backbone.depth": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.depth=3"],
     "backbone.heads": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.heads=3"],
+    "method.alignment_epochs": [*SLCA, "method.alignment_epochs=3"],
+    "method.alignment_draws": [*SLCA, "method.alignment_draws=8"],
+    "method.alignment_lr": [*SLCA, "method.alignment_lr=0.1"],
+    "method.alignment_temperature": [*SLCA, "method.alignment_temperature=1"],
+    "method.trunk_lr": ["method=slca", "backbone=timm", "backbone.frozen=true", "method.trunk_lr=0.1"],
     "method.replay_current_task": ["method=er", "buffer=herding", "method.replay_current_task=true"],
     "method.tau": ["method=ocs", "buffer=ordered", "buffer.capacity=20", "trainer.batch_size=8", "method.tau=1"],
     "backbone.low_scales": ["backbone=navit", "backbone.low_share=0", "backbone.low_scales=[0.5]"],
@@ -126,3 +133,31 @@ def test_a_seed_that_nothing_refers_to_is_refused():
 def test_only_arguments_that_there_are_can_be_declared():
     with pytest.raises(AssertionError, match="has no argument"):
         void("y", when=lambda v: True, why="")(lambda x: x)
+
+
+@pytest.mark.parametrize("typed", ["optimizer.lr=0.1", "schedule=cosine", "trainer.epochs=3"])
+def test_what_only_a_step_reads_is_refused_for_a_method_without_one(typed):
+    key, _, value = typed.partition("=")
+    with pytest.raises(ConfigError) as caught:
+        build(configure("method=simplecil", typed))
+    expected = (key, "no value, since method=simplecil takes no training step", value, "Leave it out.")
+    assert (caught.value.key, caught.value.expected, caught.value.got, caught.value.fix) == expected
+
+
+def test_what_an_experiment_sets_or_a_method_reads_is_taken_without_a_step(tmp_path):
+    typed = ["method=simplecil", "trainer.evaluate_after=last_task", "trainer.evaluate_every=5"]
+    assert build(configure("+experiment=quickstart", *typed, "backbone=mlp", "buffer=none")).method.gradient_free
+    ranpac = tmp_path / "method" / "ranpac_of_its_own.yaml"
+    ranpac.parent.mkdir()
+    ranpac.write_text("_target_: cl_bench.methods.ranpac.RanPAC\nprojection: ${trainer.batch_size}\n")
+    config = compose_config(["method=ranpac_of_its_own", "trainer.batch_size=30"], tmp_path)
+    assert build(config).method.projection.shape[1] == 30
+    with pytest.raises(ConfigError, match=r"^trainer\.epochs: expected no value"):
+        build(compose_config(["method=ranpac_of_its_own", "trainer.batch_size=30", "trainer.epochs=2"], tmp_path))
+
+
+def test_the_configuration_of_a_finished_run_was_not_typed_here():
+    finished = configure("method=simplecil", "scenario.train_per_class=2")
+    finished.choices.method = "simplecil"  # no interpolation, as in config.yaml
+    configure("method=finetune", "trainer.epochs=3")  # what was composed last in this process
+    assert build(finished).method.gradient_free

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl_bench.backbones.base import SingleHead
 from cl_bench.backbones.layers.frozen_vit import FrozenViT, apply_mlp, declare_void_sizes, project
 
 Prefix = tuple[Tensor, Tensor]
@@ -26,13 +27,15 @@ Prefix = tuple[Tensor, Tensor]
 
 
 @declare_void_sizes
-class PromptViT(FrozenViT):
+class PromptViT(FrozenViT, SingleHead):
     """A ViT that is frozen by its method, and a head on what it makes of images and prompts.
 
     Args:
         pretrained, checkpoint, model, patch_size, dim, depth, heads, mlp_ratio, image_mean, image_std: of the trunk,
             see :class:`~cl_bench.backbones.layers.frozen_vit.FrozenViT`.
     """
+
+    head: nn.Linear
 
     def __init__(
         self,
@@ -64,10 +67,6 @@ class PromptViT(FrozenViT):
             image_std=image_std,
         )
         self.head = nn.Linear(self.dim, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K) logits without prompts."""
-        return self.head(self.features(x))
 
     def encode(self, x: Tensor, tokens: Tensor | None = None, prefixes: Mapping[int, Prefix] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, 1 + P + N, D) after the last norm: class token, prompt tokens, patches.

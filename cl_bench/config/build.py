@@ -18,6 +18,7 @@ from cl_bench.config.schema import (
     import_allowed,
     import_target,
     read_arguments,
+    refuse_unread,
     refuse_void,
     select_comparable,
 )
@@ -180,6 +181,7 @@ def _build_cheap_parts(config: DictConfig, allow: list[str]) -> tuple[Settings, 
     makers = [
         prepare_component(config[group], group, allow, KINDS[group]) for group in ("backbone", "buffer", "method")
     ]
+    refuse_unread(config)
     return settings, schedule, optimizer, metrics, makers
 
 

@@ -110,6 +110,12 @@ read."""
 FILES = ("backbone.checkpoint", "backbone.weights")
 """Keys that name a file. What makes two runs comparable is its content, not its name."""
 
+STEP_KEYS = (
+    "optimizer", "schedule", "trainer.epochs", "trainer.batch_size", "trainer.max_steps", "trainer.steps_per_batch",
+    "trainer.clip_norm", "trainer.checkpoint_seconds", "trainer.checkpoint_steps",
+)  # fmt: skip
+"""Keys and groups that only a training step reads, or a checkpoint between steps."""
+
 GROUP_KEYS: dict[str, dict[str, Any]] = {"backbone": {"weights": str | None}}
 """Keys that every variant of a group has beside its constructor's, with their types; build.py uses them itself."""
 
@@ -353,6 +359,30 @@ def read_arguments(
         if parameters[name].default is inspect.Parameter.empty:
             raise ConfigError(f"{key}.{name}", expected="a value", got="nothing", fix=f"Set {key}.{name}=VALUE.")
     return values
+
+
+def find_unread(overrides: Iterable[str], config: DictConfig) -> list[str]:
+    """The overrides that only a step reads (:data:`STEP_KEYS`), if the method of ``config`` takes none.
+
+    A key that another key refers to is not among them.
+    """
+    method = import_target(config.method, "method", list(config.allow_packages))
+    if not getattr(method, "gradient_free", False):
+        return []
+    text = OmegaConf.to_yaml(config)
+    keys = ((override, split_override(override)[0]) for override in overrides)
+    return [o for o, key in keys if _is_inside(key, STEP_KEYS) and f"${{{key}}}" not in text]
+
+
+def refuse_unread(config: DictConfig) -> None:
+    """Refuse what was typed of steps if the method takes none. A value in a file may have no effect."""
+    name = OmegaConf.select(config, "choices.method")
+    if not HydraConfig.initialized() or HydraConfig.get().runtime.choices.get("method") != name:
+        return  # the configuration of a finished run: nothing of it was typed in this process
+    for override in find_unread(list_typed_overrides(), config):
+        key, value = split_override(override)
+        expected = f"no value, since method={name} takes no training step"
+        raise ConfigError(key, expected=expected, got=value, fix="Leave it out.")
 
 
 def refuse_void(node: DictConfig, key: str, built: Callable[..., Any], values: dict[str, Any]) -> None:

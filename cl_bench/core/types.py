@@ -150,6 +150,7 @@ class Phase:
         params: the parameters that this phase trains.
         epochs: passes over ``data``; None uses ``trainer.epochs``.
         lr: peak learning rate; None uses ``optimizer.lr``.
+        batch_size: images per step; None uses ``trainer.batch_size``.
         optimizer: parameters -> optimizer; None uses the configured one.
         schedule: (epoch, epochs) -> factor on the learning rate; None uses the configured one.
         after_step: called after every optimizer step, e.g. for a proximal step.
@@ -166,6 +167,7 @@ class Phase:
     params: Iterable[torch.nn.Parameter]
     epochs: int | None = None
     lr: float | None = None
+    batch_size: int | None = None
     optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None
     schedule: Callable[[int, int], float] | None = None
     after_step: Callable[[], None] | None = None

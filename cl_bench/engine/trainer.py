@@ -248,7 +248,7 @@ class Trainer:
         schedule = phase.schedule or self.schedule
         peak = [phase.lr or group["lr"] for group in optimizer.param_groups]
         epochs = phase.epochs or self.settings.epochs
-        size, repeats = self.settings.batch_size, self.settings.steps_per_batch
+        size, repeats = phase.batch_size or self.settings.batch_size, self.settings.steps_per_batch
         epoch, done, order, sums = 0, 0, None, {}  # done: steps of this epoch
         left = self.settings.max_steps  # steps of this phase from the beginning of this epoch on; None for any number
         if now:

@@ -130,7 +130,7 @@ class GradientFreeMethod(Method):
 
     def facts(self) -> dict[str, Any]:
         """Where the network's weights come from, if it says so."""
-        return {"trunk": getattr(self.net, "source", None)}
+        return {"trunk": getattr(self.net, "source", None)} | describe_weights(self.net)
 
 
 class FunctionalMethod(Method):
@@ -341,6 +341,12 @@ class ParameterSnapshot:
     def nbytes(self) -> int:
         """Bytes of old values and importance."""
         return sum(t.nbytes for t in self.values + self.importance)
+
+
+def describe_weights(net: Backbone) -> dict[str, Any]:
+    """``{"weights": ...}``: which weights a pre-trained network had and how it gets images, if it says so."""
+    weights = getattr(net, "weights", None)
+    return {"weights": weights} if weights else {}
 
 
 @torch.no_grad()

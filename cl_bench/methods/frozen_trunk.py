@@ -13,7 +13,7 @@ from cl_bench.backbones.layers.frozen_vit import FrozenViT
 from cl_bench.backbones.prompt_vit import PromptViT
 from cl_bench.core.errors import require, require_positive, void
 from cl_bench.core.types import Batch, Losses, Phase, Task
-from cl_bench.methods.base import ClassLoss, FunctionalMethod, Inputs, LossClasses, Terms
+from cl_bench.methods.base import ClassLoss, FunctionalMethod, Inputs, LossClasses, Terms, describe_weights
 from cl_bench.optim import adamw
 from cl_bench.scenarios.base import Scenario
 
@@ -154,7 +154,7 @@ class PromptMethod(FrozenTrunkMethod):
     def facts(self) -> dict[str, Any]:
         """Where the trunk's weights come from, and how many parameters the prompts have."""
         count = sum(p.numel() for p in self.list_prompts()) if self.prompts else 0
-        return {"trunk": self.origin, "prompt_parameters": count}
+        return {"trunk": self.origin, "prompt_parameters": count} | describe_weights(self.net)
 
 
 def check_layers(net: PromptViT, **layers: list[int]) -> None:

@@ -38,7 +38,14 @@ from cl_bench.backbones.memory_vit import MemoryViT
 from cl_bench.buffers.base import Buffer, Columns
 from cl_bench.core.errors import require_positive, void
 from cl_bench.core.types import Batch, Phase, Task
-from cl_bench.methods.base import Inputs, Predict, Terms, true_class_probability, update_class_means
+from cl_bench.methods.base import (
+    Inputs,
+    Predict,
+    Terms,
+    describe_weights,
+    true_class_probability,
+    update_class_means,
+)
 from cl_bench.methods.frozen_trunk import FrozenTrunkMethod, WarmUp, declare_void_warm_up
 from cl_bench.scenarios.base import Scenario
 
@@ -162,7 +169,8 @@ class LearnableMemory(FrozenTrunkMethod):
         """Where the trunk's weights come from, and how many parameters each task adds."""
         net = self.net
         own = len(net.trunk.blocks) * net.num_memory * net.dim + net.dim if net.class_token else 0
-        return {"trunk": self.origin, "parameters_per_task": [own + (net.dim + 1) * size for size in net.sizes]}
+        per_task = [own + (net.dim + 1) * size for size in net.sizes]
+        return {"trunk": self.origin, "parameters_per_task": per_task} | describe_weights(net)
 
     def memory_bytes(self) -> int:
         """Class means, which only ``nearest_mean`` reads."""

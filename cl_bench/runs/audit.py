@@ -310,7 +310,7 @@ def check_rehearsal(rebuild: Callable[[], Parts]) -> list[Check]:
             for number, phase in enumerate(parts.method.learn(task)):
                 if unknown := len(hash_images(phase.data.images) - allowed):
                     strangers.append(f"task {task.id + 1}, phase {number + 1}: {unknown}")
-                short = phase.data.take(slice(STEPS * parts.settings.batch_size))
+                short = phase.data.take(slice(STEPS * (phase.batch_size or parts.settings.batch_size)))
                 trainer.run_phase(task, number, replace(phase, data=short, epochs=1, order=None), None)
                 parts.method.eval()
             if (check := check_budget(parts)).passed is False:

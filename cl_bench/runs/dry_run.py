@@ -177,9 +177,9 @@ class Steps:
         if size != self._size:
             self.close()
             trainer, self._size = self._probe.trainer, size
-            trainer.settings = replace(trainer.settings, batch_size=size)
             order = torch.arange(size).repeat(2 * (Graphs.WARM_UP + TIMED))  # more steps than are ever asked for
-            phase = replace(self._phase, data=take_few(self._phase.data, size), epochs=1, order=lambda generator: order)
+            data = take_few(self._phase.data, size)
+            phase = replace(self._phase, data=data, epochs=1, batch_size=size, order=lambda generator: order)
             self._steps = trainer.generate_phase_steps(self._task, 0, phase, None)
             step, executor = next(self._steps)
         else:
@@ -389,7 +389,7 @@ class Probe:
             remembered=int(remembered > before) if remembered else None,
         )
         steps = Steps(self, task, phase)
-        whole = min(settings.batch_size, self._count_images(found, task.id))
+        whole = min(phase.batch_size or settings.batch_size, self._count_images(found, task.id))
         only_full = not self.eager  # a batch is fast there, and every new size may be compiled
         share = 1 / 2 if len(self.probed) < 2 else 1 / max(1, len(self.probed[1].phases) - number)
         budget = self.budget.take_share(share, STEPS_UNTIL[len(self.probed)])

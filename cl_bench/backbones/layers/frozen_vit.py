@@ -3,6 +3,7 @@
 Shapes: B images, n tokens, D token width, h heads, d = D / h.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,9 @@ def declare_void_sizes(built: Built) -> Built:
 
 class FrozenViT(Backbone):
     """The trunk, its images and features; a method freezes it.
+
+    ``source`` says where its weights come from, ``weights`` (:meth:`_describe_weights`) which they are. A trunk without
+    weights has None for both.
 
     The trunk is ``model`` with the weights of timm (``pretrained``) or of a file (``checkpoint``); its images are
     resized to the model's side (bicubic) and normalised as in its training. ``model=small`` is a ViT of the given
@@ -76,11 +80,14 @@ class FrozenViT(Backbone):
         expected, fix = "false with model=small, which has no weights to fetch", "Set checkpoint=PATH."
         require(not (pretrained and model == SMALL), "pretrained", expected=expected, got=pretrained, fix=fix)
         self.source: str | None = None
+        self.weights: dict[str, Any] | None = None
         self.frozen = False
         scale, shift = torch.ones(image_shape[0]), torch.zeros(image_shape[0])
+        pixels = {"mean": list(image_mean), "std": list(image_std)}
         if (pretrained or checkpoint) and model != SMALL:
             self.trunk = _get_trunk(model, checkpoint, channels=image_shape[0])
-            mean, std = (torch.tensor(self.trunk.pretrained_cfg[key]) for key in ("mean", "std"))
+            pixels = {key: list(self.trunk.pretrained_cfg[key]) for key in pixels}
+            mean, std = map(torch.tensor, pixels.values())
             scale, shift = torch.tensor(image_std) / std, (torch.tensor(image_mean) - mean) / std
         else:
             self.trunk = build_small_vit(
@@ -96,9 +103,24 @@ class FrozenViT(Backbone):
                 _load_file(self.trunk, model, checkpoint)
         if pretrained or checkpoint:
             self.source = f"weights of {model}" + (f" from the file {Path(checkpoint).name}" if checkpoint else "")
+            self.weights = self._describe_weights(model, image_shape) | pixels
         for name, values in {"scale": scale, "shift": shift}.items():
             self.register_buffer(name, values[:, None, None], persistent=False)
         self.dim: int = self.trunk.embed_dim
+
+    def _describe_weights(self, model: str, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+        """What tells rows apart that look alike: the weights' name and hash, and what is done to images.
+
+        The hash is of the tensors, so a file and a download with the same weights have the same.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in self.trunk.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy())
+        images = " x ".join(map(str, image_shape[1:]))
+        if self.trunk.patch_embed.img_size != image_shape[1:]:
+            images += " resized to {} x {} (bicubic)".format(*self.trunk.patch_embed.img_size)
+        return {"model": model, "sha256": digest.hexdigest(), "images": f"{images}, not cropped in testing"}
 
     def freeze(self) -> None:
         """Train the trunk no more; it stays in evaluation mode."""
