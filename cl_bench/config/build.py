@@ -126,6 +126,7 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
         device=device,
         pairs=pairs,
         target_shape=scenario.target_shape,
+        num_tasks=len(scenario.tasks),
         **shared,
     )
     buffer = make_buffer(context=context)

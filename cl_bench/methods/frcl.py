@@ -12,7 +12,7 @@ own for each output, and f(x) = w^T phi(x) is a Gaussian process:
     kl_weights   = KL( q(w) || N(0, s I) ) / n       summed over the outputs; n images in the task
     kl_functions = sum_{i<k} KL( q(u_i) || N(0, K_i) ) / n,   K_i = s Phi_i Phi_i^T + j I,   j = ``jitter``
 
-After task k, N of its images stay, the inducing points Z_k, with u_k, the value of f at them. Phi are their features:
+After task k, N of its images go to the buffer, the inducing points Z_k. u_k is f at them, Phi are their features:
 
     q(u_k) = N( Phi mu, Phi L L^T Phi^T + j I )      at the end of task k, and fixed from then on
 
@@ -32,6 +32,7 @@ Departures: docs/methods/frcl.md.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 
 from cl_bench.backbones.base import SingleHead, check_single_images
 from cl_bench.buffers.base import CHUNK
+from cl_bench.buffers.per_task import PerTask
 from cl_bench.core.errors import require, require_positive, void
 from cl_bench.core.images import send
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
@@ -51,8 +53,9 @@ from cl_bench.scenarios.base import Scenario
 class FRCL(Method):
     """A Bayesian last layer for each task, and its function at a few images, which later tasks may not change.
 
+    N is ``buffer.capacity`` divided by the number of tasks.
+
     Args:
-        points: N, inducing points of each task.
         choice: ``random``, or ``trace``: exchanged where this lowers the trace.
         proposals: exchanges that are tried.
         samples, test_samples: draws of f for each image, in training and for an answer.
@@ -64,7 +67,6 @@ class FRCL(Method):
     task_id: ClassVar[Literal["ignored", "used", "needed"]] = "needed"
     shared_labels = True
     recurring_classes = False  # a task's outputs are those of its own classes
-    images: Tensor
     means: Tensor
     roots: Tensor
     draws: Tensor
@@ -77,8 +79,8 @@ class FRCL(Method):
         self,
         *,
         net: SingleHead,
+        buffer: PerTask,
         scenario: Scenario,
-        points: int,
         choice: Literal["random", "trace"],
         proposals: int,
         samples: int,
@@ -88,23 +90,26 @@ class FRCL(Method):
         mean_scale: float,
     ) -> None:
         super().__init__()
-        require_positive(fix="See configs/method/frcl.yaml.", points=points, samples=samples, test_samples=test_samples)
-        require_positive(fix="Leave it out.", proposals=proposals, prior_variance=prior_variance, jitter=jitter)
-        require_positive(fix="1 is that of Andreev's code.", mean_scale=mean_scale)
-        self.sizes = [len(task.train) for task in scenario.tasks]
-        fewest = min(self.sizes)
-        require(points <= fewest, "points", expected=f"at most {fewest}", got=points, fix="A task has no more images.")
+        require_positive(fix="See configs/method/frcl.yaml.", proposals=proposals, samples=samples)
+        require_positive(fix="The paper has 20.", test_samples=test_samples)
+        require_positive(fix="Leave it out.", prior_variance=prior_variance, jitter=jitter, mean_scale=mean_scale)
+        self.sizes, points, fix = (
+            [len(task.train) for task in scenario.tasks],
+            buffer.quota,
+            "A task has no more images.",
+        )
+        most = min(self.sizes) * len(self.sizes)
+        require(points <= min(self.sizes), "buffer.capacity", expected=f"at most {most}", got=buffer.capacity, fix=fix)
         if points == 1:
-            check_single_images(net, scenario.image_shape, "points")
-        self.net, self.transform, self.num_classes = net, scenario.transform, scenario.num_classes
-        self.points, self.choice, self.proposals, self.samples = points, choice, proposals, samples
+            check_single_images(net, scenario.image_shape, "buffer.capacity")
+        self.net, self.buffer, self.points, self.num_classes = net, buffer, points, scenario.num_classes
+        self.choice, self.proposals, self.samples = choice, proposals, samples
         self.prior_variance, self.jitter, self.mean_scale = prior_variance, jitter, mean_scale
         self.classes = [task.classes for task in scenario.tasks]
         self.outputs = [1 if len(classes) == 2 else len(classes) for classes in self.classes]
         net.head.requires_grad_(False)  # not used
         width, tasks, most = measure_width(net, scenario.image_shape) + 1, len(self.classes), max(self.outputs)
         self.mu, self.root = nn.Parameter(torch.zeros(most, width)), nn.Parameter(torch.eye(width).repeat(most, 1, 1))
-        self.register_buffer("images", torch.zeros(tasks, points, *scenario.image_shape, dtype=torch.uint8))
         self.register_buffer("means", torch.zeros(tasks, most, points, dtype=torch.float64))
         self.register_buffer("roots", torch.eye(points, dtype=torch.float64).repeat(tasks, most, 1, 1))
         self.register_buffer("draws", torch.randn(test_samples, 1, most))
@@ -163,6 +168,12 @@ class FRCL(Method):
         """(B, C, H, W) -> (B, D), phi: the network's features and 1."""
         return F.pad(self.net.features(x).to(self.mu.dtype), (0, 1), value=1.0)
 
+    def compute_point_features(self, first: int, last: int) -> Tensor:
+        """(last - first, N, D), phi of the inducing points of these tasks, un-augmented."""
+        images = self.buffer.images[first * self.points : last * self.points]
+        phi = self.compute_features(self.buffer.transform.normalise(images))
+        return phi.view(last - first, self.points, -1)
+
     def compute_marginals(self, phi: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
         """(B, D) -> mean and variance of f under q(w), (B, outputs) each."""
         spread = torch.einsum("bd,hde->bhe", phi, self.root[:outputs].tril())
@@ -177,9 +188,9 @@ class FRCL(Method):
 
     def compute_function_divergences(self, tasks: int) -> Tensor:
         """(tasks,) KL( q(u_i) || N(0, K_i) ) of the first tasks, each summed over the outputs."""
-        phi = self.compute_features(self.transform.normalise(self.images[:tasks].flatten(0, 1)))
+        phi = self.compute_point_features(0, tasks)
         with torch.autocast(phi.device.type, enabled=False):
-            prior = decompose(self.compute_covariance(phi.view(tasks, self.points, -1)))[:, None]
+            prior = decompose(self.compute_covariance(phi))[:, None]
             root = self.roots[:tasks]
             spread = torch.linalg.solve_triangular(prior, root, upper=False).square().sum(dim=(2, 3))
             mean = torch.linalg.solve_triangular(prior, self.means[:tasks, :, :, None], upper=False)
@@ -196,7 +207,7 @@ class FRCL(Method):
     def condition(self, phi: Tensor, task: int) -> tuple[Tensor, Tensor]:
         """(B, D) -> mean and variance of f given q(u) of a learned task, (B, outputs) each, in double precision."""
         outputs = self.outputs[task]
-        points = self.compute_features(self.transform.normalise(self.images[task])).double()
+        points = self.compute_point_features(task, task + 1)[0].double()
         root = decompose(self.compute_covariance(points))
         phi = phi.double()
         crossed = torch.linalg.solve_triangular(root, self.prior_variance * points @ phi.T, upper=False)  # (N, B)
@@ -213,8 +224,9 @@ class FRCL(Method):
         if self.choice == "trace":
             chosen, accepted = self.exchange(self.measure_features(task.train), order)
             self.accepted[task.id] = accepted
-        self.images[task.id] = task.train.take(chosen.to(task.train.labels.device)).images
-        phi = self.compute_features(self.transform.normalise(self.images[task.id])).double()
+        best_first = task.train.take(chosen.to(task.train.labels.device))
+        self.buffer.close_task(replace(task, train=best_first), lambda x, y: {})
+        phi = self.compute_point_features(task.id, task.id + 1)[0].double()
         spread = phi @ self.root.tril().double()  # (outputs, N, D)
         noise = self.jitter * torch.eye(self.points, dtype=phi.dtype, device=phi.device)
         self.means[task.id] = self.mu.double() @ phi.T
@@ -223,7 +235,7 @@ class FRCL(Method):
 
     def measure_features(self, data: Data) -> Tensor:
         """(n, D) phi of all images of a set, in double precision on the CPU."""
-        parts = [self.compute_features(self.transform.normalise(chunk.images)) for chunk in data.split(CHUNK)]
+        parts = [self.compute_features(self.buffer.transform.normalise(chunk.images)) for chunk in data.split(CHUNK)]
         return torch.cat([part.cpu() for part in parts]).double()
 
     def exchange(self, phi: Tensor, order: Tensor) -> tuple[Tensor, int]:
@@ -258,17 +270,17 @@ class FRCL(Method):
         return float(self.prior_variance * gram.trace() - self.prior_variance**2 * explained)
 
     def memory_bytes(self) -> int:
-        """Inducing images and q(u) of the tasks learned."""
-        return int(self.learned) * sum(self._count_bytes().values())
+        """q(u) of the tasks learned."""
+        return int(self.learned) * self.count_bytes()
+
+    def count_bytes(self) -> int:
+        """Of q(u) of one task."""
+        return self.means[0].nbytes + self.roots[0].nbytes
 
     def facts(self) -> dict[str, Any]:
-        """What a task leaves, in bytes, and how many exchanges of its points lowered the trace."""
-        facts: dict[str, Any] = {f"{name}_bytes_a_task": count for name, count in self._count_bytes().items()}
+        """Inducing points of a task, bytes of its q(u), and how many exchanges of points lowered the trace."""
+        facts: dict[str, Any] = {"points_a_task": self.points, "posterior_bytes_a_task": self.count_bytes()}
         return facts | ({"accepted_exchanges": self.accepted.tolist()} if self.choice == "trace" else {})
-
-    def _count_bytes(self) -> dict[str, int]:
-        """Of one task."""
-        return {"image": self.images[0].nbytes, "posterior": self.means[0].nbytes + self.roots[0].nbytes}
 
 
 def compute_log_probabilities(f: Tensor, *, binary: bool) -> Tensor:
