@@ -202,6 +202,8 @@ def test_wrong_keys_are_refused(overrides, key):
     with pytest.raises(ConfigError) as caught:
         parts_of("frcl", *overrides)
     assert caught.value.key == key
+    if key == "buffer":
+        assert caught.value.fix == "Use buffer=per_task."
 
 
 def test_split_mnist_has_one_output_for_two_classes_and_forty_points():
