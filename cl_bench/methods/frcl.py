@@ -93,6 +93,8 @@ class FRCL(Method):
         require_positive(fix="See configs/method/frcl.yaml.", proposals=proposals, samples=samples)
         require_positive(fix="The paper has 20.", test_samples=test_samples)
         require_positive(fix="Leave it out.", prior_variance=prior_variance, jitter=jitter, mean_scale=mean_scale)
+        device, exact = buffer.labels.device.type, "cpu or cuda, since mps has no double precision"
+        require(device != "mps", "device", expected=exact, got=device, fix="Set device=cpu.")
         self.sizes, points, fix = (
             [len(task.train) for task in scenario.tasks],
             buffer.quota,
