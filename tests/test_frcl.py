@@ -5,7 +5,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import array, batch_of, buffer_context, configure, make_split, parts_of, toy_images, trainer_of
+from helpers import (
+    DIGITS_INSTEAD,
+    SUITS,
+    array,
+    batch_of,
+    buffer_context,
+    configure,
+    make_split,
+    parts_of,
+    toy_images,
+    trainer_of,
+)
 
 from cl_bench.backbones.mlp import MLP
 from cl_bench.buffers.per_task import PerTask
@@ -217,6 +228,15 @@ def test_split_mnist_has_one_output_for_two_classes_and_forty_points():
     )
     assert parts.method.mu.shape == (1, 257)
     assert parts.buffer.quota == 40
+
+
+def test_tasks_that_share_their_labels_have_functions_of_their_own(tmp_path):
+    keys = ["scenario=permuted_mnist", "scenario.num_tasks=2", "scenario.train_per_class=10", *DIGITS_INSTEAD]
+    parts = build(configure(*keys, *SUITS["frcl"], "method=frcl", "trainer.epochs=1", "device=cpu"))
+    record = trainer_of(parts, tmp_path).run()
+    assert parts.method.outputs == [10, 10]
+    assert np.isfinite(record.task_il.accuracy[-1]).all()
+    assert np.isnan(record.class_il.accuracy[-1]).all()
 
 
 def test_a_quota_of_a_task_holds_for_other_methods(tmp_path):
