@@ -133,6 +133,7 @@ SUITS = {
     "ewc": ["backbone=mlp", "backbone.hidden=[32]"],
     "ewc_pp": ["backbone=mlp", "backbone.hidden=[32]", "method.every=3", "method.strength=1"],
     "icarl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=herding", "buffer.capacity=20"],
+    "frcl": ["backbone=mlp", "backbone.hidden=[32]", "buffer=per_task", "buffer.capacity=20", "optimizer=adam"],
     "gdumb": ["backbone=mlp", "backbone.hidden=[32]", "buffer=greedy", "buffer.capacity=20"],
     "ocs": [
         *("backbone=mlp", "backbone.hidden=[32]", "buffer=ordered", "buffer.capacity=20", "method.tau=1"),

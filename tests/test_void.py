@@ -49,6 +49,7 @@ VOID = {
     "method.warm_up_weight_decay": ["backbone=memory_vit", "backbone.checkpoint=w.pt", "method.warm_up_weight_decay=1"],
     "method.rehearsal": ["backbone=memory_vit_digits", "method.rehearsal=new"],
     "method.rehearsal_size": ["backbone=memory_vit_digits", "method.rehearsal_size=8"],
+    "method.proposals": ["method=frcl", "buffer=per_task", "buffer.capacity=20", "method.proposals=9"],
     "method.pool": [*L2P, "method.pool=5"],
     "method.top": [*L2P, "method.top=1"],
     "method.length": [*L2P, "method.length=2"],

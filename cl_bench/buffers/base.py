@@ -39,6 +39,7 @@ class Context:
         device: the device of the images.
         pairs: number of pairs of a task and one of its classes; None for K, if tasks share no class.
         target_shape: of the label of an image: () for a class, (M, 5) in detection.
+        num_tasks: tasks of the scenario; read by a buffer with a quota for each.
     """
 
     image_shape: tuple[int, int, int]
@@ -48,6 +49,7 @@ class Context:
     device: torch.device
     pairs: int | None = None
     target_shape: tuple[int, ...] = ()
+    num_tasks: int = 1
 
 
 class Buffer(nn.Module, ABC):

@@ -127,6 +127,7 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
         device=device,
         pairs=pairs,
         target_shape=scenario.target_shape,
+        num_tasks=len(scenario.tasks),
         **shared,
     )
     buffer = make_buffer(context=context)
@@ -363,13 +364,15 @@ def _refuse_unsuitable(config: DictConfig, allow: list[str], net: Backbone, buff
             fix="Use buffer=reservoir, or method=finetune to train without a buffer.",
         )
     if not isinstance(buffer, kind):
+        fixes = {
+            PerClassBuffer: "Use buffer=herding or buffer=fixed_memory, which keep images of every class.",
+            OnlineBuffer: "Use buffer=greedy, class_balanced or reservoir, which are filled while a task is learned.",
+        }
         raise ConfigError(
             "buffer",
             expected=f"a buffer of kind {kind.__name__}, which method={config.choices.method} needs",
             got=config.choices.buffer,
-            fix="Use buffer=herding or buffer=fixed_memory, which keep images of every class."
-            if kind is PerClassBuffer
-            else "Use buffer=greedy, class_balanced or reservoir, which are filled while a task is learned.",
+            fix=fixes.get(kind, f"Use buffer={kind.__module__.rpartition('.')[2]}."),
         )
     if "buffer" not in signature and buffer.capacity > 0:
         raise ConfigError(

@@ -425,7 +425,7 @@ def check_replay_size(replay_size: int) -> None:
 
 def is_filled_between_tasks(values: Mapping[str, Any]) -> bool:
     """Whether the configured buffer has images of earlier tasks only, see :func:`~cl_bench.core.errors.void`."""
-    return values["config"].choices.buffer in ("fixed_memory", "confidence_aware", "herding", "ordered")
+    return values["config"].choices.buffer in ("fixed_memory", "confidence_aware", "herding", "ordered", "per_task")
 
 
 def check_draws(net: Backbone, buffer: Buffer, replay_size: int) -> None:
