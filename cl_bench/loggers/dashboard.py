@@ -169,9 +169,10 @@ def write_files(source: Path, target: Path) -> list[Path]:
     return copies
 
 
-def list_pictures(folder: Path) -> dict[str, Path]:
+def list_pictures(folder: Path, summary: dict[str, Any]) -> dict[str, Path]:
     """The pictures of the report by name: heat maps with numbers, confusion matrix, curves."""
-    return {path.stem: path for path in sorted((folder / "plots").glob("*.png"))}
+    measure = summary.get("measure", "accuracy")
+    return {name_measure(path.stem, measure): path for path in sorted((folder / "plots").glob("*.png"))}
 
 
 def hide_secrets(value: Any) -> Any:

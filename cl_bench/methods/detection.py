@@ -46,6 +46,9 @@ class SetLoss:
         require_nonnegative(fix="The article has 1, 5, 2 and 0.1.", **weights, no_object_weight=no_object_weight)
         self.class_weight, self.box_weight, self.giou_weight = class_weight, box_weight, giou_weight
         self.no_object_weight, self.auxiliary = no_object_weight, auxiliary
+        from scipy.optimize import linear_sum_assignment  # only detectors need it; here, so that no step waits for it
+
+        self._assign = linear_sum_assignment
 
     def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor) -> Losses:
         """Class logits (L, B, Q, K + 1), boxes (L, B, Q, 4), objects (B, M, 5) -> the three terms."""
@@ -73,8 +76,6 @@ class SetLoss:
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
         """(L, B, M) int64: the query of each object; Q for none, or no object. Waits for the device."""
-        from scipy.optimize import linear_sum_assignment  # here, because only detectors need it
-
         layers, images, queries, _ = logits.shape
         found = np.full((layers, images, labels.shape[1]), queries)
         costs = np.nan_to_num(self.compute_costs(logits, boxes, labels).cpu().numpy())  # a diverged run says so later
@@ -82,7 +83,7 @@ class SetLoss:
         for layer in range(layers):
             for image in range(images):
                 own = np.flatnonzero(there[image])
-                query, column = linear_sum_assignment(costs[layer, image][:, own])
+                query, column = self._assign(costs[layer, image][:, own])
                 found[layer, image, own[column]] = query
         return send(torch.from_numpy(found), labels.device)
 
