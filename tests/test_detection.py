@@ -90,7 +90,7 @@ def test_shapes_touch_the_sides_of_their_boxes_and_come_again():
 
 def make_scenario(**keys):
     source = shapes(kinds=["disc", "square", "ring"], train_images=30, test_images=9, size=32, draw_seed=0)
-    defaults = {"classes_per_task": [2, 1], "class_order": [2, 0, 1], "class_order_seed": 0, "data_seed": 0}
+    defaults = {"classes_per_task": [2, 1], "class_order": [2, 0, 1], "class_order_seed": 0, "data_seed": 0, "val_fraction": 0.0}
     return source, Detection(source=source, **(defaults | keys))
 
 

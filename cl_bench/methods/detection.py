@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cl_bench.backbones.detr import DETR
 from cl_bench.core.boxes import compute_overlaps
-from cl_bench.core.errors import require_nonnegative
+from cl_bench.core.errors import require, require_nonnegative
 from cl_bench.core.images import send
 from cl_bench.core.types import Batch, Losses
 from cl_bench.methods.base import Method
@@ -44,6 +44,13 @@ class SetLoss:
     ) -> None:
         weights = {"class_weight": class_weight, "box_weight": box_weight, "giou_weight": giou_weight}
         require_nonnegative(fix="The article has 1, 5, 2 and 0.1.", **weights, no_object_weight=no_object_weight)
+        require(
+            sum(weights.values()) > 0,
+            "class_weight",
+            expected="a weight above 0 among class_weight, box_weight and giou_weight",
+            got="0 for each, which trains nothing",
+            fix="The article has 1, 5 and 2.",
+        )
         self.class_weight, self.box_weight, self.giou_weight = class_weight, box_weight, giou_weight
         self.no_object_weight, self.auxiliary = no_object_weight, auxiliary
         from scipy.optimize import linear_sum_assignment  # only detectors need it; here, so that no step waits for it
