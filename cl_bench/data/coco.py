@@ -29,7 +29,7 @@ def coco(*, root: str, train: str, test: str, size: int) -> DetectionSet:
 
     Classes are the categories of the training file, in the order of their ids. Boxes are cut at the picture's border.
     Crowds, and boxes without area, are left out; a line on standard error says how many, and which classes have no box.
-    A picture is shown as its EXIF data say, unless it has the size in the file as it is stored. Everything is in memory.
+    A picture is shown as its EXIF data say, unless it has its size in the file as stored. Everything is in memory.
 
     Args:
         root: the folder.

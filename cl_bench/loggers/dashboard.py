@@ -32,7 +32,7 @@ SERIES |= {f"{setting}{kind}/*": "task" for setting in SETTINGS for kind in ("",
 METRICS = (average_accuracy, average_incremental_accuracy, forgetting, backward_transfer, learning_accuracy)
 """Computed after every task, from the rows so far."""
 
-FILES = ("report.html", "config.yaml", "summary.json", "accuracy_matrix.csv")
+FILES = ("report.html", "config.yaml", "summary.json", "accuracy_matrix.csv", "average_precision.csv")
 """Files of a run folder that are stored with the run, if they are there."""
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
