@@ -334,7 +334,7 @@ def read_arguments(
     of_group = GROUP_KEYS.get(key, {})
     configurable = {name for name in parameters if name not in runtime} | set(of_group)
     hints = typing.get_type_hints(built.__init__ if inspect.isclass(built) else built) | of_group
-    later_keys = LATER_KEYS | LATER_KEYS_OF.get(node.get("_target_"), {})
+    later_keys = LATER_KEYS | LATER_KEYS_OF.get(str(node.get("_target_")), {})
     with open_dict(node):
         for later in sorted(configurable - set(map(str, node))):
             if f"{key}.{later}" in later_keys:
@@ -463,7 +463,7 @@ def select_comparable(config: dict[str, Any]) -> dict[str, Any]:
             flat[prefix] = value
 
     visit("", config)
-    for key, value in (LATER_KEYS | LATER_KEYS_OF.get(flat.get("scenario._target_"), {})).items():
+    for key, value in (LATER_KEYS | LATER_KEYS_OF.get(str(flat.get("scenario._target_")), {})).items():
         as_before = flat.get(value[2:-1]) if isinstance(value, str) and value.startswith("${") else value
         if key in flat and flat[key] == as_before:
             del flat[key]

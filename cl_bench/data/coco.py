@@ -194,4 +194,6 @@ def _is_right(name: str, value: Any, kind: type) -> bool:
     """Whether a value of a JSON file is of its kind, where a float may be a whole number; and sides have pixels."""
     if kind is float:
         return type(value) in (int, float) and abs(value) < LARGEST
-    return type(value) is kind and (name not in ("width", "height") or 0 < value < LARGEST)
+    if name in ("width", "height"):
+        return type(value) is int and 0 < value < LARGEST
+    return type(value) is kind
