@@ -35,6 +35,7 @@ from PIL import Image
 
 from cl_bench.commands import run_command
 from cl_bench.commands.export import export
+from cl_bench.commands.wandb import make_sweep
 from cl_bench.config.build import build, build_component, identify_run
 from cl_bench.config.schema import select_comparable, to_plain_dict
 from cl_bench.core.boxes import compute_overlaps
@@ -610,6 +611,18 @@ def test_what_does_not_fit_detection_is_refused(overrides, key):
     with pytest.raises(ConfigError) as caught:
         build(configure(*small, "backbone=detr_shapes", *overrides))
     assert caught.value.key == key
+
+
+def test_a_sweep_of_wandb_maximises_ap():
+    keys = ["scenario.val_fraction=0.1", "trainer.evaluate_on=val", "optimizer.lr=choice(0.1,0.2)"]
+    sweep = make_sweep(["scenario=detr_shapes", "method=detr_finetune", "backbone=detr_shapes", *keys])
+    assert sweep["metric"] == {"name": "class_il/average_AP", "goal": "maximize"}
+
+
+def test_there_is_no_small_version(monkeypatch, tmp_path, capsys):
+    typed = ["+experiment=detr_shapes_replay", "+scale=mini"]
+    assert run_in_process(*typed, monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    assert "Leave +scale out, since this scenario has no small version. It is in " in capsys.readouterr().err
 
 
 def test_words_for_accuracy():

@@ -48,7 +48,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
         return str(missing)
     if isinstance(error, ConfigError):
         location = line.find_location(error.key)
-        if "configs/scale/" in location:
+        if "configs/scale/" in location and str(error.got).startswith("the unknown key"):
             way = "Leave +scale out, since this scenario has no small version."
             error = ConfigError(error.key, expected=error.expected, got=error.got, fix=way)
         return f"{error}{location}"
