@@ -642,7 +642,9 @@ def write_coco(folder, change=lambda content: content):
             Image.fromarray(pixels).save(folder / split / f"{number}.png")
         boxes = [(0, 9, [10, 5, 20, 10]), (count - 1, 4, [30, 10, 40, 40]), (0, 4, [50, 5, 3, 3])]
         content = {
-            "images": [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 20} for i in range(count)],
+            "images": [
+                {"id": i, "file_name": f"{i}.png", "width": 40, "height": 20, "name": "any"} for i in range(count)
+            ],
             "categories": [{"id": 9, "name": "dog"}, {"id": 4, "name": "cat"}],
             "annotations": [
                 {"id": i, "image_id": image, "category_id": c, "bbox": box} for i, (image, c, box) in enumerate(boxes)

@@ -17,8 +17,8 @@ NAMED = 10
 LARGEST = 1e6
 """Pixels that no picture has."""
 
-UNIQUE = ("id", "name", "file_name")
-"""Keys whose value no two entries of a list share."""
+UNIQUE = {"id", "name", "file_name"}
+"""Keys that are read, and whose value no two entries of a list share."""
 
 Objects = list[tuple[float, ...]]
 """The objects of a picture: class id and box each."""
@@ -138,7 +138,8 @@ class _Annotations:
         for position, entry in enumerate(content[key]):
             known = entry if isinstance(entry, dict) else {}
             wrong = [name for name, kind in kinds.items() if not _is_right(name, known.get(name), kind)]
-            own = {(name, known[name]) for name in UNIQUE if type(known.get(name)) in (int, str)}
+            names = UNIQUE & {"id", *kinds}
+            own = {(name, known[name]) for name in names if type(known.get(name)) in (int, str)}
             if wrong:
                 self._wrong.append(f"{key}[{position}]: {wrong[0]}")
             elif again := sorted(own & seen):
