@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cl_bench.config.build import Parts, build
 from cl_bench.config.schema import compose_config, find_unread
-from cl_bench.core.record import SETTINGS
+from cl_bench.core.record import SETTINGS, replace_non_finite
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.trainer import Interrupted, Trainer
 from cl_bench.loggers.group import Loggers
@@ -198,6 +198,8 @@ def check_resumption(build_parts: BuildParts, folder: Path, *, few: bool = False
         again = resumed.run()
         for setting in SETTINGS:
             np.testing.assert_array_equal(again.get_matrix(setting).correct, record.get_matrix(setting).correct, at)
+        precision, before = (replace_non_finite(measured.average_precision) for measured in (again, record))
+        assert precision == before, f"{at}average precisions differ"
         assert resumed.steps_done == total, f"{at}{resumed.steps_done} steps in all"
         for name, tensor in _get_tensors(parts).items():
             assert torch.equal(tensor, expected[name]), f"{at}{name} differs"

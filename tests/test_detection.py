@@ -1,9 +1,14 @@
 """Detection: shapes and COCO files, matching and losses beside numpy, average precision, methods, whole runs."""
 
+import contextlib
+import io
 import itertools
 import json
 import os
 import re
+import shutil
+import signal
+import sys
 from dataclasses import replace
 from functools import cache, partial
 
@@ -13,16 +18,25 @@ import torch
 from helpers import (
     ROOT,
     SEED,
+    assert_equal_results,
     configure,
     find_run,
+    list_logged,
+    read_points,
     run_in_process,
+    select_kind,
     softmax,
     trainer_of,
+    wandb_files,
+    wandb_records,
 )
+from omegaconf import OmegaConf
 from PIL import Image
 
-from cl_bench.commands.audit import main as audit_command
-from cl_bench.config.build import build, identify_run
+from cl_bench.commands import run_command
+from cl_bench.commands.export import export
+from cl_bench.commands.wandb import make_sweep
+from cl_bench.config.build import build, build_component, identify_run
 from cl_bench.config.schema import select_comparable, to_plain_dict
 from cl_bench.core.boxes import compute_overlaps
 from cl_bench.core.errors import ConfigError
@@ -31,13 +45,17 @@ from cl_bench.core.types import Data
 from cl_bench.data.coco import coco
 from cl_bench.data.shapes import MASKS, shapes
 from cl_bench.engine.detection import compute_precision
+from cl_bench.engine.trainer import Trainer
 from cl_bench.loggers.dashboard import Series, flatten_summary
 from cl_bench.loggers.jsonl import read_events
 from cl_bench.methods.detection import SetLoss
 from cl_bench.metrics.average_precision import THRESHOLDS, average_precision, compute_iou
 from cl_bench.report.compare import compare, make_tables
+from cl_bench.report.page import Run
 from cl_bench.report.selection import Selection
 from cl_bench.runs.load import load
+from cl_bench.runs.run_dir import write_predictions
+from cl_bench.scenarios.base import Scenario
 from cl_bench.scenarios.detection import Detection
 from cl_bench.testing import check_resumption
 
@@ -91,7 +109,7 @@ def test_shapes_touch_the_sides_of_their_boxes_and_come_again():
 def make_scenario(**keys):
     source = shapes(kinds=["disc", "square", "ring"], train_images=30, test_images=9, size=32, draw_seed=0)
     defaults = {"classes_per_task": [2, 1], "class_order": [2, 0, 1], "class_order_seed": 0, "data_seed": 0}
-    return source, Detection(source=source, **(defaults | keys))
+    return source, Detection(source=source, **(defaults | {"val_fraction": 0.0} | keys))
 
 
 def test_tasks_have_images_of_their_own_and_only_their_labels():
@@ -110,6 +128,46 @@ def test_tasks_have_images_of_their_own_and_only_their_labels():
             assert kept[kept[:, 0] >= 0, 0].tolist() == seen
         assert task.test is scenario.tasks[0].test
     assert len(scenario.tasks[0].train.list_classes()) == int((scenario.tasks[0].train.labels[..., 0] >= 0).sum())
+
+
+def test_validation_images_are_held_out_of_training_with_every_label():
+    source, scenario = make_scenario(val_fraction=0.4)
+    val = scenario.tasks[0].val
+    assert scenario.tasks[1].val is val
+    assert len(val) == 12
+    assert sorted(torch.cat([val.index, *(task.train.index for task in scenario.tasks)]).tolist()) == list(range(30))
+    for image, labels, row in zip(val.images, val.labels, val.index):
+        np.testing.assert_array_equal(image.numpy(), source.train_images[row])
+        ids = source.train_objects[row, :, 0]
+        assert labels[:, 0].tolist() == [[2, 0, 1].index(int(c)) if c >= 0 else -1 for c in ids]
+    with pytest.raises(ConfigError, match=r"^val_fraction: expected validation images that show every class"):
+        make_scenario(val_fraction=0.01)
+    with pytest.raises(ConfigError, match=r"^val_fraction: expected at least one training image per task, 2; got 1\."):
+        make_scenario(val_fraction=0.96)
+
+
+def test_a_run_on_validation_images_does_not_see_the_test_images(tmp_path):
+    def run(name, change):
+        parts = build_small("detr_finetune", "scenario.val_fraction=0.5", "trainer.evaluate_on=val")
+        parts.scenario.tasks = [replace(task, test=change(task.test)) for task in parts.scenario.tasks]
+        trainer = trainer_of(parts, tmp_path / name)
+        return trainer, trainer.run()
+
+    trainer, record = run("own", lambda test: test)
+    _, without = run("without", lambda test: test.take(slice(0)))
+    np.testing.assert_array_equal(record.class_il.correct, without.class_il.correct)
+    assert record.class_il.count.tolist() == [12, 12]
+    (tmp_path / "p").mkdir()
+    write_predictions(tmp_path / "p", trainer.answers, trainer.scenario)
+    stored, val = np.load(tmp_path / "p" / "predictions.npz"), trainer.scenario.tasks[0].val
+    assert stored["index"].tolist() == val.index.tolist()  # each shows something
+    np.testing.assert_array_equal(stored["examples"], val.images[:8].numpy())
+
+
+def test_a_configuration_from_before_validation_images_is_read():
+    config = OmegaConf.create(OmegaConf.to_container(compose(*SMALL, "method=detr_finetune"), resolve=True))
+    del config.scenario["val_fraction"]
+    assert len(build_component(config.scenario, "scenario", [], Scenario).tasks[0].val) == 0
 
 
 # -- matching and losses -----------------------------------------------------------------------------------------------
@@ -188,6 +246,12 @@ def test_matching_and_each_term_are_those_of_numpy(auxiliary):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(float(found[name]), value, rtol=1e-5)
+
+
+def test_no_step_waits_for_an_import(monkeypatch):
+    loss = SetLoss(class_weight=1, box_weight=5, giou_weight=2, no_object_weight=0.1, auxiliary=True)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)  # an import would fail; a dry run would time it
+    loss.match(*map(torch.tensor, draw_answers()))
 
 
 def test_more_objects_than_queries_and_none_at_all():
@@ -301,7 +365,8 @@ def test_a_step_reaches_the_parameters(queries, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["detr_pseudo_labels", "detr_replay"])  # the others have no further state
 def test_resumes_bit_equal_wherever_it_is_stopped(method, tmp_path):
-    check_resumption(partial(build_small, method), tmp_path)
+    bf16 = method == "detr_replay"
+    check_resumption(partial(build_small, method, *["precision=bf16"] * bf16), tmp_path, few=bf16)
 
 
 def test_pseudo_labels_are_the_sure_boxes_of_old_classes_beside_new_objects():
@@ -367,10 +432,23 @@ def test_ten_images_are_learned(queries, steps, tmp_path):
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
+REPLAY = [*SMALL, "method=detr_replay", *WITH_BUFFER["detr_replay"], "trainer.evaluate_every=4", "results_dir=r"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run in r/, and what it wrote on the console and to TensorBoard."""
+    folder = tmp_path_factory.mktemp("detection")
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(told):
+        assert run_in_process(*REPLAY, "logger=tensorboard", monkeypatch=patch, cwd=folder, report=True) == 0
+    return folder, told.getvalue()
+
+
 @pytest.mark.slow
-def test_a_run_measures_ap_in_its_files_and_words(tmp_path, monkeypatch):
-    typed = [*SMALL, "method=detr_replay", *WITH_BUFFER["detr_replay"], "logger=none", "results_dir=r"]
-    assert run_in_process(*typed, monkeypatch=monkeypatch, cwd=tmp_path, report=True) == 0
+def test_a_run_measures_ap_in_its_files_and_words(finished):
+    tmp_path, told = finished
+    assert re.search(r"task 2/2 done: Class-IL AP +\d+\.\d\d %, Task-IL AP +- ", told)
     run = find_run(tmp_path / "r")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["measure"] == "AP"
@@ -386,6 +464,9 @@ def test_a_run_measures_ap_in_its_files_and_words(tmp_path, monkeypatch):
     assert "AP" in words
     assert "ccurac" not in words
     assert (run / "plots" / "boxes.png").exists()
+    assert "Class-IL AP old" in words
+    assert "Task-IL is not defined for boxes" in words
+    assert "ROC" not in words
     boxes = page[page.index('id="boxes-figure"') :]
     boxes = boxes[: boxes.index("</svg>")]
     assert "stroke: #fefefe" in boxes  # the objects; white itself is the page's paper
@@ -397,6 +478,8 @@ def test_a_run_measures_ap_in_its_files_and_words(tmp_path, monkeypatch):
     comparison = compare([str(tmp_path / "r")])
     texts = [text for table in make_tables(comparison, interval=True) for text in (table.title, *table.header)]
     assert "Class-IL AP [%]" in texts
+    assert "AP of old classes [%]" in texts
+    assert not [text for text in texts if "Task-IL" in text]
     assert not [text for text in texts if "ccurac" in text]
     asked = compare([str(tmp_path / "r")], Selection(metrics=["AP_old", "AP50_new"]))
     assert [column.key for column in asked.columns] == ["class_il.AP_old", "class_il.AP50_new"]
@@ -409,7 +492,90 @@ def test_a_run_measures_ap_in_its_files_and_words(tmp_path, monkeypatch):
 
     loaded = load(run, device="cpu")
     assert set(loaded.predict(loaded.scenario.tasks[0].test.images)) <= set(range(6))
-    assert audit_command([str(run)]) == 2
+
+
+DASHBOARD = {
+    "average_AP",
+    "average_incremental_AP",
+    "learning_AP",
+    "anytime_average_AP",
+    "forgetting",
+    "AP_old",
+    "AP75_new",
+}
+
+
+@pytest.mark.slow
+def test_dashboards_say_ap_and_have_the_boxes(finished, monkeypatch, tmp_path):
+    run = find_run(finished[0] / "r")
+    live = read_points(run / "tensorboard")
+    assert {f"class_il/{name}" for name in DASHBOARD} < live.keys()
+    assert not [name for name in live if "ccurac" in name or "task_il" in name]
+    assert export(Run.read(run), "tensorboard", again=True)
+    assert read_points(run / "tensorboard") == live
+
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert export(Run.read(run), "wandb", ["mode=offline"])
+    [file] = wandb_files(run)
+    records = wandb_records(file)
+    logged = {name.removesuffix("/path"): value for row in list_logged(records) for name, value in row.items()}
+    assert {f"class_il/{name}" for name in DASHBOARD} < logged.keys()
+    assert {f"plots/{name}" for name in ("AP_matrix", "over_tasks", "curve", "boxes", "losses")} < logged.keys()
+    assert (file.parent / "files" / logged["plots/boxes"]).read_bytes() == (run / "plots" / "boxes.png").read_bytes()
+    table = json.loads((file.parent / "files" / logged["buffer_by_class_table"]).read_text())
+    assert table["columns"] == ["class", "objects"]
+    summary = {i.key: json.loads(i.value_json) for s in select_kind(records, "summary") for i in s.update if i.key}
+    assert summary["class_il/AP_all"] == Run.read(run).value("class_il", "AP_all")
+    assert not [name for name in (*logged, *summary) if "ccurac" in name or "task_il" in name]
+    config = {i.key: json.loads(i.value_json) for c in select_kind(records, "config") for i in c.update}
+    assert config["scenario"]["classes_per_task"] == [3, 3]
+    assert (file.parent / "files" / "cl_bench" / "average_precision.csv").is_file()
+
+
+@pytest.mark.slow
+def test_commands_take_a_run_of_detection_or_say_why_not(finished, capsys, monkeypatch, tmp_path):
+    run = str(shutil.copytree(find_run(finished[0] / "r"), tmp_path / "run" / "seed0"))
+    for arguments, status, said in (
+        (["status", run], 0, r"Class-IL AP \d+\.\d\d"),
+        (["metrics", run, "--add", "stability_gap"], 0, r"stability_gap: Class-IL -?\d+\.\d\d, Task-IL -"),
+        (["audit", run], 2, "expected a run of classification; got one of detection"),
+    ):
+        assert run_command(arguments) == status, arguments
+        assert re.search(said, "".join(capsys.readouterr()).replace("\n", " ")), arguments
+    monkeypatch.setattr("cl_bench.runs.dry_run.SECONDS", 2.0)
+    assert run_in_process(*REPLAY[:-1], "dry_run=true", "results_dir=none", monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["status"], told["measure"]) == ("dry_run", "AP")
+    assert told["expected_hours"] > 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_equal(finished, monkeypatch, tmp_path):
+    """The process ends by SIGKILL in mid-phase of the second task."""
+    typed = [*REPLAY, "trainer.checkpoint_steps=2", "logger=none"]
+    child = os.fork()
+    if not child:
+        try:
+            count = itertools.count(1)
+            counted = Trainer.count_step
+
+            def kill_at_nine(trainer, images):
+                counted(trainer, images)
+                if next(count) == 9:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            Trainer.count_step = kill_at_nine
+            run_in_process(*typed, monkeypatch=monkeypatch, cwd=tmp_path)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    [last] = tmp_path.glob("r/**/last.pt")
+    assert torch.load(last, weights_only=True)["now"]["step"] == 2
+    assert run_in_process(*typed, monkeypatch=monkeypatch, cwd=tmp_path) == 0
+    straight, killed = (find_run(folder / "r") for folder in (finished[0], tmp_path))
+    assert (straight / "average_precision.csv").read_text() == (killed / "average_precision.csv").read_text()
+    assert_equal_results(straight, killed)
 
 
 @pytest.mark.parametrize(
@@ -425,6 +591,18 @@ def test_a_run_measures_ap_in_its_files_and_words(tmp_path, monkeypatch):
         (["method=detr_finetune", "scenario.source.kinds=[disc,dog]"], "scenario.source.kinds"),
         (["method=detr_finetune", "backbone.num_queries=10"], "backbone.num_queries"),
         (["method=detr_replay", "buffer=reservoir", "method.replay_size=0"], "method.replay_size"),
+        (["method=detr_replay", "buffer=reservoir", "method.balanced_lr=0.1"], "method.balanced_lr"),
+        (["method=detr_pseudo_labels", "method.overlap=0"], "method.overlap"),
+        (["method=detr_pseudo_labels", "method.threshold=1"], "method.threshold"),
+        (
+            ["method=detr_finetune", *(f"method.set_loss.{of}_weight=0" for of in ("class", "box", "giou"))],
+            "method.set_loss.class_weight",
+        ),
+        (["method=detr_finetune", "scenario.class_order=5"], "scenario.class_order"),
+        (["method=detr_finetune", "scenario.class_order=[0.0,1,2,3,4,5]"], "scenario.class_order"),
+        (["method=detr_finetune", "scenario.class_order=[[0],1,2,3,4,5]"], "scenario.class_order"),
+        (["method=detr_finetune", "scenario.classes_per_task=[6]", "data_seed=3"], "data_seed"),
+        (["method=detr_finetune", "class_order_seed=3"], "class_order_seed"),
     ],
 )
 def test_what_does_not_fit_detection_is_refused(overrides, key):
@@ -432,6 +610,18 @@ def test_what_does_not_fit_detection_is_refused(overrides, key):
     with pytest.raises(ConfigError) as caught:
         build(configure(*small, "backbone=detr_shapes", *overrides))
     assert caught.value.key == key
+
+
+def test_a_sweep_of_wandb_maximises_ap():
+    keys = ["scenario.val_fraction=0.1", "trainer.evaluate_on=val", "optimizer.lr=choice(0.1,0.2)"]
+    sweep = make_sweep(["scenario=detr_shapes", "method=detr_finetune", "backbone=detr_shapes", *keys])
+    assert sweep["metric"] == {"name": "class_il/average_AP", "goal": "maximize"}
+
+
+def test_there_is_no_small_version(monkeypatch, tmp_path, capsys):
+    typed = ["+experiment=detr_shapes_replay", "+scale=mini"]
+    assert run_in_process(*typed, monkeypatch=monkeypatch, cwd=tmp_path) == 2
+    assert "Leave +scale out, since this scenario has no small version. It is in " in capsys.readouterr().err
 
 
 def test_words_for_accuracy():
@@ -451,7 +641,9 @@ def write_coco(folder, change=lambda content: content):
             Image.fromarray(pixels).save(folder / split / f"{number}.png")
         boxes = [(0, 9, [10, 5, 20, 10]), (count - 1, 4, [30, 10, 40, 40]), (0, 4, [50, 5, 3, 3])]
         content = {
-            "images": [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 20} for i in range(count)],
+            "images": [
+                {"id": i, "file_name": f"{i}.png", "width": 40, "height": 20, "name": "any"} for i in range(count)
+            ],
             "categories": [{"id": 9, "name": "dog"}, {"id": 4, "name": "cat"}],
             "annotations": [
                 {"id": i, "image_id": image, "category_id": c, "bbox": box} for i, (image, c, box) in enumerate(boxes)
@@ -498,12 +690,36 @@ def spoil(key, **values):
         (spoil("images", file_name="gone.png"), "gone.png"),
         (spoil("images", width=30), r"0.png has \(40, 20\) pixels"),
         (spoil("images", id=1), r"images\[1\]: id 1 again"),
+        (spoil("images", width=0), r"images\[0\]: width"),
+        (spoil("images", file_name="1.png"), r"images\[1\]: file_name 1.png again"),
+        (spoil("annotations", id=2), r"1 wrong: annotations\[2\]: id 2 again"),
+        (spoil("annotations", bbox=[0, 0, 10**400, 1]), r"1 wrong: annotation 0: bbox"),
+        (spoil("annotations", iscrowd="0"), "1 wrong: annotation 0: iscrowd '0'"),
+        (spoil("categories", name="cat"), r"categories\[1\]: name cat again"),
+        (lambda content: content | {"annotations": content["annotations"][2:]}, "1 wrong: no object"),
+        (lambda content: "[" * 100_000, "text that is damaged"),
         (spoil("categories", name="bird"), "the categories of train"),
     ],
 )
 def test_damaged_annotations_give_one_message(change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         coco(root=write_coco(tmp_path, change), train="train", test="test", size=16)
+
+
+def test_pictures_are_shown_as_the_file_of_annotations_has_them(tmp_path, capsys):
+    root = write_coco(tmp_path, spoil("annotations", category_id=4))
+    place = tmp_path / "train" / "0.png"
+    read = partial(coco, root=root, train="train", test="test", size=16)
+    Image.fromarray(np.full((20, 40), 30_000, dtype=np.uint16)).save(place)
+    assert read().train_images[0].max() == 117  # of 16 bits
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter
+    for sides in ((20, 40), (40, 20)):  # as it is stored, or as it is shown
+        Image.fromarray(np.full((*sides, 3), 9, dtype=np.uint8)).save(place, exif=turned)
+        assert read().train_images[0].max() == 9
+    assert "in train there is no box of dog" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"^test: expected other pictures than train; got train\."):
+        coco(root=root, train="train", test="train", size=16)
 
 
 def test_a_missing_file_is_told(tmp_path):

@@ -70,6 +70,12 @@ VOID = {
     "method.alignment_temperature": [*SLCA, "method.alignment_temperature=1"],
     "method.trunk_lr": ["method=slca", "backbone=timm", "backbone.frozen=true", "method.trunk_lr=0.1"],
     "method.replay_current_task": ["method=er", "buffer=herding", "method.replay_current_task=true"],
+    "method.balanced_lr": [
+        "scenario=detr_shapes",
+        "method=detr_replay",
+        "backbone=detr_shapes",
+        "method.balanced_lr=0.1",
+    ],
     "method.tau": ["method=ocs", "buffer=ordered", "buffer.capacity=20", "trainer.batch_size=8", "method.tau=1"],
     "backbone.low_scales": ["backbone=navit", "backbone.low_share=0", "backbone.low_scales=[0.5]"],
     "backbone.mlp_ratio": ["backbone=memory_vit", "backbone.pretrained=true", "backbone.mlp_ratio=3"],

@@ -108,8 +108,9 @@ def make_table(lines: Sequence[Line]) -> Table:
 def _describe(folder: Path, label: str, summary: dict[str, Any] | None) -> Line:
     seed = folder.name.removeprefix("seed")
     if summary is not None:
+        of = f" {summary['measure']}" if summary.get("measure", "accuracy") != "accuracy" else ""
         accuracies = [(name, (summary[key] or {}).get("average_accuracy")) for key, name in TITLES.items()]
-        told = ", ".join(f"{name} {value:.2f}" for name, value in accuracies if value is not None)
+        told = ", ".join(f"{name}{of} {value:.2f}" for name, value in accuracies if value is not None)
         return Line(label, seed, "finished", told, folder)
     run = LeftOut.of(folder)
     if run.state == "interrupted" and (folder / "summary.json").exists():

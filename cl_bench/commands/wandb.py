@@ -19,22 +19,26 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cl_bench.config.build import find_measure
 from cl_bench.config.explain import to_config_error
 from cl_bench.config.packages import find_installed
 from cl_bench.config.schema import CONFIGS, compose_config
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.labels import format_value
-from cl_bench.core.record import TITLES
+from cl_bench.core.record import TITLES, name_measure
 from cl_bench.runs.sweep import refuse_test_images
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 OBJECTIVE = "class_il/average_accuracy"
-"""What a search maximises, as Hydra's does."""
+"""What a search maximises, as Hydra's does; in the word of the scenario's measure."""
 
 COMPARED = ("average_accuracy", "forgetting", "backward_transfer", "learning_accuracy")
 """Metrics that have a panel over tasks in the workspace, in each setting."""
+
+COMPARED_IN_DETECTION = ("average_AP", "AP_all", "AP_old", "AP_new")
+"""Those of a section of its own, closed at first, in Class-IL."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -95,7 +99,7 @@ def make_sweep(overrides: Sequence[str]) -> dict[str, Any]:
     logger = [] if any(text.startswith("logger=") for text in kept) else ["logger=wandb"]
     return {
         "method": "bayes",
-        "metric": {"name": OBJECTIVE, "goal": "maximize"},
+        "metric": {"name": name_measure(OBJECTIVE, find_measure(config)), "goal": "maximize"},
         **({"run_cap": hydra["n_trials"]} if "n_trials" in hydra else {}),
         "parameters": parameters,
         "command": ["${env}", "python", "-m", "cl_bench", *settings, *kept, *logger, "${args_no_hyphens}"],
@@ -127,6 +131,8 @@ def make_workspace(project: str) -> "Workspace":
         Section(name=title, panels=[make_plot(setting, metric) for metric in COMPARED], is_open=True)
         for setting, title in TITLES.items()
     ]
+    panels = [make_plot("class_il", metric) for metric in COMPARED_IN_DETECTION]
+    sections.append(Section(name="Detection", panels=panels, is_open=False))
     rows = RunsetSettings(groupby=[Metric("Group")])
     return Workspace(entity=entity, project=name, name="Comparison of rows", sections=sections, runset_settings=rows)
 

@@ -109,7 +109,7 @@ def build(config: DictConfig, scenario: Scenario | None = None) -> Parts:
             "trainer.evaluate_on",
             expected="test, since no validation images are held out",
             got="val",
-            fix="Leave it out." if scenario.target_shape else "Set scenario.val_fraction=0.1 as well.",
+            fix="Set scenario.val_fraction=0.1 as well.",
         )
     shared: dict[str, Any] = {"num_classes": scenario.num_classes, "image_shape": scenario.image_shape}
     transform = scenario.transform
@@ -189,6 +189,12 @@ def _build_cheap_parts(config: DictConfig, allow: list[str]) -> tuple[Settings, 
 def build_scenario(config: DictConfig) -> Scenario:
     """The scenario alone; its images are not on the device yet."""
     return build_component(config.scenario, "scenario", list(config.allow_packages), KINDS["scenario"])
+
+
+def find_measure(config: DictConfig) -> str:
+    """:attr:`Scenario.measure` of the scenario that would be built."""
+    built = import_target(config.scenario, "scenario", list(config.allow_packages))
+    return getattr(built, "measure", Scenario.measure)
 
 
 def identify_run(

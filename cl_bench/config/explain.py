@@ -47,7 +47,11 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     if missing := find_missing_plugin(error):
         return str(missing)
     if isinstance(error, ConfigError):
-        return f"{error}{line.find_location(error.key)}"
+        location = line.find_location(error.key)
+        if "configs/scale/" in location and str(error.got).startswith("the unknown key"):
+            way = "Leave +scale out, since this scenario has no small version."
+            error = ConfigError(error.key, expected=error.expected, got=error.got, fix=way)
+        return f"{error}{location}"
     return _explain_hydra(error, line)
 
 

@@ -107,6 +107,9 @@ LATER_KEYS = {
 out a key with this value, and a ``config.yaml`` without the key gets it. So older runs stay in their row and can be
 read."""
 
+LATER_KEYS_OF = {"cl_bench.scenarios.detection.Detection": {"scenario.val_fraction": 0.0}}
+"""The same by ``_target_``, for keys that other variants of the group had from the start."""
+
 FILES = ("backbone.checkpoint", "backbone.weights")
 """Keys that name a file. What makes two runs comparable is its content, not its name."""
 
@@ -337,10 +340,11 @@ def read_arguments(
     of_group = GROUP_KEYS.get(key, {})
     configurable = {name for name in parameters if name not in runtime} | set(of_group)
     hints = typing.get_type_hints(built.__init__ if inspect.isclass(built) else built) | of_group
+    later_keys = LATER_KEYS | LATER_KEYS_OF.get(str(node.get("_target_")), {})
     with open_dict(node):
         for later in sorted(configurable - set(map(str, node))):
-            if f"{key}.{later}" in LATER_KEYS:
-                node[later] = LATER_KEYS[f"{key}.{later}"]
+            if f"{key}.{later}" in later_keys:
+                node[later] = later_keys[f"{key}.{later}"]
     values: dict[str, Any] = {}
     for name in node:
         name = str(name)
@@ -489,7 +493,7 @@ def select_comparable(config: dict[str, Any]) -> dict[str, Any]:
             flat[prefix] = value
 
     visit("", config)
-    for key, value in LATER_KEYS.items():
+    for key, value in (LATER_KEYS | LATER_KEYS_OF.get(str(flat.get("scenario._target_")), {})).items():
         as_before = flat.get(value[2:-1]) if isinstance(value, str) and value.startswith("${") else value
         if key in flat and flat[key] == as_before:
             del flat[key]

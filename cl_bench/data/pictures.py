@@ -50,17 +50,25 @@ class Decoder:
         Raises:
             Exception: the file is damaged, or needs a ``value_range``; PIL raises many types.
         """
+        return np.asarray(ImageOps.fit(self.read(path), (self.size, self.size))).transpose(2, 0, 1)
+
+    def read(self, path: Path, stored: tuple[int, int] | None = None) -> Image.Image:
+        """The first picture of the file in its own size, as RGB; see :meth:`decode`.
+
+        Args:
+            path: the file.
+            stored: the width and height, in pixels, of a picture that is not to be rotated.
+        """
         with Image.open(path, formats=list_kinds()) as picture:
             _refuse_what_pil_misreads(picture)
             picture.load()  # this already rotates a TIFF file
-            shown = ImageOps.exif_transpose(picture)
+            shown = picture if picture.size == stored else ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":
                 shown = self._convert_to_eight_bits(shown, picture)
             if shown.has_transparency_data:
                 behind = Image.new("RGBA", shown.size, (*self.background, 255))
                 shown = Image.alpha_composite(behind, shown.convert("RGBA"))
-            fitted = ImageOps.fit(shown.convert("RGB"), (self.size, self.size))
-        return np.asarray(fitted).transpose(2, 0, 1)
+            return shown.convert("RGB")
 
     def _convert_to_eight_bits(self, shown: Image.Image, file: Image.Image) -> Image.Image:
         """A picture with one channel of more than eight bits, as eight bits; ``file`` says what its values mean."""

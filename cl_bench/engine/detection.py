@@ -1,4 +1,4 @@
-"""What is measured of detectors: average precision by class, in one pass over the test images (decision 36).
+"""What is measured of detectors: average precision by class, in one pass over the images (decision 36).
 
 The counterpart of :mod:`cl_bench.engine.evaluate`. A query answers with its surest class among those seen so far and
 with one box; nothing else is suppressed. Images that show no class seen so far are left out, as in CL-DETR.
@@ -22,19 +22,21 @@ BATCH = 100
 """Images per evaluation batch. It changes the speed only."""
 
 EXAMPLES = 8
-"""Test images that are kept for the report."""
+"""Images that are kept for the report."""
 
 
 @dataclass(frozen=True)
 class Detections:
-    """Answers on N test images after ``learned`` tasks: tensors on the CPU.
+    """Answers on N images after ``learned`` tasks: tensors on the CPU.
 
     Attributes:
         index: (N,) each image's position in the data set's own order.
         labels: (N, M, 5) the objects of all classes.
         classes, confidence, boxes: (N, Q), (N, Q), (N, Q, 4) of each query: position of its class in the class order
             (-1 for no answer), the probability, and the box.
+        examples: (E, C, H, W) uint8, the first images.
         tasks: of the scenario.
+        count: images that each task is asked on, also those without a class seen so far.
         precision: (K, 10) AP of each class in [0, 1] at each IoU threshold; nan for a class not seen or not shown.
     """
 
@@ -43,16 +45,18 @@ class Detections:
     classes: Tensor
     confidence: Tensor
     boxes: Tensor
+    examples: Tensor
     tasks: list[Task]
+    count: int
     learned: int
     precision: np.ndarray
 
     def count_correct(self, setting: str, num_tasks: int) -> list[float]:
-        """AP of each task's classes times its test images; nan for a task not learned, and in Task-IL."""
+        """AP of each task's classes times its images; nan for a task not learned, and in Task-IL."""
         found = [math.nan] * num_tasks
         if setting == "class_il":
             for task in self.tasks[: min(self.learned, num_tasks)]:
-                found[task.id] = len(task.test) * _mean(self.precision[list(task.classes)])
+                found[task.id] = self.count * _mean(self.precision[list(task.classes)])
         return found
 
     def compute_auroc(self, tasks: list[Task]) -> list[float]:
@@ -85,15 +89,15 @@ def _mean(values: np.ndarray) -> float:
 def evaluate_detection(
     method: Detector, scenario: Scenario, *, learned: int, split: str, autocast: torch.autocast
 ) -> Detections:
-    """The method's boxes on the test images, which all tasks share, and their average precision.
+    """The method's boxes on the ``split`` ("test" or "val") images, which all tasks share, and their average precision.
 
     Raises:
         FloatingPointError: a score or a box is not a number.
     """
-    data = scenario.tasks[0].get_split(split)
+    every = scenario.tasks[0].get_split(split)
     seen = scenario.tasks[learned - 1].classes.stop if learned else 0
-    shown = ((data.labels[..., 0] >= 0) & (data.labels[..., 0] < max(seen, 1))).any(dim=1)
-    data = data.take(torch.nonzero(shown).flatten())
+    shown = ((every.labels[..., 0] >= 0) & (every.labels[..., 0] < max(seen, 1))).any(dim=1)
+    data = every.take(torch.nonzero(shown).flatten())
     method.eval()
     answers = []
     for part in data.split(BATCH):
@@ -108,7 +112,18 @@ def evaluate_detection(
     classes = torch.where((confidence > -torch.inf) & (seen > 0), classes, -1)
     labels = data.labels.cpu()
     precision = compute_precision(labels, classes, confidence, boxes, seen, scenario.num_classes)
-    return Detections(data.index.cpu(), labels, classes, confidence, boxes, scenario.tasks, learned, precision)
+    return Detections(
+        index=data.index.cpu(),
+        labels=labels,
+        classes=classes,
+        confidence=confidence,
+        boxes=boxes,
+        examples=data.images[:EXAMPLES].cpu(),
+        tasks=scenario.tasks,
+        count=len(every),
+        learned=learned,
+        precision=precision,
+    )
 
 
 def _no_answers() -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from cl_bench.core.errors import require
+from cl_bench.core.record import SETTINGS, TITLES
 from cl_bench.loggers.base import Logger, Progress, RunInfo
 
 if TYPE_CHECKING:
@@ -269,13 +270,14 @@ def _format_losses(event: dict[str, Any]) -> str:
 
 
 def _format_accuracies(event: dict[str, Any], num_tasks: int, times: _Times) -> str:
-    class_il, task_il = (_format_percent(event[f"{setting}_average"]) for setting in ("class_il", "task_il"))
+    of = f" {event['measure']}" if "measure" in event else ""
+    told = [f"{TITLES[setting]}{of} {_format_percent(event[f'{setting}_average'])}" for setting in SETTINGS]
     position = _format_count(event["task"], num_tasks)
-    return f"task {position} done: Class-IL {class_il}, Task-IL {task_il} [{_format_seconds(times.get_elapsed())}]"
+    return f"task {position} done: {', '.join(told)} [{_format_seconds(times.get_elapsed())}]"
 
 
 def _format_percent(value: float | None) -> str:
-    return f"{value:6.2f} %" if value is not None else f"{'-':>8}"
+    return f"{'-':>8}" if value is None or math.isnan(value) else f"{value:6.2f} %"
 
 
 def _format_number(value: float | None, form: str) -> str:

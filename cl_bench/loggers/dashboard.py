@@ -32,7 +32,7 @@ SERIES |= {f"{setting}{kind}/*": "task" for setting in SETTINGS for kind in ("",
 METRICS = (average_accuracy, average_incremental_accuracy, forgetting, backward_transfer, learning_accuracy)
 """Computed after every task, from the rows so far."""
 
-FILES = ("report.html", "config.yaml", "summary.json", "accuracy_matrix.csv")
+FILES = ("report.html", "config.yaml", "summary.json", "accuracy_matrix.csv", "average_precision.csv")
 """Files of a run folder that are stored with the run, if they are there."""
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
@@ -169,9 +169,10 @@ def write_files(source: Path, target: Path) -> list[Path]:
     return copies
 
 
-def list_pictures(folder: Path) -> dict[str, Path]:
+def list_pictures(folder: Path, summary: dict[str, Any]) -> dict[str, Path]:
     """The pictures of the report by name: heat maps with numbers, confusion matrix, curves."""
-    return {path.stem: path for path in sorted((folder / "plots").glob("*.png"))}
+    measure = summary.get("measure", "accuracy")
+    return {name_measure(path.stem, measure): path for path in sorted((folder / "plots").glob("*.png"))}
 
 
 def hide_secrets(value: Any) -> Any:

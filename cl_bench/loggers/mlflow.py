@@ -84,7 +84,7 @@ class MLflow(Logger):
                 self._log(client, self._delivered.list_undelivered())
                 for name, value in flatten_summary(summary).items():
                     client.log_metric(self._id, f"summary/{name}", value)
-                for path in list_pictures(self._folder).values():
+                for path in list_pictures(self._folder, summary).values():
                     client.log_artifact(self._id, str(path), "plots")
                 with tempfile.TemporaryDirectory() as copies:
                     for path in write_files(self._folder, Path(copies)):

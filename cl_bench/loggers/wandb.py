@@ -214,9 +214,11 @@ def _draw_end(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """The pictures of the report, and what the buffer holds."""
     import wandb
 
-    content: dict[str, Any] = {f"plots/{name}": wandb.Image(str(path)) for name, path in list_pictures(folder).items()}
+    pictures = list_pictures(folder, summary)
+    content: dict[str, Any] = {f"plots/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
     if counts := summary.get("buffer_by_class"):
-        names: list[str | int] = ["class", "images"]
+        counted = "images" if summary.get("measure", "accuracy") == "accuracy" else "objects"
+        names: list[str | int] = ["class", counted]
         table = wandb.Table(columns=names, data=[list(pair) for pair in zip(summary["class_names"], counts)])
-        content["buffer_by_class"] = wandb.plot.bar(table, "class", "images", title="images in the buffer")
+        content["buffer_by_class"] = wandb.plot.bar(table, "class", counted, title=f"{counted} in the buffer")
     return content

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cl_bench.backbones.detr import DETR
 from cl_bench.core.boxes import compute_overlaps
-from cl_bench.core.errors import require_nonnegative
+from cl_bench.core.errors import require, require_nonnegative
 from cl_bench.core.images import send
 from cl_bench.core.types import Batch, Losses
 from cl_bench.methods.base import Method
@@ -44,8 +44,18 @@ class SetLoss:
     ) -> None:
         weights = {"class_weight": class_weight, "box_weight": box_weight, "giou_weight": giou_weight}
         require_nonnegative(fix="The article has 1, 5, 2 and 0.1.", **weights, no_object_weight=no_object_weight)
+        require(
+            sum(weights.values()) > 0,
+            "class_weight",
+            expected="a weight above 0 among class_weight, box_weight and giou_weight",
+            got="0 for each, which trains nothing",
+            fix="The article has 1, 5 and 2.",
+        )
         self.class_weight, self.box_weight, self.giou_weight = class_weight, box_weight, giou_weight
         self.no_object_weight, self.auxiliary = no_object_weight, auxiliary
+        from scipy.optimize import linear_sum_assignment  # only detectors need it; here, so that no step waits for it
+
+        self._assign = linear_sum_assignment
 
     def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor) -> Losses:
         """Class logits (L, B, Q, K + 1), boxes (L, B, Q, 4), objects (B, M, 5) -> the three terms."""
@@ -73,8 +83,6 @@ class SetLoss:
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
         """(L, B, M) int64: the query of each object; Q for none, or no object. Waits for the device."""
-        from scipy.optimize import linear_sum_assignment  # here, because only detectors need it
-
         layers, images, queries, _ = logits.shape
         found = np.full((layers, images, labels.shape[1]), queries)
         costs = np.nan_to_num(self.compute_costs(logits, boxes, labels).cpu().numpy())  # a diverged run says so later
@@ -82,7 +90,7 @@ class SetLoss:
         for layer in range(layers):
             for image in range(images):
                 own = np.flatnonzero(there[image])
-                query, column = linear_sum_assignment(costs[layer, image][:, own])
+                query, column = self._assign(costs[layer, image][:, own])
                 found[layer, image, own[column]] = query
         return send(torch.from_numpy(found), labels.device)
 

@@ -36,9 +36,9 @@ class DETRPseudoLabels(Detector):
         self, *, net: DETR, scenario: Detection, set_loss: SetLoss, most: int, threshold: float | None, overlap: float
     ) -> None:
         super().__init__(net=net, set_loss=set_loss)
-        require_positive(fix="The released code has 10.", most=most)
-        require_fraction(fix="The released code has no threshold (null) and overlap 0.7.", overlap=overlap)
-        require_fraction(fix="null keeps every box.", threshold=threshold)
+        require_positive(fix="The released code has 10 and 0.7.", most=most, overlap=overlap)  # 0 would drop every box
+        require_fraction(fix="The released code has 0.7.", overlap=overlap)
+        require_fraction(fix="null keeps every box; nothing is above 1.", below_one=True, threshold=threshold)
         self._transform = scenario.transform
         self.most, self.threshold, self.overlap = most, threshold, overlap
 

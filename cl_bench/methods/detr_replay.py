@@ -15,11 +15,12 @@ import torch
 
 from cl_bench.backbones.detr import DETR
 from cl_bench.buffers.base import OnlineBuffer
-from cl_bench.core.errors import require, require_nonnegative, require_positive
+from cl_bench.core.errors import require, require_nonnegative, require_positive, void
 from cl_bench.core.types import Batch, Losses, Phase, Task
 from cl_bench.methods.detection import Detector, SetLoss
 
 
+@void("balanced_lr", when=lambda v: not v["balanced_epochs"], why="balanced_epochs=0 is no balanced stage")
 class DETRReplay(Detector):
     """Trains on the stream and on stored images, then on stored images of all tasks.
 

@@ -37,6 +37,7 @@ from cl_bench.report.statistics import run_paired_tests
 from cl_bench.report.tables import (
     ACCURACIES,
     COSTS,
+    PRECISIONS,
     Column,
     Table,
     drop_column,
@@ -75,7 +76,7 @@ class Comparison:
         pairs: paired tests, one line per pair of rows with enough seeds in common.
         published: label of a row, and a published number beside the row's mean.
         left_out: the runs that are not finished.
-        columns: the metrics of the first table; the accuracies unless others were asked for.
+        columns: the metrics of the first table; accuracies or average precisions unless others were asked for.
         reference: the position of the row that the others are compared with, if one was named.
         group: the key that the rows are grouped by.
     """
@@ -103,7 +104,12 @@ class Comparison:
     @property
     def all_columns(self) -> Sequence[Column]:
         """The metrics of all tables."""
-        return [*ACCURACIES, *COSTS] if self.columns is ACCURACIES else self.columns
+        return [*self.columns, *COSTS] if self.by_default else self.columns
+
+    @property
+    def by_default(self) -> bool:
+        """Whether no metrics were asked for."""
+        return self.columns in (ACCURACIES, PRECISIONS)
 
 
 def compare(paths: Sequence[str], selection: Selection | None = None, imports: Sequence[str] = ()) -> Comparison:
@@ -134,7 +140,8 @@ def compare(paths: Sequence[str], selection: Selection | None = None, imports: S
     if reference is not None:
         tested_against = own.index(rows[reference])
     pairs = run_paired_tests([(row.label, row.values(MAIN)) for row in own], tested_against)
-    columns = [make_column(name) for name in names] or ACCURACIES
+    detection = all(row.runs[0].measure == "AP" for row in rows)
+    columns = [make_column(name) for name in names] or (PRECISIONS if detection else ACCURACIES)
     return Comparison(rows, make_orders(rows), pairs, published, left_out, columns, reference, selection.group)
 
 
@@ -207,7 +214,7 @@ def make_tables(comparison: Comparison, interval: bool) -> list[Table]:
     shown = [make_accuracy_table(rows, interval, comparison.columns, group)]
     if comparison.reference is not None:
         shown.append(make_difference_table(rows, comparison.reference, comparison.columns))
-    if comparison.columns is ACCURACIES:
+    if comparison.by_default:
         shown.append(make_stat_table(rows, "Cost", COSTS, interval, group))
     if any(row.imported for row in rows):
         shown.append(make_imports_table(rows))

@@ -33,6 +33,17 @@ CARDS = (
 )
 """The numbers at the head of the page: setting, metric, unit."""
 
+CARDS_OF_DETECTION = (*(("class_il", f"AP_{classes}", "%") for classes in ("all", "old", "new")), CARDS[2])
+"""The same of a detector."""
+
+SETTINGS_ARE = (
+    "Class-IL predicts among all classes seen, Task-IL among those of the image's task; both with the same weights."
+)
+DETECTION_IS = (
+    "Average AP is a mean over tasks; AP of all, old and new classes is one over the classes seen, those of earlier "
+    "tasks and those of the last task. Task-IL is not defined for boxes."
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -137,14 +148,18 @@ def write_report(folder: Path) -> Path:
     run = Run.read(folder)
     pictures = {name: Picture.of(name, *figure) for name, figure in _draw_figures(run)}
     say = functools.partial(name_measure, measure=run.measure)
-    summary = run.summary
+    summary, detection = run.summary, run.measure == "AP"
     page = render(
         "report.html.j2",
         summary=summary,
         warnings=_list_warnings(summary),
         facts=_list_facts(summary),
         accuracies=say("Accuracies"),
-        cards=[(say(_format_card_label(*card)), _format_card_value(run, *card)) for card in CARDS],
+        settings=DETECTION_IS if detection else SETTINGS_ARE,
+        cards=[
+            (say(_format_card_label(*card)), _format_card_value(run, *card))
+            for card in (CARDS_OF_DETECTION if detection else CARDS)
+        ],
         metrics=[(say(label), *values) for label, *values in _list_metrics(run)],
         odd=[say(sentence) for sentence in _explain_odd_numbers(run)],
         costs=[(label, _format_or_dash(run.value("cost", key), text)) for key, (label, text) in COSTS.items()],
@@ -309,12 +324,12 @@ def _draw_figures(run: Run) -> Iterator[tuple[str, tuple[Figure, str, str]]]:
     """File name, figure, title and caption of every picture that is not empty."""
     summary = run.summary
     on = "test images" if summary["evaluate_on"] == "test" else f"{summary['evaluate_on']} images"
+    which = f"the {on} of each task" if run.measure == "accuracy" else f"all {on}, of the classes of each task"
     candidates = {
         "accuracy_matrix": (
             plots.draw_accuracy_matrix(run.record, run.measure),
             "Accuracy matrix",
-            f"Accuracy in percent on the {on} of each task (columns) after learning each task (rows). "
-            "Grey was not measured.",
+            f"Accuracy in percent on {which} (columns) after learning each task (rows). Grey was not measured.",
         ),
         "over_tasks": (
             plots.draw_over_tasks(run.record, run.measure),
@@ -457,7 +472,8 @@ def _list_metrics(run: Run) -> list[tuple[str, str, str]]:
     lines = [
         (to_words(n), format_number(run.value("class_il", n)), format_number(run.value("task_il", n))) for n in names
     ]
-    if area := run.summary.get("task_il_auroc"):  # records from before it was measured have none
+    area = run.summary.get("task_il_auroc")  # records from before it was measured have none
+    if area and run.measure == "accuracy":
         lines.append(
             ("area under the ROC curve, one class of a task against its others", "-", format_number(area["mean"]))
         )

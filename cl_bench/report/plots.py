@@ -190,13 +190,16 @@ def draw_boxes(class_names: Sequence[str], predictions: Mapping[str, np.ndarray]
             if c >= 0:
                 _draw_box(axes, box, width, height, _NEARLY_BLACK, 3.0)
                 _draw_box(axes, box, width, height, _NEARLY_WHITE, 1.0)
-        answers = zip(*(predictions[key][number] for key in ("class_il", "confidence", "boxes")))
-        for c, confidence, box in answers:
+        classes, confidences, boxes = (predictions[key][number] for key in ("class_il", "confidence", "boxes"))
+        for query in np.argsort(confidences):  # the surest above the others
+            c, confidence = classes[query], confidences[query]
             if c >= 0 and confidence > SURE:
-                left, top = _draw_box(axes, box, width, height, f"C{c % 10}", 2.0)
+                left, top = _draw_box(axes, boxes[query], width, height, f"C{c % 10}", 2.0)
                 text = f"{_shorten(class_names[c], 12)} {confidence:.2f}"
+                at = {"x": left, "ha": "left"} if left < 0.6 * width else {"x": width - 1, "ha": "right"}
                 background = {"color": f"C{c % 10}", "pad": 1.0, "lw": 0}
-                axes.text(left, top, text, size=7, color=_NEARLY_WHITE, bbox=background, parse_math=False, clip_on=True)
+                style = {"size": 7, "color": _NEARLY_WHITE, "bbox": background, "parse_math": False, "clip_on": True}
+                axes.text(y=max(top, 0.06 * height), s=text, **at, **style)
     return figure
 
 

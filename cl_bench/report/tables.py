@@ -37,6 +37,13 @@ ACCURACIES = (
 )
 """Columns of the first table."""
 
+PRECISIONS = (
+    ACCURACIES[0],
+    *(Column(f"class_il.AP_{classes}", f"AP of {classes} classes [%]") for classes in ("all", "old", "new")),
+    ACCURACIES[2],
+)
+"""The same where all rows are of detection, which has no Task-IL."""
+
 COSTS = (
     Column("cost.parameters", "parameters [millions]", unit=1e6, decimals=3),
     Column("cost.buffer_bytes", "buffer [MiB]", unit=2.0**20),
@@ -151,7 +158,8 @@ def make_accuracy_table(
     rows: Sequence[Row], interval: bool, columns: Sequence[Column] = ACCURACIES, group: str | None = None
 ) -> Table:
     """Accuracy and forgetting of each row, or other columns, and the settings in which it differs."""
-    table = make_stat_table(rows, "Accuracy" if columns is ACCURACIES else "Metrics", columns, interval, group)
+    title = "Accuracy" if columns in (ACCURACIES, PRECISIONS) else "Metrics"
+    table = make_stat_table(rows, title, columns, interval, group)
     note = (
         f"{table.note} Forgetting: larger is worse. Differs in: settings outside {', '.join(FREE)} that are unlike "
         "those of the row named, its values in brackets; all settings, where experiment and name are the same."

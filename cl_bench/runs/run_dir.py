@@ -17,7 +17,7 @@ import yaml
 from cl_bench.config.schema import PACKAGE
 from cl_bench.core.errors import ConfigError, RunError
 from cl_bench.core.record import FAILURE
-from cl_bench.engine.detection import EXAMPLES, Detections
+from cl_bench.engine.detection import Detections
 from cl_bench.engine.evaluate import Evaluation
 from cl_bench.scenarios.base import Scenario
 from cl_bench.system.atomic import hold_lock, write_text
@@ -177,28 +177,23 @@ def find_commit() -> str | None:
 def write_predictions(folder: Path, answers: Evaluation | Detections, scenario: Scenario) -> None:
     """``predictions.npz``: one entry per test image, in the data set's own order, with its own class ids."""
     original = np.append(np.array(scenario.class_order), -1)  # position -1 (not answered) -> -1
-    if isinstance(answers, Detections):
-        columns = _list_boxes(answers, scenario, original)
-    else:
-        columns = _list_answers(answers, original)
+    columns = _list_boxes(answers, original) if isinstance(answers, Detections) else _list_answers(answers, original)
     partial = folder / "predictions.partial.npz"
     np.savez_compressed(partial, **columns)  # type: ignore[arg-type]  # a name could be allow_pickle
     partial.replace(folder / "predictions.npz")
 
 
-def _list_boxes(answers: Detections, scenario: Scenario, original: np.ndarray) -> dict[str, np.ndarray]:
+def _list_boxes(answers: Detections, original: np.ndarray) -> dict[str, np.ndarray]:
     """Objects and boxes of each image, and the first images themselves, for the report."""
     labels = answers.labels.numpy().copy()
     labels[..., 0] = original[labels[..., 0].astype(int)]
-    examples = answers.index[:EXAMPLES]
-    test = scenario.tasks[0].test  # in the data set's order, and the same in every task
     return {
         "index": answers.index.numpy(),
         "label": labels,
         "class_il": original[answers.classes.numpy()],
         "confidence": answers.confidence.numpy(),
         "boxes": answers.boxes.numpy(),
-        "examples": test.images[examples.to(test.labels.device)].cpu().numpy(),
+        "examples": answers.examples.numpy(),
     }
 
 

@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
+from cl_bench.config.build import find_measure
 from cl_bench.config.schema import INCOMPARABLE
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.report.trials import write_trials
@@ -60,7 +61,7 @@ def search(config: DictConfig, settings: dict[str, Any], launcher: Launcher, arg
             try:
                 _run_trials(optuna, study, settings, launcher, space, fixed)
             finally:
-                _write_results(study, folder)
+                _write_results(study, folder, find_measure(config))
     except BlockingIOError as error:
         raise ConfigError(
             "hydra.sweeper",
@@ -164,13 +165,13 @@ def _name_study(config: DictConfig, space: dict[str, Any], fixed: list[str]) -> 
     return f"{config.experiment}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
 
 
-def _write_results(study: Any, folder: Path) -> None:
+def _write_results(study: Any, folder: Path, measure: str) -> None:
     """``trials.csv`` and ``trials.png``; prints the best trial."""
     trials = [
         {"number": trial.number, "state": trial.state.name.lower(), "value": trial.value, **trial.params}
         for trial in study.get_trials(deepcopy=False)
     ]
-    write_trials(trials, folder)
+    write_trials(trials, folder, measure)
     complete = [trial for trial in trials if trial["value"] is not None]
     if complete:
         best = max(complete, key=lambda trial: trial["value"])

@@ -1,11 +1,12 @@
 """What scenarios share: the images of a data set that they use and hold out, and how pixels are normalised."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from cl_bench.core.errors import Built, require, require_fraction, void
+from cl_bench.core.errors import Built, ConfigError, require, require_fraction, void
 from cl_bench.data.base import ImageSet
 from cl_bench.data.rand_augment import RandAugment
 from cl_bench.data.transform import Transform
@@ -26,6 +27,47 @@ def check_seeds(**seeds: int) -> None:
     """Raise :class:`ConfigError` for the first of ``seeds`` that numpy would refuse; its name is the key."""
     for key, seed in seeds.items():
         require(0 <= seed < 2**32, key, expected="a whole number in [0, 2^32)", got=seed, fix="Use a smaller seed.")
+
+
+def check_task_sizes(sizes: list[int], num_classes: int, fix: str) -> None:
+    """Refuse ``classes_per_task`` that do not cut the classes into tasks."""
+    require(
+        len(sizes) > 0 and min(sizes) > 0 and sum(sizes) == num_classes,
+        "classes_per_task",
+        expected=f"positive numbers that add up to {num_classes} classes",
+        got=f"{list(sizes)} (sum {sum(sizes)})",
+        fix=fix,
+    )
+
+
+def choose_class_order(num_classes: int, order: Any, seed: int, others: Mapping[str, list[int]]) -> list[int]:
+    """The data set's class ids in the order of learning.
+
+    Args:
+        num_classes: how many there are.
+        order: ``natural``, ``random``, the name of one of ``others``, or a list of all class ids.
+        seed: draws ``random``, by numpy's legacy permutation.
+        others: the orders that a scenario has beside these.
+
+    Raises:
+        ConfigError: ``class_order`` is nothing of these.
+    """
+    known = {
+        "natural": list(range(num_classes)),
+        "random": np.random.RandomState(seed).permutation(num_classes).tolist(),
+        **others,
+    }
+    if isinstance(order, str) and order in known:
+        return known[order]
+    explicit = not isinstance(order, str) and hasattr(order, "__iter__") and list(order)
+    if explicit and all(type(c) is int for c in explicit) and sorted(explicit) == list(range(num_classes)):
+        return explicit
+    raise ConfigError(
+        "class_order",
+        expected=f"one of {', '.join(known)}, or a list of the {num_classes} class ids, each once",
+        got=order if isinstance(order, str) else repr(explicit or order),
+        fix="Use class_order=random with a class_order_seed for a random order.",
+    )
 
 
 def declare_void_choices(built: Built) -> Built:

@@ -21,14 +21,14 @@ from cl_bench.scenarios.selection import (
     ValChoice,
     build_transform,
     check_seeds,
+    check_task_sizes,
+    choose_class_order,
     choose_images,
     declare_void_choices,
 )
 
 SEED_ORDERS = ("ocl_survey", "agem")
 """Orders that the run's ``seed`` draws, as in the code of published experiments."""
-
-ORDERS = ("natural", "random", "superclass", *SEED_ORDERS)
 
 AGEM_SEED, AGEM_FIRST = 1234, 15
 """agem's ``conv_split_cifar.py``: its random seed, and the classes of the three tasks that tune its learning rates."""
@@ -166,13 +166,8 @@ def _check_held_out_classes(num_classes: int, pretrain_classes: int) -> None:
 def choose_task_sizes(num_classes: int, num_tasks: int, classes_per_task: list[int] | None) -> list[int]:
     """The number of classes of each task."""
     if classes_per_task is not None:
-        require(
-            len(classes_per_task) > 0 and min(classes_per_task) > 0 and sum(classes_per_task) == num_classes,
-            "classes_per_task",
-            expected=f"positive numbers that add up to {num_classes} classes",
-            got=f"{list(classes_per_task)} (sum {sum(classes_per_task)})",
-            fix=f"For equal tasks set classes_per_task=null and num_tasks to one of {_list_divisors(num_classes)}.",
-        )
+        ways = f"For equal tasks set classes_per_task=null and num_tasks to one of {_list_divisors(num_classes)}."
+        check_task_sizes(classes_per_task, num_classes, ways)
         return list(classes_per_task)
     if not 0 < num_tasks <= num_classes or num_classes % num_tasks:
         fix = "Choose one of them."
@@ -198,29 +193,15 @@ def order_classes(source: ImageSet, order: Any, seed: int, run_seed: int = 0) ->
         run_seed: draws :data:`SEED_ORDERS`.
     """
     num_classes = len(source.class_names)
-    if order == "natural":
-        return list(range(num_classes))
-    if order == "random":
-        return np.random.RandomState(seed).permutation(num_classes).tolist()
-    if order == "ocl_survey":
-        return torch.randperm(num_classes, generator=torch.Generator().manual_seed(run_seed)).tolist()
-    if order == "agem" and num_classes > AGEM_FIRST:
-        shuffled = np.random.RandomState((AGEM_SEED + run_seed) % 2**32).permutation(range(AGEM_FIRST, num_classes))
-        return [*range(AGEM_FIRST), *shuffled.tolist()]
-    if order == "superclass" and source.superclass is not None:
+    others: dict[str, list[int]] = {}
+    if source.superclass is not None:
         parent = source.superclass
-        return sorted(range(num_classes), key=lambda c: (parent[c], c))
-    explicit = not isinstance(order, str) and hasattr(order, "__iter__") and list(order)
-    if explicit and all(type(c) is int for c in explicit) and sorted(explicit) == list(range(num_classes)):
-        return explicit
-    possible = {"superclass": source.superclass is not None, "agem": num_classes > AGEM_FIRST}
-    known = [name for name in ORDERS if possible.get(name, True)]
-    raise ConfigError(
-        "class_order",
-        expected=f"one of {', '.join(known)}, or a list of the {num_classes} class ids, each once",
-        got=order if isinstance(order, str) else repr(explicit or order),
-        fix="Use class_order=random with a class_order_seed for a random order.",
-    )
+        others["superclass"] = sorted(range(num_classes), key=lambda c: (parent[c], c))
+    others["ocl_survey"] = torch.randperm(num_classes, generator=torch.Generator().manual_seed(run_seed)).tolist()
+    if num_classes > AGEM_FIRST:
+        shuffled = np.random.RandomState((AGEM_SEED + run_seed) % 2**32).permutation(range(AGEM_FIRST, num_classes))
+        others["agem"] = [*range(AGEM_FIRST), *shuffled.tolist()]
+    return choose_class_order(num_classes, order, seed, others)
 
 
 def _list_divisors(n: int) -> list[int]:
