@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cl_bench.config.build import build
 from cl_bench.config.schema import compose_config
@@ -95,7 +96,8 @@ def draw(found: dict[str, list[dict[str, float]]]) -> Figure:
             axes.plot(range(1, len(tasks) + 1), [t[key] / tasks[1][key] for t in tasks], ".-", label=name)
         axes.set(title=f"{title}, relative to task 2", xlabel="task", ylim=(0, 1.6))
         axes.grid(color="0.9")
-    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[1].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
@@ -123,8 +125,8 @@ def main() -> int:
         sizes = [f"{t['memory_mib']:,.0f}" for t in (tasks[1], middle, last)]
         ratio = last["step_ms"] / tasks[1]["step_ms"]
         lines.append([name, str(len(tasks)), *steps, f"{last['step_ms']:.1f}", f"{ratio:.2f}", *sizes])
-    header = ["experiment", "tasks", *(f"step at task {n} [ms]" for n in ("1", "2", "half-way", "last"))]
-    header += ["last / second", *(f"memory at task {n} [MiB]" for n in ("2", "half-way", "last"))]
+    header = ["experiment", "tasks", *(f"step, {n} task [ms]" for n in ("first", "second", "middle", "last"))]
+    header += ["last / second", *(f"memory, {n} task [MiB]" for n in ("second", "middle", "last"))]
     facts = collect_facts()
     machine = f"{facts['processor']} ({facts['instructions']}), torch {facts['packages']['torch']}, one thread"
     options.out.mkdir(parents=True, exist_ok=True)
