@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    DETECTION,
+    DETECTION_BUFFERS,
     ROOT,
     SEED,
     configure,
@@ -41,22 +43,11 @@ from cl_bench.runs.load import load
 from cl_bench.scenarios.detection import Detection
 from cl_bench.testing import check_resumption
 
-SMALL = [
-    "scenario=detr_shapes", "scenario.source.train_images=24", "scenario.source.test_images=12",
-    "scenario.source.size=32", "backbone=detr_shapes", "backbone.channels=[8]", "backbone.dim=16", "backbone.heads=2",
-    "backbone.feedforward=16", "backbone.encoder_layers=1", "backbone.num_queries=9", "trainer.epochs=2",
-    "trainer.batch_size=4", "optimizer=adamw", "device=cpu",
-]  # fmt: skip
-"""A network of some thousand parameters on 24 images."""
-
-WITH_BUFFER = {"detr_replay": ["buffer=reservoir", "buffer.capacity=6", "method.balanced_epochs=1"]}
-
-
 compose = cache(configure)  # composing takes longer than these runs
 
 
 def build_small(method, *overrides):
-    return build(compose(*SMALL, f"method={method}", *WITH_BUFFER.get(method, []), *overrides))
+    return build(compose(*DETECTION, f"method={method}", *DETECTION_BUFFERS.get(method, []), *overrides))
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -369,7 +360,7 @@ def test_ten_images_are_learned(queries, steps, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_measures_ap_in_its_files_and_words(tmp_path, monkeypatch):
-    typed = [*SMALL, "method=detr_replay", *WITH_BUFFER["detr_replay"], "logger=none", "results_dir=r"]
+    typed = [*DETECTION, "method=detr_replay", *DETECTION_BUFFERS["detr_replay"], "logger=none", "results_dir=r"]
     assert run_in_process(*typed, monkeypatch=monkeypatch, cwd=tmp_path) == 0
     run = find_run(tmp_path / "r")
     summary = json.loads((run / "summary.json").read_text())
