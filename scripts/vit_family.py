@@ -338,6 +338,8 @@ def measure_sandwich() -> Figures:
 # -- a resolution and a number of images for each step -----------------------------------------------------------------
 
 SIDES = (16, 24, 32, 40, 48)
+MIXES = ((24, 32, 40), (16, 24, 32))
+"""Sides that are drawn with equal probability."""
 NETWORKS = ("resnet18", "vit", "deepvit", "navit", "cvt", "cct", "efficientvit", "mobilevit", "mobilevitv2", "levit")
 NETWORKS += ("coat", "lvt", "dytox")
 
@@ -546,6 +548,13 @@ def make_tables(figures: Figures) -> dict[str, str]:
             rows.append([str(side), str(images), f"{time_ratio:.2f}", f"{images / BATCH / time_ratio:.2f}"])
         heads = ["side", "images of a step", "time of a step / that at 32", "images a second / those at 32"]
         tables["sampler"] = write_table(heads, rows)
+        cells = []
+        for mix in MIXES:
+            images = sum(map(count_images, mix)) / len(mix) / BATCH
+            steps = [compute_ratio(part["seconds"][str(side)], full) for side in mix]
+            cells.append(f"{statistics.mean(steps) / images:.2f}")
+        heads = ["sides drawn for the steps of an epoch", *(", ".join(map(str, mix)) for mix in MIXES)]
+        tables["sampler"] += "\n\n" + write_table(heads, [["time of the epoch / that at 32 alone", *cells]])
     return tables
 
 
