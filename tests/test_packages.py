@@ -244,7 +244,7 @@ WRONG_NAMES = {
     "a path": (["../x"], "NAME: expected lower-case letters"),
     "a package of ours": (["mine", "--package", "cl_bench"], "--package: expected a name that no other package has"),
     "an installed package": (["mine", "--package", "torch"], "--package: expected a name that no other package has"),
-    "an installed module": (["mine", "--package", "typing_extensions"], "--package: expected a name that no other package has"),
+    "an installed module": (["mine", "--package", "typing_extensions"], "--package: expected a name that no other"),
     "a package of Python": (["mine", "--package", "json"], "--package: expected a name that no other package has"),
 }
 
