@@ -1,5 +1,7 @@
 """The mini-scale records of this checkout: tables made of them, and the orders that they are said to show."""
 
+import re
+import runpy
 import shlex
 
 import pytest
@@ -93,3 +95,12 @@ def test_transformers_made_for_it_are_above_rehearsal_on_an_ordinary_one(rows):
     ordinary = rows["er-vit-reservoir"].stat(MAIN).mean
     assert rows["lvt-lvt-confidence_aware"].stat(MAIN).mean > ordinary
     assert rows["dytox-dytox-herding"].stat(MAIN).mean > ordinary
+
+
+def test_the_table_of_backbones_has_what_is_finished(tmp_path, rows):
+    collect = runpy.run_path(str(ROOT / "scripts" / "backbones.py"))["collect_accuracies"]
+    assert collect(tmp_path) == {}
+    folder = rows["er-vit-reservoir"].runs[0].folder.parent
+    assert collect(folder) == {("vit", "er"): "6.42 ± 1.08 / 31.97 ± 0.68 (3)"}
+    (alone,) = collect(folder / "seed0").values()
+    assert re.fullmatch(r"\d\.\d\d / \d\d\.\d\d \(1\)", alone)
