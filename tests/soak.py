@@ -112,7 +112,7 @@ class Case:
             return cls(method, [*arguments, precision, f"trainer.checkpoint_steps={rng.choice(CHECKPOINTS)}"])
         arguments = [*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}"]
         if method in NETWORKS:
-            networks = FAMILY if method in ORDINARY and rng.random() < 1 / 3 else NETWORKS[method]
+            networks = FAMILY if method in ORDINARY and rng.random() < 1 / 2 else NETWORKS[method]
             arguments = [a for a in arguments if not a.startswith("backbone")] + rng.choice(networks)
             if networks is FAMILY or method == "ewc":  # its pull diverges on few channels, and such a run stops itself
                 arguments.append("trainer.clip_norm=1")
