@@ -66,7 +66,6 @@ FAMILY = [
     [*("backbone=cvt", "backbone.dims=[8,16,16]", "backbone.depths=[1,1,1]", "backbone.heads=[1,2,2]"),
      "backbone.strides=[1,1,2]"],
     ["backbone=cct", "backbone.dim=16", "backbone.depth=2", "backbone.heads=2", "backbone.conv_layers=1"],
-    ["backbone=mobilevit", "backbone.stride=4"],
     [*("backbone=levit", "backbone.stride=4", "+backbone.options.embed_dim=[32,48,64]"),
      *("+backbone.options.depth=[1,1,1]", "+backbone.options.num_heads=[2,2,2]")],
     ["backbone=timm", "backbone.name=test_vit", "backbone.size=32"],
