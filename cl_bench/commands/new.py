@@ -136,5 +136,5 @@ def make_method(folder: Path, name: str, package: str) -> list[Path]:
 def _is_another(package: str, folder: Path) -> bool:
     """Whether a package or module of this name is imported from elsewhere: it would no longer be found."""
     spec = importlib.util.find_spec(package)
-    places = (spec.submodule_search_locations or [spec.origin]) if spec else []
-    return any(place is None or Path(place).resolve() != (folder / package).resolve() for place in places)
+    places = (spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+    return any(Path(place).resolve() != (folder / package).resolve() for place in places)
