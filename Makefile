@@ -98,7 +98,7 @@ mini_backbones: $(VENV)/.made ## ER, fine-tuning and joint training on each netw
 
 two_tasks: $(VENV)/.made ## ER on two tasks of CIFAR-100 with each network of the ViT family, in fp32 and bf16: results/backbones/two_tasks
 	$(SWEEP) results_dir=results/backbones/two_tasks/records +experiment=vit_family_cifar100_10split scenario.pretrain_classes=80 scenario.num_tasks=2 report=false backbone=$(call listed,$(FAMILY)) precision=fp32,bf16
-	$(RUN) scripts/compare.py results/backbones/two_tasks/records --group backbone --metrics class_il.average_accuracy,task_il.average_accuracy,task_il.learning_accuracy,train_seconds --out results/backbones/two_tasks
+	$(RUN) scripts/compare.py results/backbones/two_tasks/records --group backbone --metrics class_il.average_accuracy,task_il.average_accuracy,task_il.learning_accuracy --out results/backbones/two_tasks
 
 $(PRETRAINED)/trunk.pt: $(VENV)/.made
 	OMP_NUM_THREADS=1 $(RUN) -m cl_bench +scale=mini +experiment=memory_vit_cifar100_10split name=trunk results_dir=$(PRETRAINED)/trunk/records scenario.pretrain_classes=50 scenario.num_tasks=1 scenario.train_per_class=500 scenario.test_per_class=100 method.warm_up=half method.warm_up_epochs=16 trainer.batch_size=128 trainer.epochs=2 backbone.memory=0 backbone.class_token=false trainer.keep_tasks=true
