@@ -9,7 +9,8 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS
 SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 
 # Two runs at a time, one thread each: on two cores this is faster than one run on both.
-SWEEP := OMP_NUM_THREADS=1 $(RUN) -m cl_bench -m hydra/launcher=joblib hydra.launcher.n_jobs=2 +scale=mini seed=0,1,2 logger=none
+SEEDS := 0,1,2
+SWEEP := OMP_NUM_THREADS=1 $(RUN) -m cl_bench -m hydra/launcher=joblib hydra.launcher.n_jobs=2 +scale=mini seed=$(SEEDS) logger=none
 RESNET18 := $(foreach method,finetune er derpp joint icarl lwf ewc,resnet18_$(method)_cifar100_10split)
 MINI := $(RESNET18) $(foreach net,lvt den apd memory_vit vit_er,$(net)_cifar100_10split) dytox_cifar100_10step
 LVT_PARTS := inter_task injection_head accumulation_head confidence
@@ -27,7 +28,7 @@ LAST := trainer.evaluate_after=last_task
 space := $(subst ,, )
 listed = $(subst $(space),$(,),$(strip $(1)))
 
-.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format avalanche bench mini detection mini_backbones mini_pretrained mini_memory ablation_lvt ablation_dytox docs first_hour soak golden clean
+.PHONY: help environment quickstart test test-fast test-portable test-avx2 test-sse lint types check format avalanche bench mini detection mini_backbones two_tasks mini_pretrained mini_memory ablation_lvt ablation_dytox docs first_hour soak golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -89,11 +90,15 @@ detection: $(VENV)/.made ## the table in results/detection: three seeds of each 
 	OMP_NUM_THREADS=1 $(RUN) -m cl_bench -m hydra/launcher=joblib hydra.launcher.n_jobs=2 seed=0,1,2 logger=none results_dir=results/detection/records +experiment=$(call listed,$(DETECTORS))
 	$(RUN) scripts/compare.py results/detection/records --metrics AP_all,AP_old,AP_new,AP50_all --out results/detection
 
-mini_backbones: $(VENV)/.made ## ER, fine-tuning and joint training on each network of the ViT family at mini scale
+mini_backbones: $(VENV)/.made ## ER, fine-tuning and joint training on each network of the ViT family: six core-hours; SEEDS=0 is a third
 	$(SWEEP) results_dir=results/mini/backbones/records +experiment=vit_family_cifar100_10split backbone=$(call listed,$(FAMILY))
 	$(SWEEP) results_dir=results/mini/backbones/records +experiment=vit_family_cifar100_10split backbone=$(call listed,$(FAMILY)) method=finetune,joint buffer=none
 	$(RUN) scripts/compare.py results/mini/backbones/records --out results/mini/backbones
-	$(RUN) scripts/backbones.py --scale mini --records results/mini/backbones/records --out results/backbones/mini
+	$(RUN) scripts/backbones.py --scale mini --only $(call listed,$(FAMILY)) --records results/mini/backbones/records --out results/backbones/mini
+
+two_tasks: $(VENV)/.made ## ER on two tasks of CIFAR-100 with each network of the ViT family, in fp32 and bf16: results/backbones/two_tasks
+	$(SWEEP) results_dir=results/backbones/two_tasks/records +experiment=vit_family_cifar100_10split scenario.pretrain_classes=80 scenario.num_tasks=2 report=false backbone=$(call listed,$(FAMILY)) precision=fp32,bf16
+	$(RUN) scripts/compare.py results/backbones/two_tasks/records --group backbone --metrics class_il.average_accuracy,task_il.average_accuracy,task_il.learning_accuracy --out results/backbones/two_tasks
 
 $(PRETRAINED)/trunk.pt: $(VENV)/.made
 	OMP_NUM_THREADS=1 $(RUN) -m cl_bench +scale=mini +experiment=memory_vit_cifar100_10split name=trunk results_dir=$(PRETRAINED)/trunk/records scenario.pretrain_classes=50 scenario.num_tasks=1 scenario.train_per_class=500 scenario.test_per_class=100 method.warm_up=half method.warm_up_epochs=16 trainer.batch_size=128 trainer.epochs=2 backbone.memory=0 backbone.class_token=false trainer.keep_tasks=true

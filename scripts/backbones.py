@@ -4,7 +4,8 @@
 
 Parameters and multiply-adds (MACs) are of one image of 32 x 32 pixels and 100 classes. The speed is that of forward,
 backward and optimizer step on a batch of 32 images, per second of CPU time on one thread, so that other programs on the
-machine disturb it little; it is of this machine. With ``--records`` there are also the accuracies of finished runs.
+machine disturb it little; it is of this machine. With ``--records`` there are also the accuracies of finished runs; a
+cell is empty if no run of it is finished.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from cl_bench.config.build import build
 from cl_bench.config.schema import CONFIGS, compose_config
 from cl_bench.core.record import TITLES
 from cl_bench.report.compare import compare
+from cl_bench.report.folders import scan
 from cl_bench.report.page import format_number
 from cl_bench.report.rows import MAIN
 from cl_bench.report.tables import Table, format_markdown
@@ -76,15 +78,13 @@ def measure_speed(net: Backbone) -> float:
     return BATCH / statistics.median(seconds[1:])
 
 
-def collect_accuracies(records: str | None) -> dict[tuple[str, str], str]:
-    """Class-IL and Task-IL accuracy by backbone and method: mean ± standard deviation (seeds)."""
-    if records is None:
-        return {}
+def collect_accuracies(records: Path) -> dict[tuple[str, str], str]:
+    """Class-IL and Task-IL accuracy by backbone and method: mean ± standard deviation (seeds); what is finished."""
     found = {}
-    for row in compare([records]).rows:
+    for row in compare([str(records)]).rows if scan(records)[0] else []:
         summary = row.runs[0].summary
         cells = [row.stat(key) for key in (MAIN, MAIN.replace("class_il", "task_il"))]
-        shown = [f"{format_number(cell.mean)} ± {format_number(cell.std)}" for cell in cells]
+        shown = [format_number(cell.mean) + ("" if cell.std is None else f" ± {cell.std:.2f}") for cell in cells]
         found[summary["backbone"], summary["method"]] = f"{' / '.join(shown)} ({cells[0].n})"
     return found
 
@@ -93,22 +93,23 @@ def main() -> int:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scale", choices=["full", "mini"], default="full", help="the networks' size")
-    parser.add_argument("--records", metavar="DIR", help="finished runs whose accuracies are shown")
+    parser.add_argument("--records", type=Path, metavar="DIR", help="finished runs whose accuracies are shown")
     parser.add_argument("--only", metavar="NAME[,NAME]", help="these backbones")
     parser.add_argument("--out", type=Path, default=Path("results/backbones"), help="folder of table.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     scale = [] if options.scale == "full" else ["+scale=mini"]
-    accuracies, lines = collect_accuracies(options.records), []
+    accuracies = collect_accuracies(options.records) if options.records else {}
+    methods, lines = METHODS if options.records else (), []
     for name in options.only.split(",") if options.only else find_backbones():
         net = build_backbone(name, scale)
         parameters = sum(p.numel() for p in net.parameters())
         macs, speed = count_macs(net, torch.zeros(1, 3, 32, 32)), measure_speed(net)
         line = [name, f"{parameters / 1e6:.3f}", f"{macs / 1e6:.1f}", f"{speed:.0f}"]
-        lines.append(line + [accuracies.get((name, method), "-") for method in METHODS if accuracies])
+        lines.append(line + [accuracies.get((name, method), "") for method in methods])
         print(*lines[-1], flush=True)
     header = ["backbone", "parameters [millions]", "MACs [millions]", "images/s"]
-    header += [f"{method}: {' / '.join(TITLES.values())} [%] (seeds)" for method in METHODS if accuracies]
+    header += [f"{method}: {' / '.join(TITLES.values())} [%] (seeds)" for method in methods]
     table = format_markdown(Table("", "", header, lines, numbers=range(1, len(header))))
     facts = collect_facts()
     machine = f"{facts['processor']} ({facts['instructions']}), torch {facts['packages']['torch']}, one thread"

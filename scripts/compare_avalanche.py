@@ -23,6 +23,7 @@ from unittest import mock
 import pandas as pd
 import torch
 
+from cl_bench.buffers.herding import compute_herding_order
 from cl_bench.config.build import build
 from cl_bench.config.schema import compose_config
 from cl_bench.metrics.accuracy import average_accuracy
@@ -146,6 +147,30 @@ def leave_images_unmirrored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def pick_no_image_twice() -> Iterator[None]:
+    """Avalanche's herding may pick an image again, and counts it again; here, it does not. Nor are images mirrored."""
+    from avalanche.training.supervised.icarl import _ICaRLPlugin
+
+    own = _ICaRLPlugin.construct_exemplar_set
+
+    def construct(self: Any, strategy: Any) -> None:
+        before = len(self.x_memory)
+        own(self, strategy)
+        images = strategy.experience.dataset.eval()
+        labels = torch.tensor(list(images.targets))
+        for i in range(before, len(self.x_memory)):
+            (of_class,) = torch.nonzero(labels == self.y_memory[i][0], as_tuple=True)
+            x = torch.stack([images[int(j)][0] for j in of_class])
+            with torch.no_grad():
+                features = torch.nn.functional.normalize(strategy.model.feature_extractor(x), dim=1)
+            kept = compute_herding_order(features)[: len(self.x_memory[i])]
+            self.x_memory[i], self.order[i] = x[kept], torch.arange(1.0, len(kept) + 1)
+
+    with leave_images_unmirrored(), mock.patch.object(_ICaRLPlugin, "construct_exemplar_set", construct):
+        yield
+
+
+@contextlib.contextmanager
 def replay_the_last_task_too() -> Iterator[None]:
     """Avalanche's MIR never replays the classes of a task's last batch in the next task; here, it does."""
     from avalanche.training.plugins import MIRPlugin
@@ -157,6 +182,19 @@ def replay_the_last_task_too() -> Iterator[None]:
         own(self, strategy, **kwargs)
 
     with mock.patch.object(MIRPlugin, "after_training_exp", after):
+        yield
+
+
+@contextlib.contextmanager
+def draw_candidates_anew() -> Iterator[None]:
+    """Avalanche's MIR goes through its memory before an image comes again; here, each step draws from all of it."""
+    from avalanche.training.plugins import mir
+
+    def draw(loader: Any) -> Iterator[Any]:
+        while True:
+            yield next(iter(loader))
+
+    with replay_the_last_task_too(), mock.patch.object(mir, "cycle", draw):
         yield
 
 
@@ -234,9 +272,15 @@ ROWS: Mapping[str, Row] = {
                 leave_images_unmirrored,
             ),
             Line(
+                "Avalanche, the same, no exemplar picked twice",
+                [*name_strategy("ICaRL", memory_size=MEMORY, buffer_transform=None, fixed_memory=True), ICARL_LR],
+                pick_no_image_twice,
+                against="Avalanche, class means without mirror images",
+            ),
+            Line(
                 "ours, `mean_over=all`",
                 [*name_ours("icarl", "herding", mean_over="all"), ICARL_LR],
-                against="Avalanche, class means without mirror images",
+                against="Avalanche, the same, no exemplar picked twice",
             ),
             Line("ours as usual, `mean_over=seen`", [*name_ours("icarl", "herding", mean_over="seen"), ICARL_LR]),
         ],
@@ -264,9 +308,15 @@ ROWS: Mapping[str, Row] = {
                 replay_the_last_task_too,
             ),
             Line(
+                "Avalanche, the same, candidates drawn anew at each step",
+                name_plugin("MIRPlugin", mem_size=MEMORY, batch_size_mem=BATCH, subsample=100),
+                draw_candidates_anew,
+                against="Avalanche, which replays the last task's classes, too",
+            ),
+            Line(
                 "ours, `fixed_memory`",
                 name_ours("mir", "fixed_memory", replay_size=BATCH, candidates=100),
-                against="Avalanche, which replays the last task's classes, too",
+                against="Avalanche, the same, candidates drawn anew at each step",
             ),
             Line("ours as usual, `reservoir`", name_ours("mir", "reservoir", replay_size=BATCH, candidates=100)),
         ],

@@ -1,6 +1,6 @@
 """What the papers of the Vision Transformer family claim, measured at a small scale; about ten minutes on one thread.
 
-    python scripts/vit_family.py [--only length,packing,collapse,sandwich] [--again]
+    python scripts/vit_family.py [--only length,packing,collapse,sandwich,sampler] [--again]
 
 A part that ``results/vit_family/figures.json`` has is not measured again without ``--again``. From this file the
 command draws the plots in ``docs/images`` and writes the tables in ``docs/vit_family.md``. Times are CPU seconds of one
@@ -26,7 +26,7 @@ from timm.models import efficientvit_msra as msra
 from timm.models.mobilevit import LinearSelfAttention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.backbones import navit
@@ -239,9 +239,9 @@ def measure_collapse(seed: int = 0) -> Figures:
 # -- where the time of a block goes ------------------------------------------------------------------------------------
 
 KINDS = {
-    "matrix product": ("mm", "bmm", "addmm", "baddbmm", "mkldnn_convolution", "_scaled_dot_product"),
+    "matrix product": ("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_dot_product"),
     "depthwise convolution": (),
-    "normalisation": ("native_batch_norm", "native_layer_norm", "batch_norm"),
+    "normalisation": ("native_batch_norm", "native_layer_norm"),
     "softmax": ("_softmax",),
     "reshape and copy": ("copy_", "cat", "clone", "empty", "as_strided", "slice", "view", "permute", "transpose"),
     "element by element": ("add", "mul", "gelu", "relu", "clamp_min", "hardswish", "sigmoid"),
@@ -249,29 +249,40 @@ KINDS = {
 """Kinds of operations, by the first letters of their names in torch. All except the first are bound by memory."""
 
 
-def name_kind(event: Any) -> str:
-    """The kind of a profiler's event; operations that only call others take almost no time of their own."""
-    name = event.key.removeprefix("aten::")
-    if "conv" in name and len(event.input_shapes) > 1:
-        weight = event.input_shapes[1]
-        return "depthwise convolution" if len(weight) == 4 and weight[1] == 1 else "matrix product"
+def name_kind(name: str, arguments: Sequence[Any]) -> str:
+    """The kind of an operation of torch, e.g. ``addmm``; what is none of the others makes another view of a tensor."""
+    if name == "convolution" and arguments[1].shape[1] == 1:  # weights (channels, channels of a group, height, width)
+        return "depthwise convolution"
     for kind, names in KINDS.items():
         if any(name == known or (len(known) > 3 and name.startswith(known)) for known in names):
             return kind
     return "element by element" if name.rstrip("_") in ("add", "mul", "relu") else "reshape and copy"
 
 
+class Operations(TorchDispatchMode):
+    """Inside, CPU seconds of the operations of each kind are added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute an operation and count its time."""
+        began = time.process_time()
+        result = func(*args, **(kwargs or {}))
+        self.seconds[name_kind(func.overloadpacket.__name__, args)] += time.process_time() - began
+        return result
+
+
 @torch.no_grad()
-def profile_shares(module: nn.Module, x: Tensor) -> dict[str, float]:
+def measure_shares(module: nn.Module, x: Tensor) -> dict[str, float]:
     """The share of each kind of operation in the time of a forward pass, in percent; a median over repetitions."""
     shares: list[dict[str, float]] = []
     for repetition in range(REPETITIONS + 1):
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        with Operations() as operations:
             for _ in range(3):
                 module(x)
-        totals = dict.fromkeys(KINDS, 0.0)
-        for event in profiler.key_averages(group_by_input_shape=True):
-            totals[name_kind(event)] += event.self_cpu_time_total
+        totals = operations.seconds
         if repetition:  # the first one also warms up
             shares.append({kind: 100 * total / sum(totals.values()) for kind, total in totals.items()})
     medians = {kind: statistics.median(share[kind] for share in shares) for kind in KINDS}
@@ -319,9 +330,53 @@ def measure_sandwich() -> Figures:
             else:
                 module(x)
         result["macs"][name] = counter.get_total_flops() / 2 / len(x)
-        result["shares"][name] = profile_shares(module, x)
+        result["shares"][name] = measure_shares(module, x)
         works[name] = torch.no_grad()(functools.partial(module, x))
     return result | {"seconds": time_in_turn(works)}
+
+
+# -- a resolution and a number of images for each step -----------------------------------------------------------------
+
+SIDES = (16, 24, 32, 40, 48)
+MIXES = ((24, 32, 40), (16, 24, 32))
+"""Sides that are drawn with equal probability."""
+NETWORKS = [
+    *("resnet18", "vit", "deepvit", "navit", "cvt", "cct", "efficientvit", "mobilevit", "mobilevitv2", "levit"),
+    *("coat", "lvt", "dytox"),
+]
+
+
+def count_images(side: int) -> int:
+    """Images of this side with about as many pixels as :data:`BATCH` images of 32 x 32."""
+    return round(BATCH * (32 / side) ** 2)
+
+
+def build_net(name: str) -> Any:
+    """The network at mini scale, for 100 classes of 32 x 32 pixels that are never read."""
+    keys = (f"backbone={name}", "+scale=mini", "scenario.train_per_class=1", "scenario.test_per_class=1", "device=cpu")
+    torch.manual_seed(0)
+    return build(compose_config(["scenario=cifar100", *keys])).method.get_submodule("net")
+
+
+def measure_sampler() -> Figures:
+    """Seconds of a training step of MobileViT at each side, and which networks take another side than their own."""
+    taken = []
+    for name in NETWORKS:
+        net = build_net(name).eval()
+        try:
+            with torch.no_grad():
+                net.features(torch.zeros(2, 3, 24, 24))
+            taken.append(name)
+        except Exception as error:  # positions or biases of another size: each network in words of its own
+            print(f"{name}: {type(error).__name__}")
+    net = build_net("mobilevit").train()
+
+    def step(x: Tensor) -> None:
+        net.zero_grad()
+        net.features(x).square().mean().backward()
+
+    works = {str(side): functools.partial(step, torch.randn(count_images(side), 3, side, side)) for side in SIDES}
+    return {"taken": taken, "refused": sorted({*NETWORKS} - {*taken}), "seconds": time_in_turn(works)}
 
 
 # -- plots and tables --------------------------------------------------------------------------------------------------
@@ -488,6 +543,20 @@ def make_tables(figures: Figures) -> dict[str, str]:
             )
         heads = ["% of the time", *KINDS, "multiplications / ViT's", "time / ViT's", "time per multiplication / ViT's"]
         tables["sandwich"] = write_table(heads, rows)
+    if part := figures.get("sampler"):
+        rows, full = [], part["seconds"]["32"]
+        for side in SIDES:
+            images, time_ratio = count_images(side), compute_ratio(part["seconds"][str(side)], full)
+            rows.append([str(side), str(images), f"{time_ratio:.2f}", f"{images / BATCH / time_ratio:.2f}"])
+        heads = ["side", "images of a step", "time of a step / that at 32", "images a second / those at 32"]
+        tables["sampler"] = write_table(heads, rows)
+        cells = []
+        for mix in MIXES:
+            larger = statistics.mean(count_images(side) / BATCH for side in mix)
+            slower = statistics.mean(compute_ratio(part["seconds"][str(side)], full) for side in mix)
+            cells.append(f"{slower / larger:.2f}")
+        heads = ["sides drawn for the steps of an epoch", *(", ".join(map(str, mix)) for mix in MIXES)]
+        tables["sampler"] += "\n\n" + write_table(heads, [["time of the epoch / that at 32 alone", *cells]])
     return tables
 
 
@@ -506,6 +575,7 @@ PARTS: dict[str, Callable[[], Figures]] = {
     "packing": measure_packing,
     "collapse": measure_collapse,
     "sandwich": measure_sandwich,
+    "sampler": measure_sampler,
 }
 
 

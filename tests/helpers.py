@@ -85,6 +85,17 @@ HEAVY += ("torchvision", "trackio", "wandb")
 DETECTORS = sorted(path.stem for path in (CONFIGS / "method").glob("detr_*.yaml"))
 """The methods for detection, which are tested in ``test_detection.py``."""
 
+DETECTION = [
+    "scenario=detr_shapes", "scenario.source.train_images=24", "scenario.source.test_images=12",
+    "scenario.source.size=32", "backbone=detr_shapes", "backbone.channels=[8]", "backbone.dim=16", "backbone.heads=2",
+    "backbone.feedforward=16", "backbone.encoder_layers=1", "backbone.num_queries=9", "trainer.epochs=2",
+    "trainer.batch_size=4", "optimizer=adamw", "device=cpu",
+]  # fmt: skip
+"""A network of some thousand parameters on 24 images."""
+
+DETECTION_BUFFERS = {"detr_replay": ["buffer=reservoir", "buffer.capacity=6", "method.balanced_epochs=1"]}
+"""What a detector needs beside it."""
+
 METHODS = sorted({path.stem for path in (CONFIGS / "method").glob("*.yaml")} - {"avalanche", *DETECTORS})
 """Every other method with steps of ours; Avalanche's loop is tested in ``test_avalanche.py``."""
 

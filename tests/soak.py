@@ -28,6 +28,9 @@ from typing import Any
 
 import torch
 from helpers import (
+    DETECTION,
+    DETECTION_BUFFERS,
+    DETECTORS,
     METHODS,
     MLP_RESERVOIR,
     SUITS,
@@ -43,6 +46,7 @@ from helpers import (
 
 import cl_bench.engine.evaluate as evaluation
 from cl_bench import __main__ as main_module
+from cl_bench.backbones import hybrid, navit  # noqa: F401 - timm is loaded before the forks, too
 from cl_bench.config.schema import compose_config, find_unread
 from cl_bench.core.record import Record
 from cl_bench.data import digits  # noqa: F401 - loaded before the forks
@@ -55,19 +59,36 @@ from cl_bench.runs import run_dir as files
 MLP = ["backbone=mlp", "backbone.hidden=[32]"]
 SLIM = ["backbone=resnet18_slim", "backbone.width=4"]
 VIT = ["backbone=vit", "backbone.patch_size=4", "backbone.dim=16", "backbone.depth=1", "backbone.heads=2"]
+PLAIN = [MLP, SLIM, VIT]
+FAMILY = [
+    ["backbone=deepvit", "backbone.patch_size=4", "backbone.dim=12", "backbone.depth=2"],
+    [*("backbone=navit", "backbone.patch_size=2", "backbone.dim=16", "backbone.depth=1", "backbone.heads=2"),
+     "backbone.token_drop=0.25"],
+    [*("backbone=cvt", "backbone.dims=[8,16,16]", "backbone.depths=[1,1,1]", "backbone.heads=[1,2,2]"),
+     "backbone.strides=[1,1,2]"],
+    ["backbone=cct", "backbone.dim=16", "backbone.depth=2", "backbone.heads=2", "backbone.conv_layers=1"],
+    [*("backbone=levit", "backbone.stride=4", "+backbone.options.embed_dim=[32,48,64]"),
+     *("+backbone.options.depth=[1,1,1]", "+backbone.options.num_heads=[2,2,2]")],
+    ["backbone=timm", "backbone.name=test_vit", "backbone.size=32"],
+]  # fmt: skip
+"""Small networks of the Vision Transformer family, for pictures of 8 x 8 pixels."""
+
+ONLINE = ("er_ace", "mir", "agem", "ocs", "scr")
+ORDINARY = ("finetune", "joint", "er", "derpp", "icarl", "lwf", "ewc", "gdumb", "simplecil", "ranpac")
 NETWORKS = {
-    **{method: [MLP, SLIM, VIT] for method in ("finetune", "joint", "er", "derpp", "icarl", "lwf", "ewc")},
+    **dict.fromkeys((*ORDINARY, "er_ace", "mir", "agem"), PLAIN),
     "supsup": [["backbone=mlp", "backbone.hidden=[64]"], SLIM],
 }
 """Networks to choose from, for methods that do not bring their own."""
 
 BUFFERS = {
-    "er": ["reservoir", "fixed_memory", "confidence_aware", "herding"],
+    "er": ["reservoir", "fixed_memory", "confidence_aware", "herding", "class_balanced", "ring"],
     "derpp": ["reservoir"],
     "icarl": ["herding", "fixed_memory"],
     "lvt": ["confidence_aware", "reservoir", "fixed_memory"],
     "dytox": ["herding", "fixed_memory"],
 }
+CHECKPOINTS = ("1", "2", "3", "5", "null")
 LONGEST = 600.0  # seconds that a run of about one may take on a busy machine before it counts as hanging
 
 
@@ -85,24 +106,33 @@ class Case:
         Args:
             own: a folder of pictures, which every third case learns.
         """
+        precision = f"precision={rng.choice(['fp32', 'bf16'])}"
+        if method in DETECTORS:
+            arguments = [*DETECTION, *DETECTION_BUFFERS.get(method, []), f"method={method}"]
+            return cls(method, [*arguments, precision, f"trainer.checkpoint_steps={rng.choice(CHECKPOINTS)}"])
         arguments = [*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}"]
         if method in NETWORKS:
-            arguments = [a for a in arguments if not a.startswith("backbone")] + rng.choice(NETWORKS[method])
+            networks = FAMILY if method in ORDINARY and rng.random() < 1 / 2 else NETWORKS[method]
+            arguments = [a for a in arguments if not a.startswith("backbone")] + rng.choice(networks)
+            if networks is FAMILY or method == "ewc":  # its pull diverges on few channels, and such a run stops itself
+                arguments.append("trainer.clip_norm=1")
         if method in BUFFERS:
             arguments += [f"buffer={rng.choice(BUFFERS[method])}", "buffer.capacity=20"]
+        if method in ONLINE:
+            arguments.append(f"trainer.steps_per_batch={rng.choice([1, 2])}")
+        if method in ("finetune", *ONLINE[:3]) and rng.random() < 1 / 3:
+            arguments.append("scenario.blurry=0.2")
         arguments += [
-            f"precision={rng.choice(['fp32', 'bf16'])}",
-            f"trainer.checkpoint_steps={rng.choice(['1', '2', '3', '5', 'null'])}",
+            precision,
+            f"trainer.checkpoint_steps={rng.choice(CHECKPOINTS)}",
             f"trainer.evaluate_every={rng.choice(['1', '4', 'null', 'null'])}",
             "scenario.flip=true",
             "scenario.crop_padding=1",
         ]
-        if method == "ewc":  # its pull diverges on a network of four channels, and a run that diverges stops itself
-            arguments.append("trainer.clip_norm=1")
         if rng.random() < 1 / 3:
             arguments += ["scenario=folder", f"data_dir={own}", "scenario.source.size=8"]
         unread = find_unread(arguments, compose_config(arguments))
-        return cls(method, [*(a for a in arguments if a not in unread), "logger=none"])
+        return cls(method, [a for a in arguments if a not in unread])
 
 
 # -- moments -------------------------------------------------------------------------------------------------------
@@ -558,7 +588,7 @@ def main() -> int:
     soak = Soak(folder, options.seed)
     own = write_pictures(folder / "pictures", classes=[f"class {c}" for c in range(10)], train=10, test=4)
     list_kinds()  # loads PIL's decoders before the forks
-    order = soak.rng.sample(METHODS, len(METHODS))
+    order = soak.rng.sample([*METHODS, *DETECTORS], len(METHODS) + len(DETECTORS))
     extra: dict[str, Any] = {}
     number = 0
     sequences = 3 if options.more else 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -478,15 +479,21 @@ def test_a_comparison_goes_on_where_it_stopped(comparison, tmp_path, monkeypatch
     assert "1.0 ± 0.0" in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["distil_each_task", "leave_images_unmirrored", "replay_the_last_task_too"])
-def test_a_replaced_part_changes_its_strategy_and_only_while_it_is_replaced(comparison, name):
+@pytest.mark.parametrize(
+    ("name", "also"),
+    [("distil_each_task", None), ("leave_images_unmirrored", None), ("replay_the_last_task_too", None),
+     ("pick_no_image_twice", "leave_images_unmirrored"), ("draw_candidates_anew", "replay_the_last_task_too")],
+)  # fmt: skip
+def test_a_replaced_part_changes_its_strategy_and_only_while_it_is_replaced(comparison, name, also):
+    """``also``: another part that is replaced with it, with which the strategy is compared."""
+    without = getattr(comparison, also) if also else contextlib.nullcontext
     (line,) = [line for line in list_lines(comparison) if line.patch.__name__ == name]
     small = [*TINY, "backbone=mlp", "backbone.hidden=[32]", "scenario.classes_per_task=[2,2,6]"]
-    line = dataclasses.replace(
-        line, overrides=[word.replace(":200", ":20").replace("_mem:32", "_mem:4") for word in line.overrides]
-    )
+    sizes = {":200": ":20", "_mem:32": "_mem:4", "subsample:100": "subsample:10"}
+    words = [functools.reduce(lambda word, size: word.replace(*size), sizes.items(), word) for word in line.overrides]
+    line = dataclasses.replace(line, overrides=words)
     answers = []
-    for patch in (contextlib.nullcontext, line.patch, contextlib.nullcontext):
+    for patch in (without, line.patch, without):
         parts = build(configure(*small, *line.overrides))
         with tempfile.TemporaryDirectory() as folder, patch():
             make_trainer(parts, Path(folder)).run()

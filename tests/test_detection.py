@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    DETECTION,
+    DETECTION_BUFFERS,
     ROOT,
     SEED,
     assert_equal_results,
@@ -59,22 +61,11 @@ from cl_bench.scenarios.base import Scenario
 from cl_bench.scenarios.detection import Detection
 from cl_bench.testing import check_resumption
 
-SMALL = [
-    "scenario=detr_shapes", "scenario.source.train_images=24", "scenario.source.test_images=12",
-    "scenario.source.size=32", "backbone=detr_shapes", "backbone.channels=[8]", "backbone.dim=16", "backbone.heads=2",
-    "backbone.feedforward=16", "backbone.encoder_layers=1", "backbone.num_queries=9", "trainer.epochs=2",
-    "trainer.batch_size=4", "optimizer=adamw", "device=cpu",
-]  # fmt: skip
-"""A network of some thousand parameters on 24 images."""
-
-WITH_BUFFER = {"detr_replay": ["buffer=reservoir", "buffer.capacity=6", "method.balanced_epochs=1"]}
-
-
 compose = cache(configure)  # composing takes longer than these runs
 
 
 def build_small(method, *overrides):
-    return build(compose(*SMALL, f"method={method}", *WITH_BUFFER.get(method, []), *overrides))
+    return build(compose(*DETECTION, f"method={method}", *DETECTION_BUFFERS.get(method, []), *overrides))
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -165,7 +156,7 @@ def test_a_run_on_validation_images_does_not_see_the_test_images(tmp_path):
 
 
 def test_a_configuration_from_before_validation_images_is_read():
-    config = OmegaConf.create(OmegaConf.to_container(compose(*SMALL, "method=detr_finetune"), resolve=True))
+    config = OmegaConf.create(OmegaConf.to_container(compose(*DETECTION, "method=detr_finetune"), resolve=True))
     del config.scenario["val_fraction"]
     assert len(build_component(config.scenario, "scenario", [], Scenario).tasks[0].val) == 0
 
@@ -432,7 +423,13 @@ def test_ten_images_are_learned(queries, steps, tmp_path):
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
-REPLAY = [*SMALL, "method=detr_replay", *WITH_BUFFER["detr_replay"], "trainer.evaluate_every=4", "results_dir=r"]
+REPLAY = [
+    *DETECTION,
+    "method=detr_replay",
+    *DETECTION_BUFFERS["detr_replay"],
+    "trainer.evaluate_every=4",
+    "results_dir=r",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The mini-scale records of this checkout: tables made of them, and the orders that they are said to show."""
 
+import re
 import runpy
 import shlex
 
@@ -108,3 +109,12 @@ def test_the_picture_of_the_open_ends_has_every_row_that_is_there():
     assert labels["top-k reads"][-1] == "all 5"
     assert labels["exemplars beside memory tokens"] == ["none", "100, new tokens", "100, all tokens"]
     assert gain.get_title() == "extension minus concatenation: -3.1 on average"
+
+
+def test_the_table_of_backbones_has_what_is_finished(tmp_path, rows):
+    collect = runpy.run_path(str(ROOT / "scripts" / "backbones.py"))["collect_accuracies"]
+    assert collect(tmp_path) == {}
+    folder = rows["er-vit-reservoir"].runs[0].folder.parent
+    assert collect(folder) == {("vit", "er"): "6.42 ± 1.08 / 31.97 ± 0.68 (3)"}
+    (alone,) = collect(folder / "seed0").values()
+    assert re.fullmatch(r"\d\.\d\d / \d\d\.\d\d \(1\)", alone)

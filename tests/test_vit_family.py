@@ -19,6 +19,7 @@ from cl_bench.core.errors import ConfigError
 from cl_bench.testing import check_resumption
 
 SMALL = {
+    "vit": ["patch_size=8", "dim=24", "depth=2"],
     "deepvit": ["patch_size=8", "dim=24", "depth=2"],
     "cvt": ["dims=[8,16,16]", "depths=[1,1,1]", "heads=[1,2,2]", "strides=[1,2,2]"],
     "cct": ["dim=16", "depth=2", "heads=2", "conv_layers=2"],
@@ -91,7 +92,8 @@ def measure_side(net, x):
     else:
         seen = []
         layer, prefix = {
-            "DeepViT": lambda: (net.net.norm, 1), "CvT": lambda: (net.stages, 0), "CCT": lambda: (net.norm, 0),
+            "ViT": lambda: (net.net.norm, 1), "DeepViT": lambda: (net.net.norm, 1), "CvT": lambda: (net.stages, 0),
+            "CCT": lambda: (net.norm, 0), "NaViT": lambda: (net.norm, 0),
         }[type(net).__name__]()  # fmt: skip
         layer.register_forward_hook(lambda *inputs: seen.append(inputs[2]))
         net(x)
@@ -208,7 +210,7 @@ def test_sizes_are_those_of_the_papers_networks(network, parameters, macs):
 @pytest.mark.slow
 @pytest.mark.parametrize("pixels", [32, 64])
 @pytest.mark.parametrize("scale", [[], ["+scale=mini"]], ids=["full", "mini"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "navit"])
 def test_a_map_of_two_by_two_or_more_is_left(name, scale, pixels):
     net = network_of(f"backbone={name}", *scale, image_shape=(3, pixels, pixels), num_classes=10).eval()
     with torch.no_grad():
@@ -224,7 +226,8 @@ def test_a_map_of_two_by_two_or_more_is_left(name, scale, pixels):
      ("options", ["levit", "+options.pretrained=true"], 32), ("options", ["coat", "+options.checkpoint_path=w"], 32),
      ("strides", ["cvt"], 8), ("strides", ["cvt", "strides=[1,2]"], 32), ("heads", ["cvt", "heads=[3,2,4]"], 32),
      ("kernels", ["cvt", "kernels=[3,2,3]"], 32), ("conv_layers", ["cct", "conv_layers=5"], 32),
-     ("heads", ["cct", "heads=3"], 32), ("patch_size", ["deepvit", "patch_size=5"], 32)],
+     ("heads", ["cct", "heads=3"], 32), ("patch_size", ["deepvit", "patch_size=5"], 32),
+     ("patch_size", ["vit", "patch_size=32"], 32)],
 )  # fmt: skip
 def test_what_would_not_work_is_refused(key, network, shape):
     with pytest.raises(ConfigError) as error:

@@ -21,7 +21,7 @@ import torch
 from timm.layers import Attention, DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import LEAST_SIDE, SingleHead, check_layers
+from cl_bench.backbones.base import LEAST_SIDE, SingleHead, check_heads, check_layers
 from cl_bench.core.errors import require, require_fraction, require_positive
 
 TOKENIZER_CHANNELS = 64
@@ -86,8 +86,7 @@ class CCT(SingleHead):
         require_fraction(fix=usual, below_one=True, attention_dropout=attention_dropout, drop_path=drop_path)
         for key, layers in {"depth": depth, "conv_layers": conv_layers}.items():
             check_layers(key, layers)
-        expected, fix = f"a divisor of dim = {dim}", "64 channels per head are usual."
-        require(dim % heads == 0, "heads", expected=expected, got=heads, fix=fix)
+        check_heads(dim, heads)
         channels, *sides = image_shape
         for _ in range(conv_layers):
             sides = [(side + 1) // 2 for side in sides]

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import SingleHead, check_heads, check_layers
+from cl_bench.backbones.base import LEAST_SIDE, SingleHead, check_heads, check_layers
 from cl_bench.core.errors import require, require_fraction, require_positive, void
 
 
@@ -276,7 +276,7 @@ def _check_sizes(patch_size: int, dim: int, heads: int, image_shape: tuple[int, 
     """Refuse patches that do not tile the images, and heads that do not divide the width."""
     _, height, width = image_shape
     require(
-        height % patch_size == 0 and width % patch_size == 0 and min(height, width) >= 2 * patch_size,
+        height % patch_size == 0 and width % patch_size == 0 and min(height, width) >= LEAST_SIDE * patch_size,
         "patch_size",
         expected=f"a divisor of both sides of images of {height} x {width}, below them",
         got=patch_size,

@@ -1,6 +1,7 @@
 """A method of one's own to start from: a package with its code and its YAML, and a test."""
 
 import argparse
+import importlib.util
 import keyword
 import re
 import sys
@@ -109,7 +110,7 @@ def make_method(folder: Path, name: str, package: str) -> list[Path]:
         fix="Choose another one.",
     )
     require(
-        package not in {*sys.stdlib_module_names, "cl_bench"},
+        package not in sys.stdlib_module_names and not _is_another(package, folder),
         "--package",
         expected="a name that no other package has",
         got=package,
@@ -130,3 +131,10 @@ def make_method(folder: Path, name: str, package: str) -> list[Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, re.sub("|".join(words), lambda found: words[found[0]], text))
     return list(texts)
+
+
+def _is_another(package: str, folder: Path) -> bool:
+    """Whether a package or module of this name is imported from elsewhere: it would no longer be found."""
+    spec = importlib.util.find_spec(package)
+    places = (spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+    return any(Path(place).resolve() != (folder / package).resolve() for place in places)

@@ -2,7 +2,7 @@
 
 from timm.models.vision_transformer import VisionTransformer
 
-from cl_bench.backbones.base import check_heads, check_layers
+from cl_bench.backbones.base import LEAST_SIDE, check_heads, check_layers
 from cl_bench.core.errors import require, require_positive
 
 
@@ -19,7 +19,7 @@ def build_small_vit(
     """timm's pre-norm network with learned positions, a class token and no dropout.
 
     Args:
-        patch_size: side of a patch in pixels; must divide the images' side.
+        patch_size: side of a patch in pixels; must divide the images' sides, and leave 2 x 2 patches or more.
         dim, depth, heads: width of a token, number of blocks, attention heads per block.
         mlp_ratio: width of the MLP relative to ``dim``.
         num_classes: outputs of the linear head; 0 for none.
@@ -30,9 +30,9 @@ def build_small_vit(
     check_layers("depth", depth)
     channels, height, width = image_shape
     require(
-        height % patch_size == 0 and width % patch_size == 0,
+        height % patch_size == 0 and width % patch_size == 0 and min(height, width) >= LEAST_SIDE * patch_size,
         "patch_size",
-        expected=f"a divisor of both sides of images of {height} x {width}",
+        expected=f"a divisor of both sides of images of {height} x {width}, below them",
         got=patch_size,
         fix="4 suits 32 x 32 pixels, 2 suits 8 x 8.",
     )
