@@ -149,6 +149,8 @@ def test_the_published_settings_are_in_the_wheel():
     assert wheel["force-include"] == {"configs": "cl_bench/configs", "scripts/reproduction": "cl_bench/reproduction"}
 
 
+VAL = ["scenario.val_fraction=0.1", "trainer.evaluate_on=val"]
+
 WRONG = {
     "compare: no runs": (["compare", "{empty}"], "RUN_OR_FOLDER: expected a finished run .* got no run at all"),
     "compare: no folder": (["compare", "{empty}/none"], "got '.*none', which is not there"),
@@ -176,13 +178,27 @@ WRONG = {
     "reproduce: unknown": (["reproduce", "derpp5"], "NAME: expected a group"),
     "new: a name that there is": (["new", "method", "er"], "NAME: expected a name that no method has"),
     "wandb: no space": (
-        ["wandb", "sweep", "+experiment=quickstart", "scenario.val_fraction=0.1", "trainer.evaluate_on=val"],
+        ["wandb", "sweep", "+experiment=quickstart", *VAL],
         r"\+search: expected a search space; got none",
     ),
     "wandb: test images": (
         ["wandb", "sweep", "+experiment=quickstart", "optimizer.lr=interval(0.01,0.3)"],
         r"trainer.evaluate_on: expected val in a search \(a W&B sweep\), .*; got test",
     ),
+    "wandb: no values": (
+        ["wandb", "sweep", "+experiment=quickstart", *VAL, "method=glob(e*)"],
+        r"method: expected interval\(LOW,HIGH\), .* got glob\(e\*\)",
+    ),
+    "wandb: no logarithm": (
+        ["wandb", "sweep", "+experiment=quickstart", *VAL, "optimizer.lr=tag(log,interval(0,1))"],
+        r"optimizer.lr: expected interval\(LOW,HIGH\), with log above 0",
+    ),
+    "wandb: nothing told": (
+        ["wandb", "sweep", "+experiment=quickstart", *VAL, "optimizer.lr=0.1,0.2", "logger=tensorboard"],
+        "logger: expected one that logs to W&B, .* got console, tensorboard",
+    ),
+    "wandb: two spaces": (["wandb", "sweep", "+search=lvt,lvt"], "search: expected one of lvt; got lvt,lvt"),
+    "reproduce: no seeds": (["reproduce", "--seeds", "0"], "--seeds: expected 1 or more; got 0. Leave it out"),
     "wandb: unknown space": (["wandb", "sweep", "+search=lvd"], "search: expected one of lvt; got lvd"),
     "wandb: unknown key": (["wandb", "sweep", "optimizer.lrr=1,2", "trainer.epoch=1"], "trainer.epoch: .*epochs"),
     "wandb: half a project": (["wandb", "workspace", "cl_bench"], "ENTITY/PROJECT: expected two names; got cl_bench"),
@@ -207,6 +223,15 @@ def test_wrong_input_gives_one_message_and_status_2(case, tmp_path, capsys, monk
     import re
 
     assert re.search(message, error), error
+
+
+def test_a_report_that_cannot_be_made_does_not_stop_the_others(tmp_path, capsys):
+    broken, whole = make_run(tmp_path, seed=0), make_run(tmp_path, seed=1)
+    (broken / "metrics.jsonl").write_text("{}\n")  # no event
+    assert run_command(["report", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{whole / 'report.html'}\n"
+    assert err == f"cl_bench: {broken}: KeyError: 'event'\n"
 
 
 # ---- status
@@ -445,6 +470,20 @@ def test_a_typed_space_becomes_a_sweep_file(capsys):
         "seed": {"values": [0, 1, 2]},
     }
     assert "logger=wandb" not in sweep["command"]
+
+
+def test_what_is_typed_replaces_what_a_search_file_says(tmp_path, monkeypatch):
+    (tmp_path / "search").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /hydra/sweeper: optuna\n  - override /optimizer: adam\n"
+    text += "hydra: {sweeper: {params: {optimizer.lr: 'choice(0.1,0.2)', buffer.capacity: 'choice(10,20)'}}}\n"
+    (tmp_path / "search" / "mine.yaml").write_text(text)
+    monkeypatch.setattr("cl_bench.commands.wandb.find_installed", lambda: {"mylab": tmp_path})
+    sweep = make_sweep(["+experiment=quickstart", *VAL, "+search=mine", "buffer.capacity=30"])
+    assert sweep["parameters"] == {"optimizer.lr": {"values": [0.1, 0.2]}}
+    assert {"optimizer=adam", "buffer.capacity=30"} <= set(sweep["command"])
+    typed = make_sweep(["+experiment=quickstart", *VAL, "+search=mine", "optimizer=sgd"])["command"]
+    assert "optimizer=sgd" in typed
+    assert "optimizer=adam" not in typed
 
 
 @pytest.mark.filterwarnings("ignore")  # wandb-workspaces' own

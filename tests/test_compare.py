@@ -468,14 +468,16 @@ def test_a_wrong_option_gives_one_message_and_status_2(tmp_path, capsys, options
     assert command()([*sweep(tmp_path), *options]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith(message)
+    assert printed.err.startswith(f"cl_bench: {message}")
     assert printed.err.count("\n") == 1
 
 
 def test_a_short_key_of_two_is_refused(tmp_path, capsys):
     labels_of(tmp_path, {"keys": {"method.lr": 1}})
     assert command()([str(tmp_path), "--where", "lr=1"]) == 2
-    assert capsys.readouterr().err == "--where: expected the whole key; got lr. Use method.lr or optimizer.lr.\n"
+    assert (
+        capsys.readouterr().err == "cl_bench: --where: expected the whole key; got lr. Use method.lr or optimizer.lr.\n"
+    )
 
 
 def test_a_reference_without_a_seed_in_common_is_refused(tmp_path, capsys):
@@ -484,7 +486,7 @@ def test_a_reference_without_a_seed_in_common_is_refused(tmp_path, capsys):
     make_run(tmp_path, name="c", seed=1)
     assert command()([str(tmp_path), "--reference", "a"]) == 2
     assert capsys.readouterr().err.startswith(
-        "--reference: expected a row that has a seed in common with another one; got a with the seeds 0. "
+        "cl_bench: --reference: expected a row that has a seed in common with another one; got a with the seeds 0. "
     )
     table = make_tables(compare([str(tmp_path)], Selection(reference="b")), interval=False)[1]
     assert [line[2:4] for line in table.lines] == [["0", ""], ["1", "reference"], ["1", "+0.00 (1)"]]
@@ -700,7 +702,7 @@ def test_written_files(tmp_path, monkeypatch, capsys):
     names = {"table.md", "table.csv", "pairs.csv", "compare.html", "final_accuracy.png", "accuracy_over_tasks.png"}
     assert {file.name for file in out.iterdir()} == names
     markdown = (out / "table.md").read_text().splitlines()
-    assert markdown[0] == "Made by `python scripts/compare.py runs --out out`."
+    assert markdown[0] == "Made by `cl_bench compare runs --out out`."
     cells = ["1", "new", "3", "**63.03 ± 3.66 (3)**", "80.72 ± 0.00 (3)", "28.25 ± 0.00 (3)", "94.60 ± 0.00 (3)"]
     assert f"| {' | '.join([*cells, '2.50 ± 0.00 (3)', 'reference'])} |" in markdown
     cells = ["1", "new", "3", "1.000 ± 0.000 (3)", "3.00 ± 0.00 (3)", "0.50 ± 0.00 (3)", "100.0 ± 0.0 (3)"]

@@ -243,6 +243,7 @@ WRONG_NAMES = {
     "no name of Python": (["my-method"], "NAME: expected lower-case letters, .* got my-method."),
     "a path": (["../x"], "NAME: expected lower-case letters"),
     "a package of ours": (["mine", "--package", "cl_bench"], "--package: expected a name that no other package has"),
+    "an installed package": (["mine", "--package", "torch"], "--package: expected a name that no other package has"),
     "a package of Python": (["mine", "--package", "json"], "--package: expected a name that no other package has"),
 }
 

@@ -23,7 +23,8 @@ COMMANDS = {
     "reproduce": "run published settings and compare with the published numbers",
     "new": "a method of your own to start from, with a test",
 }
-"""Name -> what it does. The module ``cl_bench.commands.NAME`` has ``main(arguments) -> exit status``."""
+"""Name -> what it does. The module ``cl_bench.commands.NAME`` has ``main(arguments) -> exit status``, which may raise
+ConfigError."""
 
 
 def run_command(words: Sequence[str]) -> int | None:

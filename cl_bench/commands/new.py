@@ -1,14 +1,14 @@
 """A method of one's own to start from: a package with its code and its YAML, and a test."""
 
 import argparse
+import importlib.util
 import keyword
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cl_bench.config.schema import CONFIGS
-from cl_bench.core.errors import ConfigError, require
+from cl_bench.core.errors import require
 from cl_bench.system.atomic import write_text
 
 CODE = '''"""CLASS: fine-tuning, until you change it. Say whose method it is: authors, venue, year.
@@ -69,17 +69,17 @@ def test_NAME_keeps_the_contract():
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit status: 0, or 2 if a name cannot be taken or a file is there already."""
+    """Run the command; returns its exit status.
+
+    Raises:
+        ConfigError: a name cannot be taken, or a file is there already.
+    """
     parser = argparse.ArgumentParser(prog="cl_bench new", description=__doc__)
     parser.add_argument("kind", choices=["method"], help="what is made")
     parser.add_argument("name", metavar="NAME", help="for method=NAME")
     parser.add_argument("--package", default="mylab", metavar="PACKAGE", help="where it goes (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        files = make_method(Path(), options.name, options.package)
-    except ConfigError as error:
-        print(f"cl_bench: {error}", file=sys.stderr)
-        return 2
+    files = make_method(Path(), options.name, options.package)
     for file in files:
         print(file)
     print(f"\nRun it:  cl_bench --config-dir {options.package}/configs method={options.name}")
@@ -109,7 +109,7 @@ def make_method(folder: Path, name: str, package: str) -> list[Path]:
         fix="Choose another one.",
     )
     require(
-        package not in {*sys.stdlib_module_names, "cl_bench"},
+        not _is_taken(folder, package),
         "--package",
         expected="a name that no other package has",
         got=package,
@@ -130,3 +130,11 @@ def make_method(folder: Path, name: str, package: str) -> list[Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, re.sub("|".join(words), lambda found: words[found[0]], text))
     return list(texts)
+
+
+def _is_taken(folder: Path, package: str) -> bool:
+    """Whether Python knows another package of this name, which the one in ``folder`` would hide."""
+    found = importlib.util.find_spec(package)
+    places = [found.origin, *(found.submodule_search_locations or [])] if found else []
+    own = (folder / package).resolve()
+    return bool(found) and not any(place and Path(place).resolve().is_relative_to(own) for place in places)

@@ -22,6 +22,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from cl_bench.core.record import SETTINGS, TITLES, Matrix, Record, name_measure
 from cl_bench.metrics.accuracy import average_accuracy
@@ -52,7 +53,10 @@ def render_png(figure: Figure) -> bytes:
     """The figure as a PNG file; equal figures give equal bytes."""
     file = io.BytesIO()
     figure.set_dpi(_DPI)
-    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})  # savefig() would draw it twice
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # savefig() would draw it twice
+    pixels = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])  # all are opaque
+    Image.fromarray(pixels).save(file, "png", dpi=(_DPI, _DPI))
     return file.getvalue()
 
 
