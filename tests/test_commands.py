@@ -1,9 +1,12 @@
-"""The commands beside runs: that there are eight, what a shell completes, ``status``, ``export`` and ``wandb``."""
+"""The commands beside runs: that there are ten, what a shell completes, ``status``, ``export`` and ``wandb``."""
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -32,7 +35,7 @@ from cl_bench.config.schema import PACKAGE
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.record import SETTINGS
 from cl_bench.report.page import Run
-from cl_bench.system.atomic import hold_lock
+from cl_bench.system.atomic import hold_lock, is_locked
 
 METRICS = ["average_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer", "learning_accuracy"]
 
@@ -115,6 +118,58 @@ def test_a_shell_completes_commands_and_their_options():
     assert not more
     assert complete("cl_bench compare res") == ([], False)  # the shell offers files
     assert complete("cl_bench method=er buf") == ([], True)
+
+
+PRESS = r"""
+press() {  # TAB at the end of a line
+    COMP_LINE=$1 COMP_POINT=${#1}
+    COMPREPLY=()
+    _cl_bench "${1%% *}" "${1##*[ =]}"
+    printf '%s|' "${COMPREPLY[@]}"; echo
+}
+_old() { COMPREPLY=(old); }
+complete -F _old python
+"""
+
+
+def test_bash_completes_both_forms_of_the_command(tmp_path, capsys):
+    """bash itself calls the function; in place of the programs something that knows four words."""
+    assert run_command(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    for name in ("cl_bench", "python"):
+        program = tmp_path / name
+        program.write_text(
+            f'#!/bin/sh\necho "{name} $@: $COMP_LINE" >> asked\necho "method=er method=derpp metrics. $HOME"\n'
+        )
+        program.chmod(0o755)
+    lines = ["cl_bench method=de", "cl_bench me", "python -m cl_bench method=de", "python -m cl_bench ", "python train"]
+    presses = "\n".join(f"press '{line}'" for line in lines)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "$(touch harmed)"}
+    call = ["bash", "--norc", "-c", f"{PRESS}\n{script}\n{script}\n{presses}\ncomplete -p cl_bench python3"]
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "derpp |",
+        "method=er |method=derpp |metrics.|",
+        "derpp |",
+        "method=er |method=derpp |metrics.|$(touch |harmed) |",
+        "old|",
+        "complete -o bashdefault -o default -o nospace -F _cl_bench cl_bench",
+        "complete -o bashdefault -o default -o nospace -F _cl_bench python3",
+    ]
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        "cl_bench -sc query=bash: cl_bench method=de",
+        "cl_bench -sc query=bash: cl_bench me",
+        "python -m cl_bench -sc query=bash: cl_bench method=de",
+        "python -m cl_bench -sc query=bash: cl_bench ",
+    ]
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_can_read_its_script(capsys):
+    assert run_command(["completion", "zsh"]) == 0
+    assert subprocess.run(["zsh", "-n"], input=capsys.readouterr().out, text=True, capture_output=True).stderr == ""
 
 
 @pytest.mark.slow
@@ -225,9 +280,15 @@ def test_wrong_input_gives_one_message_and_status_2(case, tmp_path, capsys, monk
     assert re.search(message, error), error
 
 
-def test_a_report_that_cannot_be_made_does_not_stop_the_others(tmp_path, capsys):
+def test_a_report_that_cannot_be_made_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
     broken, whole = make_run(tmp_path, seed=0), make_run(tmp_path, seed=1)
-    (broken / "metrics.jsonl").write_text("{}\n")  # no event
+
+    def write_report(run):
+        if run == broken:
+            raise KeyError("event")  # a damaged file, say
+        return run / "report.html"
+
+    monkeypatch.setattr("cl_bench.report.page.write_report", write_report)
     assert run_command(["report", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert out == f"{whole / 'report.html'}\n"
@@ -283,6 +344,18 @@ def test_status_shows_every_run_with_its_state(tmp_path, capsys):
     assert "1 running, 2 failed, 2 interrupted, 2 finished" in out
     assert out.count("alpha=0.9") == 5
     assert make_table(lines).row_count == 7
+
+
+def test_a_run_may_begin_while_its_folder_is_looked_at(tmp_path):
+    file = tmp_path / ".lock"
+    file.touch()
+    reader = file.open()
+    fcntl.flock(reader, fcntl.LOCK_SH)  # as is_locked() does for a moment
+    threading.Timer(0.01, reader.close).start()
+    with hold_lock(file):
+        assert is_locked(file)
+        with pytest.raises(BlockingIOError), hold_lock(file):
+            pass
 
 
 def test_status_needs_nothing_heavy(tmp_path):

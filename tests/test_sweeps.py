@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import TINY, assert_equal_results, command, command_environment, run_in_process
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -24,7 +25,7 @@ from cl_bench.report.folders import LeftOut, scan
 from cl_bench.runs import run as run_module
 from cl_bench.runs.ray_jobs import refuse_unmet_needs
 from cl_bench.runs.search import read_space, search
-from cl_bench.runs.sweep import Job, check_searched_values, format_table
+from cl_bench.runs.sweep import Job, Sweep, check_searched_values, format_table
 
 SMALL = [*TINY, "backbone.hidden=[4]", "logger=none", "report=false"]
 LONG = [*SMALL, "trainer.epochs=400", "trainer.checkpoint_steps=20"]
@@ -135,6 +136,19 @@ def test_a_space_without_values_is_refused(space):
 def test_wrong_settings_of_a_search_are_refused(wrong, message, tmp_path):
     with pytest.raises(ConfigError, match=rf"^hydra\.sweeper\.{message}"):
         search_for("optimizer.lr=interval(0.1,1)", tmp_path, **wrong)
+
+
+def test_a_job_needs_no_temporary_folder_of_the_command(tmp_path, monkeypatch):
+    """On another machine it may not be there."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sweep = Sweep([], folder=tmp_path / "not there" / "cl_bench-0", pid=0)
+        assert sweep.perform(lambda config: 7, OmegaConf.create({})) == 7
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_needs_more_than_there_is_does_not_wait_for_ever():

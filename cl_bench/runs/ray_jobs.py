@@ -42,11 +42,12 @@ def launch(launcher: "RayLauncher", jobs: list[list[str]], first: int) -> list[J
     config, settings = launcher.config, launcher.settings
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     with _start_ray(settings) as ray:
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(settings["cpus_per_task"])))
         remote = ray.remote(_run_job).options(
             num_cpus=settings["cpus_per_task"],
             num_gpus=settings["gpus_per_task"],
             max_retries=settings["retries"],
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(settings["cpus_per_task"])))}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
         )
         numbers = {}
         for number, overrides in enumerate(jobs, start=first):

@@ -204,10 +204,11 @@ class Sweep:
             return self._run_and_report(job, config)
         outlive_readers()
         _limit_threads()
-        self._make_folder()
         mine = self.folder / f"job.{os.getpid()}"
         _label.set(self._label_job())
-        mine.touch()  # before it checks for `stop`: the command waits for the job files that exist then
+        with suppress(OSError):  # another machine may not have this temporary folder, and nobody looks into it there
+            self._make_folder()
+            mine.touch()  # before it checks for `stop`: the command waits for the job files that exist then
         requeue = Requeue.find()
         try:
             with requeue.catch(), self._watch_for_stop(requeue):
