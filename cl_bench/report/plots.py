@@ -54,12 +54,25 @@ def render_png(figure: Figure) -> bytes:
     """The figure as a PNG file; equal figures give equal bytes."""
     file = io.BytesIO()
     figure.set_dpi(_DPI)
+    _shorten_layout(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # savefig() would draw it twice
     pixels = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])  # all are opaque
     # most pixels are like their neighbours: looking for longer patterns takes twice the time for a tenth of the size
     Image.fromarray(pixels).save(file, "png", dpi=(_DPI, _DPI), compress_type=zlib.Z_RLE)
     return file.getvalue()
+
+
+def _shorten_layout(figure: Figure) -> None:
+    """Tell matplotlib what has no influence on the layout: to measure it takes a third of the time of a picture."""
+    for axes in figure.axes:
+        inside = [axes.get_legend(), *axes.spines.values()]
+        for artist in inside:
+            if artist is not None:
+                artist.set_in_layout(False)
+        for axis in (axes.xaxis, axes.yaxis):
+            if not axis.get_label_text():
+                axis.set_label_coords(0, 0)  # else all numbers are measured to find the place of an empty label
 
 
 def take_first_tasks(matrix: Matrix, count: int) -> Matrix:
