@@ -111,7 +111,7 @@ def test_settings_are_hydras(capsys):
 
 def test_a_shell_completes_commands_and_their_options():
     assert complete("cl_bench ") == ([*COMMANDS], True)
-    assert complete("cl_bench co") == (["compare"], True)
+    assert complete("cl_bench co") == (["compare", "completion"], True)
     assert complete("cl_bench status --wa") == (["--watch"], False)
     words, more = complete("cl_bench compare results --")
     assert {"--out", "--where", "--format", "--help"} <= set(words)

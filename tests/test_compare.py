@@ -882,4 +882,4 @@ def test_out_that_is_a_file_gives_one_message(tmp_path, monkeypatch, capsys):
     make_run(Path("good"))
     Path("out").write_text("")
     assert command()(["good", "--out", "out"]) == 2
-    assert capsys.readouterr().err == "--out: expected a folder; got 'out', a file. Name another folder.\n"
+    assert capsys.readouterr().err == "cl_bench: --out: expected a folder; got 'out', a file. Name another folder.\n"

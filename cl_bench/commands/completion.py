@@ -10,7 +10,7 @@ from pathlib import Path
 
 BASH = r"""# Tab completion of cl_bench for bash. What may follow is asked of the program itself.
 _cl_bench() {
-    local line=${COMP_LINE:0:COMP_POINT} program=("$1") before=$_cl_bench_before word typed choice choices
+    local line=${COMP_LINE:0:COMP_POINT} program=("$1") before=${_cl_bench_before-} word typed choice choices
     if [[ ${1##*/} == python* ]]; then
         if [[ ! $line =~ ^[^[:space:]]+[[:space:]]+-m[[:space:]]+cl_bench([[:space:]].*)$ ]]; then
             [[ -z $before ]] || "$before" "$@"
@@ -31,7 +31,6 @@ _cl_bench() {
         fi
     done
 }
-_cl_bench_before=
 if declare -F _completion_loader > /dev/null; then _completion_loader python; fi
 if [[ $(complete -p python 2> /dev/null) =~ -F\ ([^ ]+) && ${BASH_REMATCH[1]} != _cl_bench ]]; then
     _cl_bench_before=${BASH_REMATCH[1]}
