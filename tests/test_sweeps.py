@@ -23,7 +23,7 @@ from cl_bench.config.explain import choose_exit_status, explain
 from cl_bench.core.errors import ConfigError
 from cl_bench.report.folders import LeftOut, scan
 from cl_bench.runs import run as run_module
-from cl_bench.runs.ray_jobs import refuse_unmet_needs
+from cl_bench.runs.ray_jobs import refuse_unmet_needs, start_ray
 from cl_bench.runs.search import read_space, search
 from cl_bench.runs.sweep import Job, Sweep, check_searched_values, format_table
 
@@ -157,6 +157,18 @@ def test_a_run_that_needs_more_than_there_is_does_not_wait_for_ever():
     for needs in ({"cpus_per_task": 3, "gpus_per_task": 0}, {"cpus_per_task": 1, "gpus_per_task": 0.5}):
         with pytest.raises(ConfigError, match=r"hydra\.launcher\.[cg]pus_per_task: expected at most the [02] [CG]PUs"):
             refuse_unmet_needs(needs, there)
+
+
+def test_a_ray_cluster_that_is_not_there_gives_one_message(monkeypatch):
+    def init(**arguments):
+        raise ConnectionError("Could not find any running\nRay instance.")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    message = r"hydra\.launcher\.address: expected a Ray cluster that answers, .* got auto\. .*any running Ray"
+    with pytest.raises(ConfigError, match=message), start_ray({"address": "auto", "deduplicate_logs": False}):
+        pass
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def launch(launcher: "RayLauncher", jobs: list[list[str]], first: int) -> list[J
     setup_globals()
     config, settings = launcher.config, launcher.settings
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    with _start_ray(settings) as ray:
+    with start_ray(settings) as ray:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(settings["cpus_per_task"])))
         remote = ray.remote(_run_job).options(
             num_cpus=settings["cpus_per_task"],
@@ -97,8 +97,12 @@ def _run_job(
 
 
 @contextmanager
-def _start_ray(settings: dict[str, Any]) -> Iterator[Any]:
-    """Inside, this process belongs to a Ray cluster: the one at ``address``, or one of its own on this machine."""
+def start_ray(settings: dict[str, Any]) -> Iterator[Any]:
+    """Inside, this process belongs to a Ray cluster: the one at ``address``, or one of its own on this machine.
+
+    Raises:
+        ConfigError: Ray is not installed, the cluster does not answer, or this machine has too little for a run.
+    """
     os.environ["RAY_DEDUP_LOGS"] = str(int(settings["deduplicate_logs"]))  # read when Ray is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
