@@ -3,7 +3,6 @@
 Heavy packages are imported only when a run starts, so that ``--help`` and wrong keys are answered at once.
 """
 
-import gc
 import os
 import sys
 import traceback
@@ -25,8 +24,6 @@ def run_job(config: DictConfig) -> Any:
     """Run one job: the run itself, or one of a sweep."""
     from cl_bench.runs.run import run
 
-    if not gc.get_freeze_count():  # the objects of torch and others stay: looking for garbage among them takes long
-        gc.freeze()
     _refuse_search_on_test(config)
     allow_typed_package(config)
     return run(config)
