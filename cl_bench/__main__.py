@@ -16,8 +16,7 @@ import cl_bench
 from cl_bench.commands import complete, run_command
 from cl_bench.config.explain import choose_exit_status, explain
 from cl_bench.config.schema import CONFIGS, allow_typed_package
-from cl_bench.core.errors import ConfigError
-from cl_bench.runs.sweep import JobFailed, Sweep, format_table, refuse_test_images
+from cl_bench.runs.sweep import JobFailed, Sweep, format_table, refuse_minimizing, refuse_test_images
 from cl_bench.system.streams import outlive_readers
 
 
@@ -36,7 +35,12 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises errors instead of printing them
     wait_passively()
     outlive_readers()
-    multirun = bool({"-m", "--multirun"} & set(sys.argv)) and not {"--cfg", "-c", "--info", "-i"} & set(sys.argv)
+    multirun = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv)) and not {
+        "--cfg",
+        "-c",
+        "--info",
+        "-i",
+    } & set(sys.argv)
     if sys.argv[1:2] == ["--version"]:
         print(f"cl_bench {cl_bench.__version__}")
         return
@@ -114,14 +118,7 @@ def _refuse_search_on_test(config: DictConfig) -> None:
     if sweeper == "basic":
         return
     refuse_test_images(config.trainer.get("evaluate_on"), f"hydra/sweeper={sweeper}")
-    direction = str(hydra_config.sweeper.get("direction", "maximize")).lower().rpartition(".")[2]
-    if direction != "maximize":
-        raise ConfigError(
-            "hydra.sweeper.direction",
-            expected="maximize, since a run returns its accuracy",
-            got=direction,
-            fix="Add hydra.sweeper.direction=maximize.",
-        )
+    refuse_minimizing(hydra_config.sweeper.get("direction", "maximize"))
 
 
 if __name__ == "__main__":

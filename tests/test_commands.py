@@ -1,9 +1,12 @@
-"""The commands beside runs: that there are eight, what a shell completes, ``status``, ``export`` and ``wandb``."""
+"""The commands beside runs: that there are ten, what a shell completes, ``status``, ``export`` and ``wandb``."""
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -32,7 +35,7 @@ from cl_bench.config.schema import PACKAGE
 from cl_bench.core.errors import ConfigError
 from cl_bench.core.record import SETTINGS
 from cl_bench.report.page import Run
-from cl_bench.system.atomic import hold_lock
+from cl_bench.system.atomic import hold_lock, is_locked
 
 METRICS = ["average_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer", "learning_accuracy"]
 
@@ -108,13 +111,65 @@ def test_settings_are_hydras(capsys):
 
 def test_a_shell_completes_commands_and_their_options():
     assert complete("cl_bench ") == ([*COMMANDS], True)
-    assert complete("cl_bench co") == (["compare"], True)
+    assert complete("cl_bench co") == (["compare", "completion"], True)
     assert complete("cl_bench status --wa") == (["--watch"], False)
     words, more = complete("cl_bench compare results --")
     assert {"--out", "--where", "--format", "--help"} <= set(words)
     assert not more
     assert complete("cl_bench compare res") == ([], False)  # the shell offers files
     assert complete("cl_bench method=er buf") == ([], True)
+
+
+PRESS = r"""
+press() {  # TAB at the end of a line
+    COMP_LINE=$1 COMP_POINT=${#1}
+    COMPREPLY=()
+    _cl_bench "${1%% *}" "${1##*[ =]}"
+    printf '%s|' "${COMPREPLY[@]}"; echo
+}
+_old() { COMPREPLY=(old); }
+complete -F _old python
+"""
+
+
+def test_bash_completes_both_forms_of_the_command(tmp_path, capsys):
+    """bash itself calls the function; in place of the programs something that knows four words."""
+    assert run_command(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    for name in ("cl_bench", "python"):
+        program = tmp_path / name
+        program.write_text(
+            f'#!/bin/sh\necho "{name} $@: $COMP_LINE" >> asked\necho "method=er method=derpp metrics. $HOME"\n'
+        )
+        program.chmod(0o755)
+    lines = ["cl_bench method=de", "cl_bench me", "python -m cl_bench method=de", "python -m cl_bench ", "python train"]
+    presses = "\n".join(f"press '{line}'" for line in lines)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "$(touch harmed)"}
+    call = ["bash", "--norc", "-c", f"{PRESS}\n{script}\n{script}\n{presses}\ncomplete -p cl_bench python3"]
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "derpp |",
+        "method=er |method=derpp |metrics.|",
+        "derpp |",
+        "method=er |method=derpp |metrics.|$(touch |harmed) |",
+        "old|",
+        "complete -o bashdefault -o default -o nospace -F _cl_bench cl_bench",
+        "complete -o bashdefault -o default -o nospace -F _cl_bench python3",
+    ]
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        "cl_bench -sc query=bash: cl_bench method=de",
+        "cl_bench -sc query=bash: cl_bench me",
+        "python -m cl_bench -sc query=bash: cl_bench method=de",
+        "python -m cl_bench -sc query=bash: cl_bench ",
+    ]
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_can_read_its_script(capsys):
+    assert run_command(["completion", "zsh"]) == 0
+    assert subprocess.run(["zsh", "-n"], input=capsys.readouterr().out, text=True, capture_output=True).stderr == ""
 
 
 @pytest.mark.slow
@@ -149,6 +204,8 @@ def test_the_published_settings_are_in_the_wheel():
     assert wheel["force-include"] == {"configs": "cl_bench/configs", "scripts/reproduction": "cl_bench/reproduction"}
 
 
+VAL = ["scenario.val_fraction=0.1", "trainer.evaluate_on=val"]
+
 WRONG = {
     "compare: no runs": (["compare", "{empty}"], "RUN_OR_FOLDER: expected a finished run .* got no run at all"),
     "compare: no folder": (["compare", "{empty}/none"], "got '.*none', which is not there"),
@@ -176,13 +233,27 @@ WRONG = {
     "reproduce: unknown": (["reproduce", "derpp5"], "NAME: expected a group"),
     "new: a name that there is": (["new", "method", "er"], "NAME: expected a name that no method has"),
     "wandb: no space": (
-        ["wandb", "sweep", "+experiment=quickstart", "scenario.val_fraction=0.1", "trainer.evaluate_on=val"],
+        ["wandb", "sweep", "+experiment=quickstart", *VAL],
         r"\+search: expected a search space; got none",
     ),
     "wandb: test images": (
         ["wandb", "sweep", "+experiment=quickstart", "optimizer.lr=interval(0.01,0.3)"],
         r"trainer.evaluate_on: expected val in a search \(a W&B sweep\), .*; got test",
     ),
+    "wandb: no values": (
+        ["wandb", "sweep", "+experiment=quickstart", *VAL, "method=glob(e*)"],
+        r"method: expected interval\(LOW,HIGH\), .* got glob\(e\*\)",
+    ),
+    "wandb: no logarithm": (
+        ["wandb", "sweep", "+experiment=quickstart", *VAL, "optimizer.lr=tag(log,interval(0,1))"],
+        r"optimizer.lr: expected interval\(LOW,HIGH\), with log above 0",
+    ),
+    "wandb: nothing told": (
+        ["wandb", "sweep", "+experiment=quickstart", *VAL, "optimizer.lr=0.1,0.2", "logger=tensorboard"],
+        "logger: expected one that logs to W&B, .* got console, tensorboard",
+    ),
+    "wandb: two spaces": (["wandb", "sweep", "+search=lvt,lvt"], "search: expected one of lvt; got lvt,lvt"),
+    "reproduce: no seeds": (["reproduce", "--seeds", "0"], "--seeds: expected 1 or more; got 0. Leave it out"),
     "wandb: unknown space": (["wandb", "sweep", "+search=lvd"], "search: expected one of lvt; got lvd"),
     "wandb: unknown key": (["wandb", "sweep", "optimizer.lrr=1,2", "trainer.epoch=1"], "trainer.epoch: .*epochs"),
     "wandb: half a project": (["wandb", "workspace", "cl_bench"], "ENTITY/PROJECT: expected two names; got cl_bench"),
@@ -207,6 +278,21 @@ def test_wrong_input_gives_one_message_and_status_2(case, tmp_path, capsys, monk
     import re
 
     assert re.search(message, error), error
+
+
+def test_a_report_that_cannot_be_made_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    broken, whole = make_run(tmp_path, seed=0), make_run(tmp_path, seed=1)
+
+    def write_report(run):
+        if run == broken:
+            raise KeyError("event")  # a damaged file, say
+        return run / "report.html"
+
+    monkeypatch.setattr("cl_bench.report.page.write_report", write_report)
+    assert run_command(["report", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{whole / 'report.html'}\n"
+    assert err == f"cl_bench: {broken}: KeyError: 'event'\n"
 
 
 # ---- status
@@ -258,6 +344,18 @@ def test_status_shows_every_run_with_its_state(tmp_path, capsys):
     assert "1 running, 2 failed, 2 interrupted, 2 finished" in out
     assert out.count("alpha=0.9") == 5
     assert make_table(lines).row_count == 7
+
+
+def test_a_run_may_begin_while_its_folder_is_looked_at(tmp_path):
+    file = tmp_path / ".lock"
+    file.touch()
+    reader = file.open()
+    fcntl.flock(reader, fcntl.LOCK_SH)  # as is_locked() does for a moment
+    threading.Timer(0.01, reader.close).start()
+    with hold_lock(file):
+        assert is_locked(file)
+        with pytest.raises(BlockingIOError), hold_lock(file):
+            pass
 
 
 def test_status_needs_nothing_heavy(tmp_path):
@@ -445,6 +543,20 @@ def test_a_typed_space_becomes_a_sweep_file(capsys):
         "seed": {"values": [0, 1, 2]},
     }
     assert "logger=wandb" not in sweep["command"]
+
+
+def test_what_is_typed_replaces_what_a_search_file_says(tmp_path, monkeypatch):
+    (tmp_path / "search").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /hydra/sweeper: optuna\n  - override /optimizer: adam\n"
+    text += "hydra: {sweeper: {params: {optimizer.lr: 'choice(0.1,0.2)', buffer.capacity: 'choice(10,20)'}}}\n"
+    (tmp_path / "search" / "mine.yaml").write_text(text)
+    monkeypatch.setattr("cl_bench.commands.wandb.find_installed", lambda: {"mylab": tmp_path})
+    sweep = make_sweep(["+experiment=quickstart", *VAL, "+search=mine", "buffer.capacity=30"])
+    assert sweep["parameters"] == {"optimizer.lr": {"values": [0.1, 0.2]}}
+    assert {"optimizer=adam", "buffer.capacity=30"} <= set(sweep["command"])
+    typed = make_sweep(["+experiment=quickstart", *VAL, "+search=mine", "optimizer=sgd"])["command"]
+    assert "optimizer=sgd" in typed
+    assert "optimizer=adam" not in typed
 
 
 @pytest.mark.filterwarnings("ignore")  # wandb-workspaces' own

@@ -468,14 +468,16 @@ def test_a_wrong_option_gives_one_message_and_status_2(tmp_path, capsys, options
     assert command()([*sweep(tmp_path), *options]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith(message)
+    assert printed.err.startswith(f"cl_bench: {message}")
     assert printed.err.count("\n") == 1
 
 
 def test_a_short_key_of_two_is_refused(tmp_path, capsys):
     labels_of(tmp_path, {"keys": {"method.lr": 1}})
     assert command()([str(tmp_path), "--where", "lr=1"]) == 2
-    assert capsys.readouterr().err == "--where: expected the whole key; got lr. Use method.lr or optimizer.lr.\n"
+    assert (
+        capsys.readouterr().err == "cl_bench: --where: expected the whole key; got lr. Use method.lr or optimizer.lr.\n"
+    )
 
 
 def test_an_imported_row_alone_is_no_reference(tmp_path, capsys):
@@ -490,7 +492,7 @@ def test_a_reference_without_a_seed_in_common_is_refused(tmp_path, capsys):
     make_run(tmp_path, name="c", seed=1)
     assert command()([str(tmp_path), "--reference", "a"]) == 2
     assert capsys.readouterr().err.startswith(
-        "--reference: expected a row that has a seed in common with another one; got a with the seeds 0. "
+        "cl_bench: --reference: expected a row that has a seed in common with another one; got a with the seeds 0. "
     )
     table = make_tables(compare([str(tmp_path)], Selection(reference="b")), interval=False)[1]
     assert [line[2:4] for line in table.lines] == [["0", ""], ["1", "reference"], ["1", "+0.00 (1)"]]
@@ -887,4 +889,4 @@ def test_out_that_is_a_file_gives_one_message(tmp_path, monkeypatch, capsys):
     make_run(Path("good"))
     Path("out").write_text("")
     assert command()(["good", "--out", "out"]) == 2
-    assert capsys.readouterr().err == "--out: expected a folder; got 'out', a file. Name another folder.\n"
+    assert capsys.readouterr().err == "cl_bench: --out: expected a folder; got 'out', a file. Name another folder.\n"

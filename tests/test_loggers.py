@@ -571,6 +571,22 @@ def test_wandb_closes_its_run_even_when_the_end_fails(tmp_path, online, status, 
     assert server.runs[0].exit_codes == [code]
 
 
+def test_the_next_run_has_a_service_of_its_own_after_that_of_wandb_died(tmp_path, online):
+    server, calls = online(), []
+    server.teardown = lambda: calls.append("teardown")
+    logger = Wandb(project="p", entity=None, mode="online", tags=[], notes=None, job_type=None)
+    logger.start(info(tmp_path))
+    for error, torn in ((ValueError("a row"), []), (ConnectionResetError("lost"), ["teardown"])):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        server.runs[0].log = fail
+        with pytest.raises(type(error)):
+            logger.log_event(1, EVENTS[1])
+        assert calls == torn
+
+
 def test_wandb_disabled_does_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
     run_through(Wandb(project="p", entity=None, mode="disabled", tags=[], notes=None, job_type=None), tmp_path)

@@ -5,20 +5,27 @@ Ray, submitit and Optuna are optional: their tests are skipped without the extra
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import TINY, assert_equal_results, command, command_environment, run_in_process
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from cl_bench.config.explain import choose_exit_status, explain
+from cl_bench.core.errors import ConfigError
 from cl_bench.report.folders import LeftOut, scan
 from cl_bench.runs import run as run_module
-from cl_bench.runs.search import read_space
-from cl_bench.runs.sweep import Job, format_table
+from cl_bench.runs.ray_jobs import refuse_unmet_needs, start_ray
+from cl_bench.runs.search import read_space, search
+from cl_bench.runs.sweep import Job, Sweep, check_searched_values, format_table
 
 SMALL = [*TINY, "backbone.hidden=[4]", "logger=none", "report=false"]
 LONG = [*SMALL, "trainer.epochs=400", "trainer.checkpoint_steps=20"]
@@ -104,6 +111,64 @@ def test_reports_are_made_later(run, tmp_path, monkeypatch):
     assert (status, error.count("\n")) == (2, 1)
     again = run(*SMALL, "trainer.epochs=1", "report=true")
     assert "Already finished" in again[2]
+
+
+@pytest.mark.parametrize(
+    "space",
+    ["interval(1,0.1)", "tag(log,interval(0,1))", "glob(*)", "range(3,3)"],
+)
+def test_a_space_without_values_is_refused(space):
+    (override,) = OverridesParser.create().parse_overrides([f"optimizer.lr={space}"])
+    with pytest.raises(ConfigError, match=rf"optimizer.lr: expected interval\(LOW,HIGH\).* got {re.escape(space)}\."):
+        check_searched_values(override)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n_trials": "abc"}, "n_trials: expected a whole number of 1 or more; got abc"),
+        ({"n_trials": 2.5}, "n_trials: expected .* got 2.5"),
+        ({"n_jobs": 0}, "n_jobs: expected a whole number of 1 or more; got 0"),
+        ({"sampler": {"kind": "tpe", "seed": -1}}, "sampler.seed: expected a whole number of 0 or more; got -1"),
+        ({"direction": "minimize"}, "direction: expected maximize"),
+    ],
+)
+def test_wrong_settings_of_a_search_are_refused(wrong, message, tmp_path):
+    with pytest.raises(ConfigError, match=rf"^hydra\.sweeper\.{message}"):
+        search_for("optimizer.lr=interval(0.1,1)", tmp_path, **wrong)
+
+
+def test_a_job_needs_no_temporary_folder_of_the_command(tmp_path, monkeypatch):
+    """On another machine it may not be there."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sweep = Sweep([], folder=tmp_path / "not there" / "cl_bench-0", pid=0)
+        assert sweep.perform(lambda config: 7, OmegaConf.create({})) == 7
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_needs_more_than_there_is_does_not_wait_for_ever():
+    there = {"CPU": 2.0, "memory": 1e9}
+    refuse_unmet_needs({"cpus_per_task": 2, "gpus_per_task": 0}, there)
+    for needs in ({"cpus_per_task": 3, "gpus_per_task": 0}, {"cpus_per_task": 1, "gpus_per_task": 0.5}):
+        with pytest.raises(ConfigError, match=r"hydra\.launcher\.[cg]pus_per_task: expected at most the [02] [CG]PUs"):
+            refuse_unmet_needs(needs, there)
+
+
+def test_a_ray_cluster_that_is_not_there_gives_one_message(monkeypatch):
+    def init(**arguments):
+        raise ConnectionError("Could not find any running\nRay instance.")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    message = r"hydra\.launcher\.address: expected a Ray cluster that answers, .* got auto\. .*any running Ray"
+    with pytest.raises(ConfigError, match=message), start_ray({"address": "auto", "deduplicate_logs": False}):
+        pass
 
 
 @pytest.mark.slow
@@ -216,6 +281,41 @@ def test_a_job_of_submitit_stops_with_a_checkpoint_and_goes_on_when_it_is_requeu
 
 
 # -- Optuna --------------------------------------------------------------------------------------------------------
+
+
+def search_for(space: str, folder: Path, *fixed: str, values: tuple = (), **settings) -> list[list[str]]:
+    """Search without runs, which would give these values; returns the overrides of the runs."""
+    defaults = {"direction": "maximize", "n_trials": len(values) or 1, "n_jobs": 1, "params": None, "storage": None}
+    defaults |= {"sampler": {"kind": "random", "seed": 0}, "study_name": None, "folder": str(folder)}
+    chosen = OmegaConf.create(defaults | settings)
+    config = {"experiment": "e", "dry_run": False, "trainer": {"evaluate_on": "val"}, "hydra": {"sweeper": chosen}}
+    waiting, launched = iter(values), []
+
+    def launch(jobs, initial_job_idx):
+        launched.extend(jobs)
+        return [SimpleNamespace(return_value=next(waiting)) for _ in jobs]
+
+    search(OmegaConf.create(config), dict(chosen), SimpleNamespace(launch=launch), [space, *fixed])
+    return launched
+
+
+def test_a_search_is_the_same_one_if_only_keys_differ_that_change_no_result(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    space = "optimizer.lr=interval(0.1,1)"
+    assert len(search_for(space, tmp_path, "method=er", values=(1.0, 2.0))) == 2
+    assert search_for(space, tmp_path, "method=er", "trainer.checkpoint_steps=5", n_trials=2) == []
+    assert len(search_for(space, tmp_path, "method=ewc", values=(1.0,))) == 1
+
+
+def test_what_optuna_cannot_do_gives_one_message(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    with pytest.raises(ConfigError, match="method: expected one that answers without the task"):
+        search_for("optimizer.lr=interval(0.1,1)", tmp_path, values=(None,))
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper\.storage: expected a database .* got foo\."):
+        search_for("optimizer.lr=interval(0.1,1)", tmp_path, storage="foo")
+    search_for("optimizer.lr=0.1,0.2", tmp_path, values=(1.0,), study_name="mine")
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper\.study_name: expected .* of the same values; got mine\."):
+        search_for("optimizer.lr=0.1,0.3", tmp_path, study_name="mine", n_trials=2)
 
 
 def read_trials(folder: Path) -> list[dict[str, str]]:

@@ -21,9 +21,11 @@ COMMANDS = {
     "export": "finished runs to W&B, TensorBoard, MLflow or Trackio",
     "wandb": "a W&B sweep file from a search space; a W&B workspace that compares runs",
     "reproduce": "run published settings and compare with the published numbers",
+    "completion": "a script for tab completion in bash or zsh",
     "new": "a method of your own to start from, with a test",
 }
-"""Name -> what it does. The module ``cl_bench.commands.NAME`` has ``main(arguments) -> exit status``."""
+"""Name -> what it does. The module ``cl_bench.commands.NAME`` has ``main(arguments) -> exit status``, which may raise
+ConfigError."""
 
 
 def run_command(words: Sequence[str]) -> int | None:

@@ -21,7 +21,7 @@ from cl_bench.report.selection import Selection
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, or 2 when there is nothing to compare."""
-    command = "python scripts/compare.py" if arguments is None else "cl_bench compare"
+    program = ["python", "scripts/compare.py"] if arguments is None else ["cl_bench", "compare"]
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="cl_bench compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -62,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         selection = Selection(options.where, options.group, metrics, options.reference, options.sort)
         comparison = compare(options.paths, selection, options.imports)
         if options.out is not None:  # first, so that the files are there even if the terminal goes away
-            write(comparison, options.out, f"{command} {shlex.join(arguments)}")
+            write(comparison, options.out, shlex.join([*program, *arguments]))
         show(comparison, options.format)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(f"cl_bench: {error}", file=sys.stderr)
         return 2
     return 0

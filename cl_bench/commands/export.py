@@ -7,6 +7,7 @@ it once more, after what RUN/NAME holds of the first time has been removed.
 """
 
 import argparse
+import functools
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import yaml
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cl_bench.config.build import build_loggers
@@ -93,9 +95,9 @@ def export(run: Run, name: str, keys: Sequence[str] = (), *, again: bool = False
 
 def build_logger(name: str, keys: Sequence[str] = ()) -> Logger:
     """The logger ``name`` with some keys of its own."""
-    overrides = [f"logger={name}", *(f"logger.{name}.{key}" for key in keys)]
+    overrides = (f"logger={name}", *(f"logger.{name}.{key}" for key in keys))
     try:
-        config = compose_config(overrides)
+        config = _compose(overrides)
         config.logger = {name: config.logger[name]}
         logger = build_loggers(config)[name]
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
@@ -108,6 +110,11 @@ def build_logger(name: str, keys: Sequence[str] = ()) -> Logger:
         fix="Unset WANDB_MODE, or type mode=offline.",
     )
     return logger
+
+
+@functools.lru_cache(maxsize=1)  # of thousands of runs it would take most of the time
+def _compose(overrides: tuple[str, ...]) -> DictConfig:
+    return compose_config(overrides)
 
 
 def replay(run: Run, logger: Logger) -> None:

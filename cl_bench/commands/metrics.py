@@ -11,7 +11,7 @@ import yaml
 
 from cl_bench.config.build import load_metric
 from cl_bench.config.schema import CONFIGS
-from cl_bench.core.errors import ConfigError, require
+from cl_bench.core.errors import require
 from cl_bench.core.record import SETTINGS, TITLES, replace_non_finite, takes_curve
 from cl_bench.metrics.base import RECURRING, is_defined
 from cl_bench.report.page import Run, format_number
@@ -22,17 +22,17 @@ KEY = "--add"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit status: 0, or 2 if the run, a name or what the run recorded does not fit."""
+    """Run the command; returns its exit status.
+
+    Raises:
+        ConfigError: the run, a name or what the run recorded does not fit.
+    """
     parser = argparse.ArgumentParser(prog="cl_bench metrics", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument(KEY, nargs="+", action="extend", required=True, metavar="NAME", help="one of the metrics below")
     parser.epilog = f"metrics: {', '.join(list_metrics())}"
     options = parser.parse_args(arguments)
-    try:
-        added = add_metrics(options.run, options.add)
-    except ConfigError as error:
-        print(f"cl_bench: {error}", file=sys.stderr)
-        return 2
+    added = add_metrics(options.run, options.add)
     for name in dict.fromkeys(options.add):
         if name not in added:
             print(f"{name}: {options.run / 'summary.json'} has it already", file=sys.stderr)

@@ -4,12 +4,11 @@ import argparse
 import importlib.util
 import keyword
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cl_bench.config.schema import CONFIGS
-from cl_bench.core.errors import ConfigError, require
+from cl_bench.core.errors import require
 from cl_bench.system.atomic import write_text
 
 CODE = '''"""CLASS: fine-tuning, until you change it. Say whose method it is: authors, venue, year.
@@ -70,17 +69,17 @@ def test_NAME_keeps_the_contract():
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit status: 0, or 2 if a name cannot be taken or a file is there already."""
+    """Run the command; returns its exit status.
+
+    Raises:
+        ConfigError: a name cannot be taken, or a file is there already.
+    """
     parser = argparse.ArgumentParser(prog="cl_bench new", description=__doc__)
     parser.add_argument("kind", choices=["method"], help="what is made")
     parser.add_argument("name", metavar="NAME", help="for method=NAME")
     parser.add_argument("--package", default="mylab", metavar="PACKAGE", help="where it goes (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        files = make_method(Path(), options.name, options.package)
-    except ConfigError as error:
-        print(f"cl_bench: {error}", file=sys.stderr)
-        return 2
+    files = make_method(Path(), options.name, options.package)
     for file in files:
         print(file)
     print(f"\nRun it:  cl_bench --config-dir {options.package}/configs method={options.name}")
@@ -110,7 +109,7 @@ def make_method(folder: Path, name: str, package: str) -> list[Path]:
         fix="Choose another one.",
     )
     require(
-        package not in sys.stdlib_module_names and not _is_another(package, folder),
+        not _is_taken(folder, package),
         "--package",
         expected="a name that no other package has",
         got=package,
@@ -133,8 +132,9 @@ def make_method(folder: Path, name: str, package: str) -> list[Path]:
     return list(texts)
 
 
-def _is_another(package: str, folder: Path) -> bool:
-    """Whether a package or module of this name is imported from elsewhere: it would no longer be found."""
-    spec = importlib.util.find_spec(package)
-    places = (spec.submodule_search_locations or [spec.origin or ""]) if spec else []
-    return any(Path(place).resolve() != (folder / package).resolve() for place in places)
+def _is_taken(folder: Path, package: str) -> bool:
+    """Whether Python knows another package of this name, which the one in ``folder`` would hide."""
+    found = importlib.util.find_spec(package)
+    places = [found.origin, *(found.submodule_search_locations or [])] if found else []
+    own = (folder / package).resolve()
+    return bool(found) and not any(place and Path(place).resolve().is_relative_to(own) for place in places)

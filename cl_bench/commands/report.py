@@ -40,8 +40,9 @@ def main(arguments: Sequence[str]) -> int:
             continue
         try:
             print(write_report(run))
-        except (ConfigError, OSError) as error:  # the others get theirs
-            print(f"cl_bench: {error}", file=sys.stderr)
+        except Exception as error:  # the others get theirs, whatever is wrong with the files of this one
+            why = error if isinstance(error, ConfigError) else f"{run}: {type(error).__name__}: {error}"
+            print(f"cl_bench: {' '.join(str(why).split())}", file=sys.stderr)
             failed = True
     for left in (LeftOut.of(run) for _, begun in found for run in begun):
         print(f"{left.state}, skipped: {left.folder}", file=sys.stderr)

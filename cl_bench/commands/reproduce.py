@@ -84,7 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         groups = read_groups(ROWS)
         rows = choose_rows(groups, options.names)
-        require(options.seeds is None or options.seeds > 0, "--seeds", expected="1 or more", got=options.seeds, fix="")
+        require(
+            options.seeds is None or options.seeds > 0,
+            "--seeds",
+            expected="1 or more",
+            got=options.seeds,
+            fix="Leave it out.",
+        )
         require(options.jobs > 0, "--jobs", expected="1 or more", got=options.jobs, fix="One for each core.")
         jobs = plan(rows, options.seeds, options.scale, options.set, out / "records")
         if options.list:

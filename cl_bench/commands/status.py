@@ -120,16 +120,17 @@ def _describe(folder: Path, label: str, summary: dict[str, Any] | None) -> Line:
 
 def _describe_position(folder: Path, *, running: bool) -> str:
     """The last epoch that ended, counted from 1, and how fast it was."""
-    last = _read_last_line(folder / PACE)
-    if last is None:
+    found = _read_last_line(folder / PACE)
+    if found is None:
         return "before the end of the first epoch"
+    last, written = found
     told = f"task {_count(last, 'task', 'num_tasks')}, epoch {_count(last, 'epoch', 'epochs')}"
     if last.get("phase"):
         told += f" of phase {last['phase'] + 1}"
     if running and last.get("steps_per_second"):
         told += f", {last['steps_per_second']:.3g} steps/s"
     if running:
-        told += f", {_format_age(time.time() - (folder / PACE).stat().st_mtime)} ago"
+        told += f", {_format_age(time.time() - written)} ago"
     return told
 
 
@@ -142,17 +143,18 @@ def _format_age(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _read_last_line(path: Path) -> dict[str, Any] | None:
-    """The last complete JSON object of a file of lines; None if there is none."""
+def _read_last_line(path: Path) -> tuple[dict[str, Any], float] | None:
+    """The last complete JSON object of a file of lines, and when the file was written; None if there is none."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL), os.SEEK_SET)
+            facts = os.fstat(file.fileno())
+            file.seek(max(0, facts.st_size - _TAIL), os.SEEK_SET)
             lines = file.read().splitlines()
-    except OSError:
+    except OSError:  # a run that starts again removes it
         return None
     for line in reversed(lines):
         try:
-            return json.loads(line)
+            return json.loads(line), facts.st_mtime
         except ValueError:  # written at this moment, or left by a kill
             continue
     return None

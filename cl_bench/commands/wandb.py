@@ -22,11 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 from cl_bench.config.build import find_measure
 from cl_bench.config.explain import to_config_error
 from cl_bench.config.packages import find_installed
-from cl_bench.config.schema import CONFIGS, compose_config
+from cl_bench.config.schema import CONFIGS, compose_config, split_override
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.core.labels import format_value
 from cl_bench.core.record import TITLES, name_measure
-from cl_bench.runs.sweep import refuse_test_images
+from cl_bench.runs.sweep import check_searched_values, refuse_test_images
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -76,19 +76,30 @@ def make_sweep(overrides: Sequence[str]) -> dict[str, Any]:
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-        names = [str(text.value()) for text in parsed if text.key_or_group == "search"]
-        found = _read_search(names[0]) if names else {}
+        names = [split_override(t.input_line or "")[1] for t in parsed if t.key_or_group == "search"]
+        found, choices = _read_search(names[-1]) if names else ({}, {})
         hydra = found.pop("hydra", {}).get("sweeper", {})
-        space = [f"{key}={value}" for key, value in hydra.get("params", {}).items()]
-        searched = [*OverridesParser.create().parse_overrides(space), *parsed]
-        fixed = [t.input_line or "" for t in parsed if t.key_or_group != "search" and not t.is_sweep_override()]
+        space = [f"{key}={value}" for key, value in (hydra.get("params") or {}).items()]
+        given = {
+            t.key_or_group: t for t in [*OverridesParser.create().parse_overrides(space), *parsed]
+        }  # the later counts
+        parameters = {key: _convert(t) for key, t in given.items() if t.is_sweep_override() and key != "search"}
+        fixed = [t.input_line or "" for key, t in given.items() if key not in {"search", *parameters}]
         kept = [text for text in fixed if not text.startswith(("hydra.", "hydra/"))]
+        logger = [] if "logger" in given else ["logger=wandb"]
+        kept = [*(f"{group}={name}" for group, name in choices.items() if group not in given), *kept]
         settings = _resolve(found, kept)
-        config = compose_config([*settings, *kept])
+        config = compose_config([*settings, *kept, *logger])
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         raise to_config_error(error, overrides) from error
     refuse_test_images(config.trainer.get("evaluate_on"), "a W&B sweep")
-    parameters = {t.key_or_group: _convert(t) for t in searched if t.is_sweep_override()}
+    require(
+        "wandb" in config.logger,
+        "logger",
+        expected="one that logs to W&B, which chooses by what it is told",
+        got=", ".join(config.logger) or "none",
+        fix="Leave it out, or take logger=wandb or many.",
+    )
     require(
         bool(parameters),
         "+search",
@@ -96,7 +107,6 @@ def make_sweep(overrides: Sequence[str]) -> dict[str, Any]:
         got="none",
         fix="Add +search=NAME, or e.g. 'optimizer.lr=interval(0.01,0.3)'.",
     )
-    logger = [] if any(text.startswith("logger=") for text in kept) else ["logger=wandb"]
     return {
         "method": "bayes",
         "metric": {"name": name_measure(OBJECTIVE, find_measure(config)), "goal": "maximize"},
@@ -137,8 +147,8 @@ def make_workspace(project: str) -> "Workspace":
     return Workspace(entity=entity, project=name, name="Comparison of rows", sections=sections, runset_settings=rows)
 
 
-def _read_search(name: str) -> dict[str, Any]:
-    """The content of ``search/NAME.yaml``; its sweeper need not be installed."""
+def _read_search(name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The content of ``search/NAME.yaml``, and its choices by group; its sweeper need not be installed."""
     files = [Path(folder) / "search" / f"{name}.yaml" for folder in (CONFIGS, *find_installed().values())]
     known = sorted(path.stem for file in files for path in file.parent.glob("*.yaml"))
     file = next((file for file in files if file.is_file()), None)
@@ -148,8 +158,11 @@ def _read_search(name: str) -> dict[str, Any]:
         )
     content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     assert isinstance(content, dict)
-    content.pop("defaults", None)
-    return {str(key): value for key, value in content.items()}
+    entries = [pair for entry in content.pop("defaults", []) if isinstance(entry, dict) for pair in entry.items()]
+    choices = {group.removeprefix("override").strip().removeprefix("/"): chosen for group, chosen in entries}
+    return {str(key): value for key, value in content.items()}, {
+        group: chosen for group, chosen in choices.items() if not group.startswith("hydra/")
+    }
 
 
 def _resolve(found: dict[str, Any], kept: Sequence[str]) -> list[str]:
@@ -169,6 +182,7 @@ def _list_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _convert(override: Override) -> dict[str, Any]:
     """One parameter of a W&B sweep."""
+    check_searched_values(override)
     value = override.value()
     if not isinstance(value, IntervalSweep):
         return {"values": [_read_number(text) for text in override.sweep_string_iterator()]}

@@ -58,12 +58,15 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
 def find_missing_plugin(error: Exception) -> ConfigError | None:
     """What Hydra's error for a launcher or sweeper without its package means; None if it is another error."""
     found = re.search(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+)_(launcher|sweeper)\.", str(error))
-    if not isinstance(error, RuntimeError) or not found:
-        return None
+    return explain_missing(found[2], found[1]) if isinstance(error, RuntimeError) and found else None
+
+
+def explain_missing(kind: str, package: str) -> ConfigError:
+    """The error for a launcher or sweeper whose package is not installed."""
     return ConfigError(
-        f"hydra/{found[2]}",
-        expected=f"a {found[2]} whose package is installed",
-        got=f"{found[1]}, which is not installed",
+        f"hydra/{kind}",
+        expected=f"a {kind} whose package is installed",
+        got=f"{package}, which is not installed",
         fix="pip install 'cl-bench[sweep]'.",
     )
 

@@ -5,6 +5,7 @@ A component's keys and types are those of its constructor, so no schema is writt
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -424,15 +425,20 @@ def convert(value: Any, hint: Any, key: str) -> Any:
             )
         return value
     hint = _find_omegaconf_type(hint)
-    holder = dataclasses.make_dataclass("Holder", [("value", hint, field(default=MISSING))])
     try:
-        config = OmegaConf.merge(OmegaConf.structured(holder), {"value": value})
+        config = OmegaConf.merge(_make_holder(hint), {"value": value})
         return OmegaConf.to_container(config)["value"]  # type: ignore[index, call-overload]
     except OmegaConfBaseException as error:
         name = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
         raise ConfigError(
             key, expected=f"a value of type {name.replace('typing.', '')}", got=value, fix="Correct the value."
         ) from error
+
+
+@functools.cache  # each run asks for some fifty, of few types
+def _make_holder(hint: Any) -> Any:
+    """A configuration whose ``value`` has this type."""
+    return OmegaConf.structured(dataclasses.make_dataclass("Holder", [("value", hint, field(default=MISSING))]))
 
 
 def _list_numbers(value: Any) -> list[Any]:

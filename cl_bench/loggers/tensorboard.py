@@ -1,10 +1,7 @@
 """Curves for TensorBoard, in ``<run folder>/tensorboard``."""
 
 import os
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from cl_bench.loggers.base import Logger, RunInfo
@@ -68,10 +65,9 @@ class _Records:
     """TensorBoard's records, written to an open file; the only part that needs TensorBoard."""
 
     def __init__(self, file: BinaryIO) -> None:
-        with _hide_module("boto3"):
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from torch.utils.tensorboard import RecordWriter
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard import RecordWriter
 
         self._event, self._summary, self._writer = Event, Summary, RecordWriter(file)
         if file.tell() == 0:
@@ -84,20 +80,3 @@ class _Records:
 
     def _write(self, **content: Any) -> None:
         self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())
-
-
-@contextmanager
-def _hide_module(module: str) -> Iterator[None]:
-    """Imports as if ``module`` were not installed.
-
-    TensorBoard tries to import boto3, for folders on S3. The old version that hydra-ray-launcher pins warns when it is
-    imported, and installs an importer that warns at every later import.
-    """
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]  # makes Python treat it as not installed
-    try:
-        yield
-    finally:
-        del sys.modules[module]

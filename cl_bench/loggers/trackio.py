@@ -56,12 +56,14 @@ class Trackio(Logger):
         run, self._run = self._run, None
         if run is None:
             return
-        if summary is not None:
-            self._log(run, self._delivered.list_undelivered())
-            end: dict[str, Any] = {f"summary/{name}": value for name, value in flatten_summary(summary).items()}
-            pictures = list_pictures(self._folder, summary)
-            run.log(end | {f"plots/{name}": self._library.Image(str(path)) for name, path in pictures.items()})
-        self._library.finish()  # the run that init() made current
+        try:
+            if summary is not None:
+                self._log(run, self._delivered.list_undelivered())
+                end: dict[str, Any] = {f"summary/{name}": value for name, value in flatten_summary(summary).items()}
+                pictures = list_pictures(self._folder, summary)
+                run.log(end | {f"plots/{name}": self._library.Image(str(path)) for name, path in pictures.items()})
+        finally:
+            self._library.finish()  # the run that init() made current
         self._delivered.mark(self._delivered.count, finished=status == "finished")
 
     def _log(self, run: "trackio.Run", events: list[tuple[int, Event]]) -> None:

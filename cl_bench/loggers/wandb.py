@@ -5,6 +5,8 @@ import json
 import netrc
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -35,6 +37,24 @@ EXIT_CODES = {"finished": 0, "interrupted": 130, "failed": 1}
 
 COPIES = "cl_bench"
 """Folder of a run's files that gets those of the run folder; W&B has a ``config.yaml`` of its own beside it."""
+
+
+@contextmanager
+def forget_dead_service() -> Iterator[None]:
+    """Inside, W&B forgets its own process if that turns out to have died, so that the next run starts another one.
+
+    Otherwise no later run of this process, such as the next job of a sweep, could be logged, and W&B would print a
+    traceback at the end.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ConnectionError) or type(error).__name__ == "MailboxClosedError":
+            import wandb
+
+            with suppress(Exception, SystemExit):  # it says goodbye to that process first
+                wandb.teardown()
+        raise
 
 
 class Wandb(Logger):
@@ -80,6 +100,7 @@ class Wandb(Logger):
         self.mode = resolve_mode(mode)
         self._run: wandb.Run | None = None
 
+    @forget_dead_service()
     def start(self, run: RunInfo) -> None:
         """Open the run, or continue it."""
         if self.mode == "disabled":
@@ -94,12 +115,14 @@ class Wandb(Logger):
         for name, axis in SERIES.items():
             opened.define_metric(name, step_metric=axis)
 
+    @forget_dead_service()
     def log_event(self, number: int, event: Event) -> None:
         """Log the event, unless it was delivered."""
         if self._run is None:
             return
         self._log(self._run, self._delivered.list_due(number, event))
 
+    @forget_dead_service()
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
         """Add the summary, the pictures of the report and the files, and close the run."""
         run, self._run = self._run, None

@@ -180,6 +180,12 @@ def write_report(folder: Path) -> Path:
 
 def render(template: str, **values: Any) -> str:
     """A page from a template of this package; every value is escaped."""
+    return _make_environment().get_template(template).render(**values)
+
+
+@functools.cache
+def _make_environment() -> jinja2.Environment:
+    """Jinja's environment, which keeps the compiled templates for the next page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -188,7 +194,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": format_number, "signed": format_signed}
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def judge(run: Run, ours: Callable[[str, str], float | None]) -> list[Verdict]:

@@ -58,6 +58,7 @@ def render_panels(figure: Figure, name: str, photos: bool = False) -> list[Panel
         photos: whether it shows photographs, which look the same on a dark page, not heat maps.
     """
     figure.set_layout_engine("none")
+    cells = _cut(figure)  # measured with the canvas that has laid the figure out
     for legend in figure.legends:
         legend.set_visible(False)
     file = io.StringIO()
@@ -68,7 +69,7 @@ def render_panels(figure: Figure, name: str, photos: bool = False) -> list[Panel
         content = content.replace("<image ", '<image style="filter: var(--heat)" ')
     width, height = figure.get_size_inches()
     panels: list[Panel] = []
-    for left, top, right, bottom in _cut(figure):
+    for left, top, right, bottom in cells:
         box = (left * width, top * height, (right - left) * width, (bottom - top) * height)
         view_box = " ".join(f"{_POINTS_PER_INCH * inches:.1f}" for inches in box)
         panels.append(Panel(round(box[2] * PIXELS_PER_INCH), view_box, "" if panels else content, f"{name}-figure"))

@@ -17,7 +17,8 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from cl_bench.core.errors import ConfigError
+from cl_bench.config.explain import explain_missing
+from cl_bench.core.errors import ConfigError, require
 from cl_bench.runs.sweep import JobFailed
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ def launch(launcher: "RayLauncher", jobs: list[list[str]], first: int) -> list[J
     setup_globals()
     config, settings = launcher.config, launcher.settings
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    with _start_ray(settings) as ray:
+    with start_ray(settings) as ray:
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(settings["cpus_per_task"])))
         remote = ray.remote(_run_job).options(
             num_cpus=settings["cpus_per_task"],
             num_gpus=settings["gpus_per_task"],
             max_retries=settings["retries"],
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(settings["cpus_per_task"])))}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
         )
         numbers = {}
         for number, overrides in enumerate(jobs, start=first):
@@ -95,26 +97,53 @@ def _run_job(
 
 
 @contextmanager
-def _start_ray(settings: dict[str, Any]) -> Iterator[Any]:
-    """Inside, this process belongs to a Ray cluster: the one at ``address``, or one of its own on this machine."""
+def start_ray(settings: dict[str, Any]) -> Iterator[Any]:
+    """Inside, this process belongs to a Ray cluster: the one at ``address``, or one of its own on this machine.
+
+    Raises:
+        ConfigError: Ray is not installed, the cluster does not answer, or this machine has too little for a run.
+    """
     os.environ["RAY_DEDUP_LOGS"] = str(int(settings["deduplicate_logs"]))  # read when Ray is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            "hydra/launcher",
-            expected="a launcher whose package is installed",
-            got="ray, which is not installed",
-            fix="pip install 'cl-bench[sweep]'.",
-        ) from error
+        raise explain_missing("launcher", "ray") from error
     own = {} if settings["address"] else {"num_cpus": settings["cpus"], "num_gpus": settings["gpus"]}
     if not settings["address"]:
         own |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     before = signal.getsignal(signal.SIGTERM)
-    ray.init(address=settings["address"] or "local", **own)
+    try:
+        ray.init(address=settings["address"] or "local", **own)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(
+            "hydra.launcher.address",
+            expected="a Ray cluster that answers, or null for one of its own",
+            got=settings["address"],
+            fix=f"Start it with ray start --head. ({' '.join(str(error).split())})",
+        ) from error
     signal.signal(signal.SIGTERM, before)  # Ray has set its own, which would not wait for checkpoints
     try:
+        if not settings["address"]:
+            refuse_unmet_needs(settings, ray.cluster_resources())
         yield ray
     finally:
         ray.shutdown()
+
+
+def refuse_unmet_needs(settings: dict[str, Any], resources: dict[str, float]) -> None:
+    """Refuse a run that needs more CPUs or GPUs than there are: Ray would wait for another machine for ever.
+
+    Args:
+        settings: the keys of ``configs/hydra/launcher/ray.yaml``.
+        resources: what this machine has, by Ray's names.
+    """
+    for key, name in (("cpus_per_task", "CPU"), ("gpus_per_task", "GPU")):
+        there = resources.get(name, 0)
+        require(
+            settings[key] <= there,
+            f"hydra.launcher.{key}",
+            expected=f"at most the {there:g} {name}s that Ray has here",
+            got=settings[key],
+            fix="Take fewer, or hydra.launcher.address=HOST:PORT of a cluster that has them.",
+        )

@@ -17,10 +17,11 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from cl_bench.config.build import find_measure
-from cl_bench.config.schema import INCOMPARABLE
+from cl_bench.config.explain import explain_missing
+from cl_bench.config.schema import INCOMPARABLE, split_override
 from cl_bench.core.errors import ConfigError, require
 from cl_bench.report.trials import write_trials
-from cl_bench.runs.sweep import JobFailed, refuse_test_images
+from cl_bench.runs.sweep import JobFailed, check_searched_values, refuse_minimizing, refuse_test_images
 from cl_bench.system.atomic import hold_lock
 
 NEUTRAL = {*INCOMPARABLE} - {"experiment", "scale", "seed", "class_order_seed", "data_seed"}
@@ -42,6 +43,7 @@ def search(config: DictConfig, settings: dict[str, Any], launcher: Launcher, arg
     """
     refuse_test_images(config.trainer.get("evaluate_on"), "hydra/sweeper=optuna")
     require(not config.dry_run, "dry_run", expected="false in a search", got="true", fix="Try it without the sweeper.")
+    _check_settings(settings)
     optuna = _import_optuna()
     space, fixed = read_space(
         optuna, [f"{key}={value}" for key, value in (settings["params"] or {}).items()], arguments
@@ -52,12 +54,7 @@ def search(config: DictConfig, settings: dict[str, Any], launcher: Launcher, arg
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with hold_lock(folder / ".lock"):
-            study = optuna.create_study(
-                study_name=name,
-                storage=settings["storage"] or f"sqlite:///{folder / 'study.db'}",
-                direction=settings["direction"],
-                load_if_exists=True,
-            )
+            study = _open_study(optuna, settings, name, folder)
             try:
                 _run_trials(optuna, study, settings, launcher, space, fixed)
             finally:
@@ -71,18 +68,46 @@ def search(config: DictConfig, settings: dict[str, Any], launcher: Launcher, arg
         ) from error
 
 
+def _check_settings(settings: dict[str, Any]) -> None:
+    refuse_minimizing(settings["direction"])
+    numbers = {"n_trials": 1, "n_jobs": 1, "sampler.seed": 0}  # the least of each
+    for key, least in numbers.items():
+        value = OmegaConf.select(OmegaConf.create(settings), key)
+        require(
+            type(value) is int and value >= least,
+            f"hydra.sweeper.{key}",
+            expected=f"a whole number of {least} or more",
+            got=value,
+            fix="Correct the value.",
+        )
+
+
 def _import_optuna() -> Any:
     try:
         import optuna
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            "hydra/sweeper",
-            expected="a sweeper whose package is installed",
-            got="optuna, which is not installed",
-            fix="pip install 'cl-bench[sweep]'.",
-        ) from error
+        raise explain_missing("sweeper", "optuna") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
+
+
+def _open_study(optuna: Any, settings: dict[str, Any], name: str, folder: Path) -> Any:
+    storage = settings["storage"] or f"sqlite:///{folder / 'study.db'}"
+    try:
+        return optuna.create_study(
+            study_name=name, storage=storage, direction=settings["direction"], load_if_exists=True
+        )
+    except Exception as error:  # of Optuna, or of the database's own package
+        raise ConfigError(
+            "hydra.sweeper.storage",
+            expected="a database that Optuna can open",
+            got=storage,
+            fix=f"Leave it out for one in the folder of the search. {_format_error(error)}",
+        ) from error
+
+
+def _format_error(error: Exception) -> str:
+    return " ".join(f"({type(error).__name__}: {error})".split())
 
 
 def _run_trials(
@@ -98,7 +123,7 @@ def _run_trials(
         asked = len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL))) + len(waiting)
         for _ in range(min(settings["n_jobs"] - len(waiting), settings["n_trials"] - asked)):
             study.sampler = make_sampler(len(study.get_trials(deepcopy=False)))
-            trial = study.ask(space)
+            trial = _ask(study, space)
             waiting.append((trial.number, trial.params))
         if not waiting:
             return
@@ -106,11 +131,32 @@ def _run_trials(
         jobs = [[*fixed, *(f"{key}={_format(value)}" for key, value in params.items())] for _, params in batch]
         for (number, _), job in zip(batch, launcher.launch(jobs, initial_job_idx=batch[0][0])):
             try:
-                study.tell(number, float(job.return_value))
+                value = job.return_value
             except JobFailed as error:  # it diverged, say
                 study.tell(number, state=states.FAIL)
                 if error.status == 2:
                     raise
+                continue
+            require(
+                value is not None,
+                "method",
+                expected="one that answers without the task, since a search compares Class-IL accuracies",
+                got="no Class-IL accuracy",
+                fix="Choose another method, or sweep without the sweeper and compare by Task-IL.",
+            )
+            study.tell(number, value)
+
+
+def _ask(study: Any, space: dict[str, Any]) -> Any:
+    try:
+        return study.ask(space)
+    except ValueError as error:  # a study cannot change the values of a choice
+        raise ConfigError(
+            "hydra.sweeper.study_name",
+            expected="the name of a search of the same values",
+            got=study.study_name,
+            fix=f"Choose another name. {_format_error(error)}",
+        ) from error
 
 
 def choose_sampler(optuna: Any, settings: DictConfig) -> Callable[[int], Any]:
@@ -133,6 +179,7 @@ def read_space(optuna: Any, *overrides: list[str]) -> tuple[dict[str, Any], list
         space.pop(key, None)
         fixed.pop(key, None)
         if override.is_sweep_override():
+            check_searched_values(override)
             space[key] = make_distribution(optuna, override)
         else:
             fixed[key] = override.input_line or ""
@@ -159,7 +206,7 @@ def _format(value: Any) -> str:
 
 def _name_study(config: DictConfig, space: dict[str, Any], fixed: list[str]) -> str:
     """The experiment, and a hash of what is searched and of the other overrides: the same command, the same study."""
-    settings = sorted(text for text in fixed if text.lstrip("+~").partition("=")[0].split(".")[0] not in NEUTRAL)
+    settings = sorted(text for text in fixed if not {key := split_override(text)[0], key.split(".")[0]} & NEUTRAL)
     sampler = OmegaConf.to_container(config.hydra.sweeper.sampler)
     facts = json.dumps([{key: repr(space[key]) for key in sorted(space)}, settings, sampler], sort_keys=True)
     return f"{config.experiment}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"

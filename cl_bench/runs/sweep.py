@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from cl_bench.config.explain import choose_exit_status, explain
 from cl_bench.config.schema import list_typed_overrides, split_override
-from cl_bench.core.errors import ConfigError
+from cl_bench.core.errors import require
 from cl_bench.core.labels import format_settings
 from cl_bench.system.atomic import write_text
 from cl_bench.system.signals import handle_once
@@ -203,10 +204,11 @@ class Sweep:
             return self._run_and_report(job, config)
         outlive_readers()
         _limit_threads()
-        self._make_folder()
         mine = self.folder / f"job.{os.getpid()}"
         _label.set(self._label_job())
-        mine.touch()  # before it checks for `stop`: the command waits for the job files that exist then
+        with suppress(OSError):  # another machine may not have this temporary folder, and nobody looks into it there
+            self._make_folder()
+            mine.touch()  # before it checks for `stop`: the command waits for the job files that exist then
         requeue = Requeue.find()
         try:
             with requeue.catch(), self._watch_for_stop(requeue):
@@ -414,13 +416,43 @@ def note_run(folder: Path, *, finished_before: bool) -> None:
 
 def refuse_test_images(evaluate_on: Any, search: str) -> None:
     """Refuse a search that would choose settings by test images."""
-    if evaluate_on != "val":
-        raise ConfigError(
-            "trainer.evaluate_on",
-            expected=f"val in a search ({search}), so that no setting is chosen on test images",
-            got=str(evaluate_on),
-            fix="Add trainer.evaluate_on=val scenario.val_fraction=0.1.",
-        )
+    require(
+        evaluate_on == "val",
+        "trainer.evaluate_on",
+        expected=f"val in a search ({search}), so that no setting is chosen on test images",
+        got=str(evaluate_on),
+        fix="Add trainer.evaluate_on=val scenario.val_fraction=0.1.",
+    )
+
+
+def refuse_minimizing(direction: str) -> None:
+    """Refuse a search that would look for the smallest accuracy; some sweepers write ``Direction.maximize``."""
+    direction = str(direction).lower().rpartition(".")[2]
+    require(
+        direction == "maximize",
+        "hydra.sweeper.direction",
+        expected="maximize, since a run returns its accuracy",
+        got=direction,
+        fix="Add hydra.sweeper.direction=maximize.",
+    )
+
+
+def check_searched_values(override: Override) -> None:
+    """Refuse an override of a search that has no values to choose from."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        assert value.start is not None
+        assert value.end is not None
+        right = value.start < value.end and (value.start > 0 or "log" not in value.tags)
+    else:
+        right = not isinstance(value, Glob) and any(True for _ in override.sweep_string_iterator())
+    require(
+        right,
+        override.key_or_group,
+        expected="interval(LOW,HIGH), with log above 0, or a range or list of values",
+        got=split_override(override.input_line or "")[1],
+        fix="Correct the values.",
+    )
 
 
 _child = False  # whether the command is this process's parent: after its death this cannot be found out

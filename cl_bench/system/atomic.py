@@ -2,9 +2,11 @@
 
 import fcntl
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 
 def write_text(path: Path, text: str) -> None:
@@ -29,13 +31,22 @@ def hold_lock(lock_file: Path, waiting: str | None = None) -> Iterator[None]:
     """
     with lock_file.open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_at_once(lock)
         except BlockingIOError:
             if waiting is None:
                 raise
             print(f"cl_bench: waiting for another process, which {waiting}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _lock_at_once(lock: TextIO) -> None:
+    for _ in range(3):
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.02)  # is_locked() of another process, such as `cl_bench status`, holds it for a moment
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_locked(lock_file: Path) -> bool:
