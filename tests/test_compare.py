@@ -765,6 +765,24 @@ def test_a_browser_shows_sorts_and_filters_sixteen_rows_at_both_widths(tmp_path)
     assert told[3:] == [["joint-vit-none"], "1 of 16 rows", True, "descending", True, False, 2]
 
 
+@needs_chromium
+@pytest.mark.slow
+def test_the_filter_leaves_tables_of_other_things_as_they_are(tmp_path):
+    in_order(tmp_path, [0, 1, 2, 3, 4])
+    in_order(tmp_path, [4, 3, 2, 1, 0])
+    write(compare([str(tmp_path)]), tmp_path / "out", "command")
+    act = """(() => {
+      const field = narrow.document.querySelector("#filter");
+      field.value = "no row says this";
+      field.dispatchEvent(new Event("input"));
+      const count = (table) => table.querySelectorAll("tbody tr:not([hidden])").length;
+      return [...narrow.document.querySelectorAll("table.rows")].map(count);
+    })()"""
+    told, said = open_in_chromium(tmp_path / "out" / "compare.html", tmp_path, act)
+    assert said == ""
+    assert told == [0, 0, 1]  # accuracies, costs, order robustness
+
+
 @pytest.mark.slow
 def test_regenerating_gives_the_same_bytes(tmp_path, monkeypatch):
     seeds(tmp_path, [60.0, 62.0, 67.0])

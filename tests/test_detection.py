@@ -762,6 +762,7 @@ def test_recorded_runs_show_what_the_page_says():
     for method in ("pseudo_labels", "replay"):
         assert (old[method] > 50).all()  # 55 is the lowest of three seeds each
         assert (new[method] > 60).all()
+    assert "<h2>Final AP</h2>" in (ROOT / "results/detection/compare.html").read_text()
     for row in rows.values():
         run = row.runs[0]
         settings = select_comparable(to_plain_dict(configure(f"+experiment={run.summary['experiment']}")))

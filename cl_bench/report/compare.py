@@ -189,7 +189,7 @@ def write(comparison: Comparison, out: Path, command: str) -> None:
     dots = None
     if DOTS in pictures:
         title = name_measure(DOTS_TITLE, comparison.measure)
-        dots = make_dots(comparison.rows[:MOST_ROWS_DRAWN], title, pictures[DOTS].caption)
+        dots = make_dots(comparison.rows[:MOST_ROWS_DRAWN], pictures[DOTS].title, title, pictures[DOTS].caption)
     script = (Path(__file__).parent / "compare.js").read_text(encoding="utf-8")
     page = render(
         "compare.html.j2",
@@ -330,19 +330,21 @@ class Dots:
     """The plot of final accuracies on a page, where it is made of text and SVG, so that it fits any width.
 
     Attributes:
+        heading: of its part of the page.
         title: what is shown, with its unit.
         caption: how to read it.
         ticks: positions on the axis, in percent of its length, and their texts.
         rows: label, positions of the seeds, of the mean, and of the ends of its confidence interval, or None.
     """
 
+    heading: str
     title: str
     caption: str
     ticks: list[tuple[float, str]]
     rows: list[tuple[str, list[float], float, tuple[float, float] | None]]
 
 
-def make_dots(rows: Sequence[Row], title: str, caption: str) -> Dots:
+def make_dots(rows: Sequence[Row], heading: str, title: str, caption: str) -> Dots:
     """The plot of the rows that have a Class-IL accuracy; at least one has."""
     values = {row.label: row.values(MAIN).tolist() for row in rows}
     shown = [row for row in rows if values[row.label]]
@@ -359,7 +361,7 @@ def make_dots(rows: Sequence[Row], title: str, caption: str) -> Dots:
         mean, half = spans[row.label]
         interval = (place(mean - half), place(mean + half)) if half else None
         lines.append((row.label, [place(value) for value in values[row.label]], place(mean), interval))
-    return Dots(title, caption, [(place(tick), f"{tick:g}") for tick in plots.choose_ticks(low, high)], lines)
+    return Dots(heading, title, caption, [(place(tick), f"{tick:g}") for tick in plots.choose_ticks(low, high)], lines)
 
 
 def _draw_pictures(comparison: Comparison) -> Iterator[tuple[str, Picture]]:
