@@ -35,12 +35,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises errors instead of printing them
     wait_passively()
     outlive_readers()
-    multirun = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv)) and not {
-        "--cfg",
-        "-c",
-        "--info",
-        "-i",
-    } & set(sys.argv)
+    asked, only_shown = {"-m", "--multirun", "hydra.mode=MULTIRUN"}, {"--cfg", "-c", "--info", "-i"}
+    multirun = bool(asked & set(sys.argv)) and not only_shown & set(sys.argv)
     if sys.argv[1:2] == ["--version"]:
         print(f"cl_bench {cl_bench.__version__}")
         return

@@ -35,7 +35,7 @@ from cl_bench.report.tables import Table, format_markdown
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from speed.common import choose_random_pixels, collect_facts
+from speed.common import choose_random_pixels, describe_machine
 
 BATCH, CLASSES, STEPS = 32, 100, 3
 METHODS = ("finetune", "er", "joint")
@@ -111,12 +111,11 @@ def main() -> int:
     header = ["backbone", "parameters [millions]", "MACs [millions]", "images/s"]
     header += [f"{method}: {' / '.join(TITLES.values())} [%] (seeds)" for method in methods]
     table = format_markdown(Table("", "", header, lines, numbers=range(1, len(header))))
-    facts = collect_facts()
-    machine = f"{facts['processor']} ({facts['instructions']}), torch {facts['packages']['torch']}, one thread"
     options.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "scripts/backbones.py", *sys.argv[1:]])
     text = f"Made by `{command}`. Size: {options.scale}. Images of 32 x 32 pixels, {CLASSES} classes.\n\n{table}\n\n"
-    text += f"images/s: a training step of {BATCH} images in fp32, per second of CPU time, on one machine: {machine}.\n"
+    text += f"images/s: a training step of {BATCH} images in fp32, per second of CPU time, on one machine: "
+    text += f"{describe_machine()}.\n"
     (options.out / "table.md").write_text(text, encoding="utf-8")
     return 0
 

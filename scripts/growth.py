@@ -32,7 +32,8 @@ from cl_bench.report.tables import Table, format_markdown
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from speed.common import collect_facts
+from speed.clock import read_resident_bytes
+from speed.common import describe_machine
 
 EXPERIMENTS = (
     *("online_er_cifar100_20split", "online_er_ace_cifar100_20split", "online_mir_cifar100_20split"),
@@ -67,8 +68,7 @@ class Watch(Logger):
         self._latest = None
         if event["event"] != "epoch":
             return
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        self.memory[event["task"]] = 4096 * pages
+        self.memory[event["task"]] = read_resident_bytes() or 0
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
         """Nothing is open."""
@@ -127,14 +127,12 @@ def main() -> int:
         lines.append([name, str(len(tasks)), *steps, f"{last['step_ms']:.1f}", f"{ratio:.2f}", *sizes])
     header = ["experiment", "tasks", *(f"step, {n} task [ms]" for n in ("first", "second", "middle", "last"))]
     header += ["last / second", *(f"memory, {n} task [MiB]" for n in ("second", "middle", "last"))]
-    facts = collect_facts()
-    machine = f"{facts['processor']} ({facts['instructions']}), torch {facts['packages']['torch']}, one thread"
     options.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "scripts/growth.py", *sys.argv[1:]])
     text = f"Made by `{command}`: {options.images} training images of each class.\n\n"
     text += f"{format_markdown(Table('', '', header, lines, numbers=range(1, len(header))))}\n\n"
     text += "A step: the median over a task, in CPU time. The first task has no exemplars to replay. Machine: "
-    (options.out / "table.md").write_text(f"{text}{machine}.\n", encoding="utf-8")
+    (options.out / "table.md").write_text(f"{text}{describe_machine()}.\n", encoding="utf-8")
     draw(found).savefig(options.out / "growth.png", dpi=100)
     return 0
 

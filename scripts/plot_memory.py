@@ -18,12 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cl_bench.core.record import SETTINGS, TITLES
-from cl_bench.report.plots import render_png
+from cl_bench.report.plots import COLOURS, open_frame, render_png
 from cl_bench.report.rows import Row, find_runs, make_rows
 
 MINI = Path("results/mini")
 RECORDS = [MINI / "pretrained/records/memory_vit_cifar100_10split", MINI / "memory_vit_open/records"]
-COLOURS = {"class_il": "#1f5fa8", "task_il": "#c8641b"}
 USUAL = {"backbone.memory": 5, "backbone.attention": "extension", "backbone.reads": None, "buffer.capacity": 0}
 """The choices of the row that the others are compared with; each of them differs in one."""
 
@@ -100,9 +99,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     for axes in (cells, reads, rehearsal):
         axes.set_ylabel("final accuracy [%]")
     for axes in (cells, reads, gain, rehearsal):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.9", lw=0.8)
-        axes.set_axisbelow(True)
+        open_frame(axes)
     cells.plot([], [], "--", color="0.4", lw=1, label="the head alone")
     cells.legend(frameon=False, loc="center right")
     return figure

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import importlib.util
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -353,6 +354,17 @@ def cpuinfo() -> list[str]:
     """The lines of /proc/cpuinfo, none where there is no such file."""
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
+
+
+def load_script(name: str) -> ModuleType:
+    """``scripts/NAME.py`` as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_command", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look there for their annotations
+    spec.loader.exec_module(module)
+    return module
 
 
 def find_run(folder: Path) -> Path:

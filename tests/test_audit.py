@@ -1,6 +1,5 @@
 """The leak audit passes honest runs and catches a method that cheats in each of the ways it is there for."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, command, configure
+from helpers import TINY, command, configure, load_script
 
 from cl_bench.config.build import Parts, build
 from cl_bench.core.types import Data, Phase
@@ -272,10 +271,7 @@ def test_a_cheat_is_caught(cheat, tmp_path):
 
 def audit_command():
     """``scripts/audit.py`` as a module."""
-    spec = importlib.util.spec_from_file_location("audit_command", ROOT / "scripts" / "audit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("audit")
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import DATA, ROOT, TINY, configure, find_run, needs_mnist, run_in_process
+from helpers import DATA, ROOT, TINY, configure, find_run, load_script, needs_mnist, run_in_process
 from omegaconf import OmegaConf
 
 from cl_bench.config.build import Parts, build, build_scenario
@@ -357,11 +356,7 @@ def test_a_strategy_that_fails_says_where(tmp_path):
 @pytest.fixture(scope="module")
 def comparison():
     """scripts/compare_avalanche.py as a module."""
-    spec = importlib.util.spec_from_file_location("compare_avalanche", ROOT / "scripts" / "compare_avalanche.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there for their annotations
-    spec.loader.exec_module(module)
-    return module
+    return load_script("compare_avalanche")
 
 
 def list_lines(comparison):

@@ -1,12 +1,11 @@
 """The benchmark runs, and compares like with like. How fast anything is, is not tested here."""
 
-import importlib.util
 import json
 import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, load_script
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.engine import evaluate
@@ -25,10 +24,7 @@ TINY = Options(repetitions=2, tell=lambda what: None, small=True)
 @pytest.fixture(scope="module")
 def benchmark():
     """scripts/benchmark.py as a module."""
-    spec = importlib.util.spec_from_file_location("benchmark_command", ROOT / "scripts" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmark")
 
 
 def test_repetitions_are_in_turn_and_the_first_does_not_count():

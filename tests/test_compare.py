@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import FIVE_TASKS, ROOT, WIDTHS, make_run, needs_chromium, open_in_chromium
+from helpers import FIVE_TASKS, ROOT, WIDTHS, load_script, make_run, needs_chromium, open_in_chromium
 
 from cl_bench.core.errors import ConfigError
 from cl_bench.report import compare as compare_module
@@ -31,11 +30,7 @@ from cl_bench.system.atomic import hold_lock
 
 def command():
     """``main`` of scripts/compare.py."""
-    path = Path(__file__).parents[1] / "scripts" / "compare.py"
-    spec = importlib.util.spec_from_file_location("compare_command", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("compare").main
 
 
 def seeds(root: Path, accuracies: list, **options) -> None:

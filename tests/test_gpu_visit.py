@@ -1,6 +1,5 @@
 """A visit to a lent GPU, as far as a CPU can go: stages, time limits, results at once, what is brought home."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, load_script
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -22,16 +21,7 @@ from cl_bench.runs.run_dir import find_commit
 SCRIPT = ROOT / "scripts" / "gpu_visit.py"
 
 
-def load(name: str):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(f"{name}_command", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_visit = load("gpu_visit")
+gpu_visit = load_script("gpu_visit")
 
 
 @pytest.fixture
@@ -107,14 +97,14 @@ def test_rows_are_run_by_the_command_that_reproduces(tmp_path, capsys):
     built = gpu_visit.train_rows(["derpp500", "lvt500"], 480, tmp_path, options("--device=cpu", "--speed=eager"))
     assert built.command[0] == "scripts/reproduce.py"
     assert built.limit > 480 + gpu_visit.GRACE_SECONDS
-    assert load("reproduce").main([*built.command[1:], "--list"]) == 0
+    assert load_script("reproduce").main([*built.command[1:], "--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split("name=")[1].split()[0] for line in listed] == ["derpp500", "lvt500"]
     assert "method.alpha=0.3 method.beta=0.5 optimizer.lr=0.03 schedule.factor=0.2" in listed[0]
     default = {"device=cuda:0", "trainer.speed=graph", "trainer.checkpoint_seconds=600"}
     assert default < set(gpu_visit.train_rows(["er500"], 480, tmp_path, options()).command)
     rehearsal = gpu_visit.train_rows(["er500"], 9, tmp_path, options("--device=cpu", "--speed=eager", "--scale=mini"))
-    assert load("reproduce").main([*rehearsal.command[1:], "--list"]) == 0
+    assert load_script("reproduce").main([*rehearsal.command[1:], "--list"]) == 0
     assert "+scale=mini" in capsys.readouterr().out
 
 

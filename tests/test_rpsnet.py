@@ -1,19 +1,15 @@
 """The network whose cost docs/methods/rpsnet.md states."""
 
-import importlib.util
 import itertools
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import load_script
 
 
 @pytest.fixture(scope="module")
 def rpsnet():
-    spec = importlib.util.spec_from_file_location("rpsnet_command", ROOT / "scripts" / "rpsnet.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("rpsnet")
 
 
 def test_parameters_are_those_of_the_layers_and_the_newest_are_trained(rpsnet):

@@ -1,6 +1,5 @@
 """What a configuration, a file of a run or the environment cannot do."""
 
-import importlib.util
 import os
 import pickle
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, configure, find_run, run_in_process
+from helpers import TINY, configure, find_run, load_script, run_in_process
 
 from cl_bench.config.build import build, build_loggers
 from cl_bench.core.errors import ConfigError
@@ -129,9 +128,7 @@ def test_malicious_predictions_are_refused(tmp_path, monkeypatch, capsys):
     np.savez(run / "predictions.npz", **columns)
     with pytest.raises(ConfigError, match=r"predictions\.npz: expected the arrays of a finished run"):
         write_report(run)
-    spec = importlib.util.spec_from_file_location("audit_command", ROOT / "scripts" / "audit.py")
-    audit = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(audit)
+    audit = load_script("audit")
     capsys.readouterr()
     assert audit.main([str(run)]) == 2
     assert "predictions.npz: expected the arrays" in capsys.readouterr().err

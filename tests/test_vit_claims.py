@@ -1,21 +1,17 @@
 """The page of measured claims: its tables are those of the figures, and what is measured is what it says."""
 
-import importlib.util
 import json
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import load_script
 
 from cl_bench.backbones.navit import lay_out
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("vit_family", ROOT / "scripts" / "vit_family.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("vit_family")
 
 
 def test_the_page_has_the_tables_of_the_figures(script):

@@ -30,6 +30,18 @@ def check_heads(dim: int, heads: int) -> None:
     require(dim % heads == 0, "heads", expected=expected, got=heads, fix=fix)
 
 
+def check_patches(patch_size: int, image_shape: tuple[int, int, int]) -> None:
+    """Refuse patches that do not tile the images, or leave less than a map of :data:`LEAST_SIDE`."""
+    _, height, width = image_shape
+    require(
+        height % patch_size == 0 and width % patch_size == 0 and min(height, width) >= LEAST_SIDE * patch_size,
+        "patch_size",
+        expected=f"a divisor of both sides of images of {height} x {width}, below them",
+        got=patch_size,
+        fix="4 suits 32 x 32 pixels, 2 suits 8 x 8.",
+    )
+
+
 class Backbone(nn.Module, ABC):
     """A network with one head over all K classes."""
 

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from cl_bench.backbones.base import LEAST_SIDE, SingleHead, check_heads, check_layers
+from cl_bench.backbones.base import SingleHead, check_heads, check_layers, check_patches
 from cl_bench.core.errors import require, require_fraction, require_positive, void
 
 
@@ -195,7 +195,8 @@ class NaViT(SingleHead):
         require_fraction(fix="0 lowers no resolution.", low_share=low_share)
         require_fraction(fix="0 drops no token.", below_one=True, token_drop=token_drop)
         check_layers("depth", depth)
-        _check_sizes(patch_size, dim, heads, image_shape)
+        check_patches(patch_size, image_shape)
+        check_heads(dim, heads)
         channels, height, width = image_shape
         self.patch_size, self.images_per_sequence, self.token_drop = patch_size, images_per_sequence, token_drop
         self.low_share = low_share
@@ -270,19 +271,6 @@ class NaViT(SingleHead):
             return tokens
         which = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)[:, :kept]
         return tokens.gather(1, which[:, :, None].expand(-1, -1, tokens.shape[2]))
-
-
-def _check_sizes(patch_size: int, dim: int, heads: int, image_shape: tuple[int, int, int]) -> None:
-    """Refuse patches that do not tile the images, and heads that do not divide the width."""
-    _, height, width = image_shape
-    require(
-        height % patch_size == 0 and width % patch_size == 0 and min(height, width) >= LEAST_SIDE * patch_size,
-        "patch_size",
-        expected=f"a divisor of both sides of images of {height} x {width}, below them",
-        got=patch_size,
-        fix="4 suits 32 x 32 pixels, 2 suits 8 x 8.",
-    )
-    check_heads(dim, heads)
 
 
 def _list_low_grids(scales: list[float], grid: tuple[int, int]) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cl_bench.core.errors import ConfigError, require
+from cl_bench.core.record import get_measure
 from cl_bench.runs.audit import audit
 from cl_bench.runs.load import load
 from cl_bench.system.atomic import write_text
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = load(folder)
         require(
-            run.summary.get("measure", "accuracy") == "accuracy",
+            get_measure(run.summary) == "accuracy",
             "RUN",
             expected="a run of classification",
             got="one of detection, where an image has no single answer",

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from cl_bench.config.schema import select_comparable
 from cl_bench.core.errors import require
-from cl_bench.core.record import TITLES
+from cl_bench.core.record import TITLES, get_measure
 from cl_bench.loggers.pace import FILE as PACE
 from cl_bench.report.folders import LeftOut, scan
 from cl_bench.report.labels import make_labels
@@ -108,7 +108,8 @@ def make_table(lines: Sequence[Line]) -> Table:
 def _describe(folder: Path, label: str, summary: dict[str, Any] | None) -> Line:
     seed = folder.name.removeprefix("seed")
     if summary is not None:
-        of = f" {summary['measure']}" if summary.get("measure", "accuracy") != "accuracy" else ""
+        measure = get_measure(summary)
+        of = "" if measure == "accuracy" else f" {measure}"
         accuracies = [(name, (summary[key] or {}).get("average_accuracy")) for key, name in TITLES.items()]
         told = ", ".join(f"{name}{of} {value:.2f}" for name, value in accuracies if value is not None)
         return Line(label, seed, "finished", told, folder)

@@ -3,7 +3,7 @@
 import csv
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,11 @@ def name_precision(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The rows of the last task in :attr:`Record.average_precision` as metrics: ``AP_old``, ``AP50_old``, ..."""
     last = [row for row in rows if row["after_task"] == rows[-1]["after_task"]]
     return {f"{key}_{row['classes']}": row[key] for row in last for key in row if key.startswith("AP")}
+
+
+def get_measure(summary: Mapping[str, Any]) -> str:
+    """The word for what a run or an event measured: ``accuracy``, or ``AP`` in detection; older records have none."""
+    return summary.get("measure", "accuracy")
 
 
 def name_measure(text: str, measure: str) -> str:

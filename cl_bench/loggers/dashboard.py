@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cl_bench.core.record import SETTINGS, Curve, Matrix, name_measure, name_precision
+from cl_bench.core.record import SETTINGS, Curve, Matrix, get_measure, name_measure, name_precision
 from cl_bench.loggers.base import RunInfo
 from cl_bench.loggers.delivered import Event
 from cl_bench.loggers.jsonl import read_events
@@ -70,7 +70,7 @@ class Series:
             for earlier in read_events(self._folder, 0, number):
                 self._read(earlier)
         self._next = number + 1
-        measure = event.get("measure", "accuracy")
+        measure = get_measure(event)
         found = {name_measure(name, measure): value for name, value in self._read(event).items()}
         values = {name: value for name, value in found.items() if value is not None and value == value}
         axes = {"step": event["step"], "epoch": self._epochs, "task": event.get("task", -1) + 1}
@@ -128,7 +128,7 @@ def _name_tasks(setting: str, row: list[float | None]) -> dict[str, float | None
 
 def flatten_summary(summary: dict[str, Any]) -> dict[str, float]:
     """The known numbers of ``summary.json`` for a table of runs, e.g. ``class_il/forgetting``."""
-    measure = summary.get("measure", "accuracy")
+    measure = get_measure(summary)
     return {
         f"{group}/{name_measure(key, measure)}": value
         for group in (*SETTINGS, "cost")
@@ -171,7 +171,7 @@ def write_files(source: Path, target: Path) -> list[Path]:
 
 def list_pictures(folder: Path, summary: dict[str, Any]) -> dict[str, Path]:
     """The pictures of the report by name: heat maps with numbers, confusion matrix, curves."""
-    measure = summary.get("measure", "accuracy")
+    measure = get_measure(summary)
     return {name_measure(path.stem, measure): path for path in sorted((folder / "plots").glob("*.png"))}
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cl_bench.core.errors import require
+from cl_bench.core.record import get_measure
 from cl_bench.loggers.base import Logger, RunInfo
 from cl_bench.loggers.dashboard import (
     AXES,
@@ -240,7 +241,7 @@ def _draw_end(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     pictures = list_pictures(folder, summary)
     content: dict[str, Any] = {f"plots/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
     if counts := summary.get("buffer_by_class"):
-        counted = "images" if summary.get("measure", "accuracy") == "accuracy" else "objects"
+        counted = "images" if get_measure(summary) == "accuracy" else "objects"
         names: list[str | int] = ["class", counted]
         table = wandb.Table(columns=names, data=[list(pair) for pair in zip(summary["class_names"], counts)])
         content["buffer_by_class"] = wandb.plot.bar(table, "class", counted, title=f"{counted} in the buffer")

@@ -95,11 +95,8 @@ class FRCL(Method):
         require_positive(fix="Leave it out.", prior_variance=prior_variance, jitter=jitter, mean_scale=mean_scale)
         device, exact = buffer.labels.device.type, "cpu or cuda, since mps has no double precision"
         require(device != "mps", "device", expected=exact, got=device, fix="Set device=cpu.")
-        self.sizes, points, fix = (
-            [len(task.train) for task in scenario.tasks],
-            buffer.quota,
-            "A task has no more images.",
-        )
+        self.sizes, points = [len(task.train) for task in scenario.tasks], buffer.quota
+        fix = "A task has no more images."
         most = min(self.sizes) * len(self.sizes)
         require(points <= min(self.sizes), "buffer.capacity", expected=f"at most {most}", got=buffer.capacity, fix=fix)
         if points == 1:

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cl_bench.core.errors import ConfigError, require
-from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Matrix, Record, name_measure
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Matrix, Record, get_measure, name_measure
 from cl_bench.engine.evaluate import read_predictions
 from cl_bench.metrics.accuracy import average_accuracy
 from cl_bench.report import plots
@@ -82,7 +82,7 @@ class Run:
     @property
     def measure(self) -> str:
         """The word for what was measured: ``accuracy``, or ``AP`` in detection."""
-        return self.summary.get("measure", "accuracy")  # older records have none
+        return get_measure(self.summary)
 
     @property
     def incomparable(self) -> str:

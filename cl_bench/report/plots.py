@@ -32,13 +32,15 @@ from cl_bench.metrics.forgetting import forgetting
 SURE = 0.5
 """The confidence from which a box is drawn."""
 
+COLOURS = {"class_il": "#1f5fa8", "task_il": "#c8641b"}
+"""Of the two settings."""
+
 _NEARLY_BLACK, _NEARLY_WHITE = "#010101", "#fefefe"  # on photographs: a page changes black and white itself
 _DPI = 150  # sharper than the page asks for: readable when zoomed in or printed
 _WIDTH = 10.0  # inches
 _HALF = 5.3  # inches, width of a picture with one panel
 _MOST_MARKERS = 200  # epochs; more of them are drawn as a line only
 _NUMBERS_UP_TO = 20  # tasks or classes; beyond, numbers in cells and one label a line no longer fit
-_COLOURS = {"class_il": "#1f5fa8", "task_il": "#c8641b"}
 _LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -124,7 +126,7 @@ def draw_over_tasks(record: Record, measure: str = "accuracy") -> Figure | None:
         return None
     figure, (accuracies, forgettings) = _make_panels(2, height=3.4)
     for setting in settings:
-        style: dict[str, Any] = {"ms": 3.5, "color": _COLOURS[setting], "label": TITLES[setting]}
+        style: dict[str, Any] = {"ms": 3.5, "color": COLOURS[setting], "label": TITLES[setting]}
         for axes, metric in ((accuracies, average_accuracy), (forgettings, forgetting)):
             axes.plot(range(1, num_tasks + 1), compute_over_tasks(metric, record.get_matrix(setting)), "o-", **style)
     _set_title(accuracies, name_measure("average accuracy on the tasks seen [%]", measure))
@@ -133,7 +135,7 @@ def draw_over_tasks(record: Record, measure: str = "accuracy") -> Figure | None:
     _set_title(forgettings, "forgetting [percentage points]")
     forgettings.axhline(0, color="0.4", lw=0.8)
     for axes in (accuracies, forgettings):
-        _open_frame(axes)
+        open_frame(axes)
         _set_task_axis(axes, num_tasks)
     return figure
 
@@ -150,11 +152,11 @@ def draw_curves(record: Record, measure: str = "accuracy") -> Figure | None:
         for values, colour in zip(accuracy.T, colours):
             axes.plot(step, values, lw=0.7, alpha=0.6, color=colour)
         means = [row[: task + 1].mean() for row, task in zip(accuracy, learning)]
-        axes.plot(step, means, lw=2, color=_COLOURS[setting])
+        axes.plot(step, means, lw=2, color=COLOURS[setting])
         for task in range(curve.num_tasks - 1):
             if (learning == task).any():
                 axes.axvline(step[learning == task][-1], color="0.55", lw=0.6, ls=(0, (4, 3)))
-        _open_frame(axes)
+        open_frame(axes)
         axes.grid(visible=False, axis="x")
         _set_title(axes, name_measure(f"{TITLES[setting]}: accuracy on the sample [%]", measure))
         axes.set(ylim=(0, 102), xlabel="optimizer steps")
@@ -270,7 +272,7 @@ def draw_losses(events: Sequence[Mapping[str, Any]]) -> Figure | None:
             axes.plot(steps, values, style if len(steps) > 1 else ".", ms=3, lw=1.2, color="#1f5fa8")
         for end in ends:
             axes.axvline(end, color="0.55", lw=0.8, ls=(0, (4, 3)))
-        _open_frame(axes)
+        open_frame(axes)
         axes.grid(visible=False, axis="x")  # more vertical lines beside the ends of tasks would confuse
         _set_title(axes, term, loc="left", parse_math=False, size=10, pad=14)
         axes.set(xlabel="optimizer steps", xlim=(0, last * 1.005))
@@ -301,7 +303,7 @@ def draw_accuracy_by_row(curves: Mapping[str, Mapping[str, np.ndarray]], measure
     for axes, setting in zip(panels, settings):
         for label, values in curves[setting].items():
             _draw_band(axes, values, **_choose_line_style(labels.index(label)))
-        _open_frame(axes)
+        open_frame(axes)
         highest = max(np.nanmax(values) for values in curves[setting].values())
         _set_title(axes, name_measure(f"{TITLES[setting]}: average accuracy on the tasks seen [%]", measure))
         axes.set_ylim(0, min(102, 1.1 * highest + 1))
@@ -348,7 +350,7 @@ def draw_dots(
         axes.plot(values[label], [line] * len(values[label]), "o", color="#c8641b", ms=5, alpha=0.75, mew=0)
     axes.set_yticks(range(len(labels)), wrapped, parse_math=False)
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    _open_frame(axes)
+    open_frame(axes)
     axes.set_xlabel(title)
     return figure
 
@@ -376,7 +378,8 @@ def _set_title(axes: Axes, title: str, **style: Any) -> None:
     axes.set_title(title, y=1.0, **style)
 
 
-def _open_frame(axes: Axes) -> None:
+def open_frame(axes: Axes) -> None:
+    """Axes without a frame above and on the right, with a light grid behind what is drawn."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", lw=0.8)
     axes.set_axisbelow(True)

@@ -26,7 +26,7 @@ from cl_bench.config.schema import (
 )
 from cl_bench.core.errors import ConfigError, RunError, require
 from cl_bench.core.labels import shorten_label
-from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record, name_measure, replace_non_finite
+from cl_bench.core.record import SCHEMA, SETTINGS, TITLES, Record, get_measure, name_measure, replace_non_finite
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.engine.step import StepGenerator
 from cl_bench.engine.trainer import run_alone
@@ -447,7 +447,7 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
         table.add_column(TITLES[setting], justify="right")
     for metric in summary["class_il"]:
         cells = [summary[setting].get(metric) for setting in SETTINGS]
-        words = name_measure(metric.replace("_", " "), summary.get("measure", "accuracy"))  # older records have none
+        words = name_measure(metric.replace("_", " "), get_measure(summary))
         table.add_row(words, *("-" if cell is None else f"{cell:.2f}" for cell in cells))
     console = Console()
     console.print(table)

@@ -237,6 +237,12 @@ def collect_facts() -> dict[str, Any]:
     }
 
 
+def describe_machine() -> str:
+    """The machine in words, for a table of figures that were measured on one thread."""
+    facts = collect_facts()
+    return f"{facts['processor']} ({facts['instructions']}), torch {facts['packages']['torch']}, one thread"
+
+
 def _find_processor() -> str:
     info = Path("/proc/cpuinfo")
     names = (

@@ -2,8 +2,8 @@
 
 from timm.models.vision_transformer import VisionTransformer
 
-from cl_bench.backbones.base import LEAST_SIDE, check_heads, check_layers
-from cl_bench.core.errors import require, require_positive
+from cl_bench.backbones.base import check_heads, check_layers, check_patches
+from cl_bench.core.errors import require_positive
 
 
 def build_small_vit(
@@ -28,14 +28,8 @@ def build_small_vit(
     usual = "See configs/backbone/vit.yaml."
     require_positive(fix=usual, patch_size=patch_size, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
     check_layers("depth", depth)
+    check_patches(patch_size, image_shape)
     channels, height, width = image_shape
-    require(
-        height % patch_size == 0 and width % patch_size == 0 and min(height, width) >= LEAST_SIDE * patch_size,
-        "patch_size",
-        expected=f"a divisor of both sides of images of {height} x {width}, below them",
-        got=patch_size,
-        fix="4 suits 32 x 32 pixels, 2 suits 8 x 8.",
-    )
     check_heads(dim, heads)
     return VisionTransformer(
         img_size=(height, width),
