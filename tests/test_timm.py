@@ -83,6 +83,12 @@ def test_a_model_with_positions_is_built_for_its_images():
     assert network(*VIT, "backbone.size=48", shape=(1, 28, 28)).trunk.patch_embed.grid_size == (3, 3)
 
 
+def test_a_network_of_convolutions_keeps_its_channels_innermost():
+    last = network(*RESNET).trunk.forward_features(torch.rand(2, 3, 64, 64))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert not last.is_contiguous()
+
+
 def test_pixels_are_normalised_as_the_model_was_trained():
     """From the scenario's mean and deviation to the model's; both are of pixels in [0, 1]."""
     net = network(*VIT, "backbone.normalisation=model")

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cl_bench.backbones.cct import SequencePooling
 from cl_bench.backbones.cvt import ConvAttention
 from cl_bench.backbones.deepvit import ReAttention
+from cl_bench.backbones.layers.memory_format import put_channels_innermost
 from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
 from cl_bench.testing import check_resumption
@@ -116,6 +117,27 @@ def randomise(module):
 
 def linear(layer, x):
     return x @ array(layer.weight).T + (0 if layer.bias is None else array(layer.bias))
+
+
+@pytest.mark.parametrize("backbone", ["cct", "efficientvit", "mobilevit", "mobilevitv2", "resnet18"])
+def test_convolutions_keep_their_channels_innermost(backbone):
+    net = network_of(f"backbone={backbone}", "+scale=mini")
+    maps = []
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda layer, given, out: maps.append(out))
+    net(torch.rand(2, 3, 32, 32))
+    assert maps
+    assert all(out.is_contiguous(memory_format=torch.channels_last) for out in maps)
+
+
+def test_a_narrow_convolution_leaves_the_usual_layout():
+    narrow, wide = (torch.nn.Sequential(torch.nn.Conv2d(3, width, 3), torch.nn.Conv2d(width, 8, 1)) for width in (7, 8))
+    for net, channels_last in ((narrow, False), (wide, True)):
+        before = copy.deepcopy(net.state_dict())
+        put_channels_innermost(net)
+        assert net[0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])

@@ -22,6 +22,7 @@ from timm.layers import Attention, DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import LEAST_SIDE, SingleHead, check_heads, check_layers
+from cl_bench.backbones.layers.memory_format import put_channels_innermost
 from cl_bench.core.errors import require, require_fraction, require_positive
 
 TOKENIZER_CHANNELS = 64
@@ -101,6 +102,7 @@ class CCT(SingleHead):
         self.norm, self.pooling = nn.LayerNorm(dim), SequencePooling(dim)
         self.head = nn.Linear(dim, num_classes)
         self.apply(_draw_weights)
+        put_channels_innermost(self.tokenizer)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)."""

@@ -23,6 +23,7 @@ from timm.models.coat import PatchEmbed
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import LEAST_SIDE, SingleHead
+from cl_bench.backbones.layers.memory_format import put_channels_innermost
 from cl_bench.backbones.layers.timm import check_options, keep_no_biases, say
 from cl_bench.core.errors import ConfigError, require
 
@@ -118,6 +119,7 @@ class Hybrid(SingleHead):
             raise ConfigError("options", expected=expected, got=say(error), fix=fix) from error
         family.refine(trunk, factor, height)
         keep_no_biases(trunk)
+        put_channels_innermost(trunk)
         self.trunk, self.head = trunk, nn.Linear(trunk.num_features, num_classes)
 
     def features(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_bench.backbones.base import LEAST_SIDE, SingleHead, turn_into_buffers
+from cl_bench.backbones.layers.memory_format import put_channels_innermost
 from cl_bench.backbones.layers.timm import check_options, keep_no_biases, say
 from cl_bench.core.errors import ConfigError, require
 
@@ -64,6 +65,7 @@ class TimmModel(SingleHead):
         self.size = _choose_size(size, image_shape, config.input_size)
         self.trunk = _create_trunk(name, pretrained, channels, self.size, options)
         keep_no_biases(self.trunk)
+        put_channels_innermost(self.trunk)
         if checkpoint:
             _load_trunk(self.trunk, name, checkpoint)
         width = _measure_width(self.trunk, name, (channels, *self.size))
