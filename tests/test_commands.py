@@ -559,6 +559,21 @@ def test_what_is_typed_replaces_what_a_search_file_says(tmp_path, monkeypatch):
     assert "optimizer=adam" not in typed
 
 
+def test_a_sweep_file_knows_ones_own_folder_of_configurations(tmp_path, capsys):
+    for group, text in {"search": "hydra: {sweeper: {params: {buffer.capacity: 'choice(10,20)'}}}\n",
+                        "buffer": "defaults: [reservoir]\ncapacity: 7\n"}.items():  # fmt: skip
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text("# @package _global_\n" * (group == "search") + text)
+    keys = ["+experiment=quickstart", *VAL, "buffer=mine", "+search=mine"]
+    assert run_command(["wandb", "sweep", "--config-dir", str(tmp_path), *keys]) == 0
+    sweep = yaml.safe_load(capsys.readouterr().out)
+    assert sweep["parameters"] == {"buffer.capacity": {"values": [10, 20]}}
+    assert sweep["command"][4] == f"--config-dir={tmp_path}"
+    assert run_command(["wandb", "sweep", *keys]) == 2
+    assert run_command(["wandb", "sweep", "--config-dir", str(tmp_path / "nowhere"), *keys]) == 2
+    assert "--config-dir: expected a folder with YAML files; got" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore")  # wandb-workspaces' own
 def test_what_a_workspace_would_be(monkeypatch, capsys):
     pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed (extra dashboards)")

@@ -1,6 +1,6 @@
 """For W&B: a sweep file from a search space of Hydra's; a workspace that compares the rows of a project.
 
-cl_bench wandb sweep +experiment=NAME +search=NAME [KEY=VALUE ...] > sweep.yaml
+cl_bench wandb sweep [--config-dir DIR] +experiment=NAME +search=NAME [KEY=VALUE ...] > sweep.yaml
 cl_bench wandb workspace ENTITY/PROJECT [--print]
 
 `wandb sweep sweep.yaml` then starts the sweep, and `wandb agent ID` runs it.
@@ -48,13 +48,14 @@ def main(arguments: Sequence[str]) -> int:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     sweep = kinds.add_parser("sweep", help="print a sweep file")
+    sweep.add_argument("--config-dir", "-cd", metavar="DIR", help="YAML files of your own")
     sweep.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as for python -m cl_bench -m")
     page = kinds.add_parser("workspace", help="create a workspace that compares the rows of a project")
     page.add_argument("project", metavar="ENTITY/PROJECT")
     page.add_argument("--print", action="store_true", help="print what would be created, and create nothing")
     options = parser.parse_args(arguments)
     if options.kind == "sweep":
-        print(yaml.safe_dump(make_sweep(options.overrides), sort_keys=False), end="")
+        print(yaml.safe_dump(make_sweep(options.overrides, options.config_dir), sort_keys=False), end="")
         return 0
     workspace = make_workspace(options.project)
     if options.print:
@@ -64,20 +65,28 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def make_sweep(overrides: Sequence[str]) -> dict[str, Any]:
+def make_sweep(overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
     """The content of a W&B sweep file.
 
     Args:
         overrides: as for ``python -m cl_bench -m``. Lists, ``choice``, ``range`` and ``interval`` are searched, beside
             the space of ``+search=NAME``; the others go into the command of every run.
+        config_dir: a folder with YAML files of one's own; the command of every run names it as it is named here.
 
     Raises:
-        ConfigError: there is no space, or the runs would be measured on test images.
+        ConfigError: there is no such folder or no space, or the runs would be measured on test images.
     """
+    require(
+        config_dir is None or Path(config_dir).is_dir(),
+        "--config-dir",
+        expected="a folder with YAML files",
+        got=config_dir,
+        fix="Type it as seen from here.",
+    )
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         names = [split_override(t.input_line or "")[1] for t in parsed if t.key_or_group == "search"]
-        found, choices = _read_search(names[-1]) if names else ({}, {})
+        found, choices = _read_search(names[-1], config_dir) if names else ({}, {})
         hydra = found.pop("hydra", {}).get("sweeper", {})
         space = [f"{key}={value}" for key, value in (hydra.get("params") or {}).items()]
         given = {
@@ -88,8 +97,8 @@ def make_sweep(overrides: Sequence[str]) -> dict[str, Any]:
         kept = [text for text in fixed if not text.startswith(("hydra.", "hydra/"))]
         logger = [] if "logger" in given else ["logger=wandb"]
         kept = [*(f"{group}={name}" for group, name in choices.items() if group not in given), *kept]
-        settings = _resolve(found, kept)
-        config = compose_config([*settings, *kept, *logger])
+        settings = _resolve(found, kept, config_dir)
+        config = compose_config([*settings, *kept, *logger], config_dir)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         raise to_config_error(error, overrides) from error
     refuse_test_images(config.trainer.get("evaluate_on"), "a W&B sweep")
@@ -107,12 +116,13 @@ def make_sweep(overrides: Sequence[str]) -> dict[str, Any]:
         got="none",
         fix="Add +search=NAME, or e.g. 'optimizer.lr=interval(0.01,0.3)'.",
     )
+    own = [] if config_dir is None else [f"--config-dir={config_dir}"]
     return {
         "method": "bayes",
         "metric": {"name": name_measure(OBJECTIVE, find_measure(config)), "goal": "maximize"},
         **({"run_cap": hydra["n_trials"]} if "n_trials" in hydra else {}),
         "parameters": parameters,
-        "command": ["${env}", "python", "-m", "cl_bench", *settings, *kept, *logger, "${args_no_hyphens}"],
+        "command": ["${env}", "python", "-m", "cl_bench", *own, *settings, *kept, *logger, "${args_no_hyphens}"],
     }
 
 
@@ -147,9 +157,10 @@ def make_workspace(project: str) -> "Workspace":
     return Workspace(entity=entity, project=name, name="Comparison of rows", sections=sections, runset_settings=rows)
 
 
-def _read_search(name: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_search(name: str, config_dir: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The content of ``search/NAME.yaml``, and its choices by group; its sweeper need not be installed."""
-    files = [Path(folder) / "search" / f"{name}.yaml" for folder in (CONFIGS, *find_installed().values())]
+    folders: list[str | Path] = [CONFIGS, *find_installed().values(), *([] if config_dir is None else [config_dir])]
+    files = [Path(folder) / "search" / f"{name}.yaml" for folder in folders]
     known = sorted(path.stem for file in files for path in file.parent.glob("*.yaml"))
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -165,9 +176,9 @@ def _read_search(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     }
 
 
-def _resolve(found: dict[str, Any], kept: Sequence[str]) -> list[str]:
+def _resolve(found: dict[str, Any], kept: Sequence[str], config_dir: str | None) -> list[str]:
     """The settings of a search file as overrides, without interpolations, which W&B would take for its own."""
-    config = compose_config(kept)
+    config = compose_config(kept, config_dir)
     OmegaConf.set_struct(config, False)
     merged = OmegaConf.merge(config, found)
     return [f"{key}={format_value(OmegaConf.select(merged, key))}" for key in _list_keys(found)]
