@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.backbones import navit
+from cl_bench.backbones.layers.memory_format import put_channels_innermost
 from cl_bench.config.build import build
 from cl_bench.config.schema import CONFIGS, compose_config
 from cl_bench.testing import make_trainer
@@ -297,9 +298,10 @@ def fold_norms(module: nn.Module) -> nn.Module:
 
 
 def list_blocks() -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Blocks of width 192 on a map of 14 x 14: DeiT-Tiny's, and EfficientViT-M0's with its parts."""
+    """Blocks of width 192 on a map of 14 x 14: DeiT-Tiny's, and EfficientViT-M0's with its parts, in our layout."""
     torch.manual_seed(0)
     tokens, image = torch.randn(16, 196, 192), torch.randn(16, 192, 14, 14)
+    image = image.to(memory_format=torch.channels_last)
     blocks: list[Any] = [Block(192, 3, 4.0, qkv_bias=True).eval() for _ in range(2)]
     plain, fused = blocks
     plain.attn.fused_attn, fused.attn.fused_attn = False, True
@@ -311,6 +313,7 @@ def list_blocks() -> Iterator[tuple[str, nn.Module, Tensor]]:
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.ones_(module.weight)
         block = change(block.eval())
+        put_channels_innermost(block)
         yield f"EfficientViT block{title}", block, image
         yield f"its attention{title}", block.mixer, image
         yield f"its first FFN{title}", block.ffn0, image

@@ -18,6 +18,8 @@ from cl_bench.loggers.dashboard import Series
 from cl_bench.metrics.anytime import anytime_average_accuracy
 from cl_bench.report.page import Run
 
+pytestmark = pytest.mark.arithmetic
+
 CURVE = ["trainer.evaluate_every=3", "trainer.evaluate_sample=7"]
 
 

@@ -61,6 +61,8 @@ from cl_bench.scenarios.base import Scenario
 from cl_bench.scenarios.detection import Detection
 from cl_bench.testing import check_resumption
 
+pytestmark = pytest.mark.arithmetic
+
 compose = cache(configure)  # composing takes longer than these runs
 
 

@@ -17,6 +17,8 @@ from cl_bench.core.errors import ConfigError
 from cl_bench.engine.replicas import find_obstacle
 from cl_bench.testing import check_resumption
 
+pytestmark = pytest.mark.arithmetic
+
 CPU = torch.device("cpu")
 SMALL_NET = ["backbone=navit", "backbone.patch_size=2", "backbone.dim=16", "backbone.depth=2", "backbone.heads=2"]
 DRAWING = [*SMALL_NET, "backbone.low_scales=[0.75,0.5]", "backbone.token_drop=0.25"]

@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import load_script
 
+pytestmark = pytest.mark.arithmetic
+
 
 @pytest.fixture(scope="module")
 def rpsnet():

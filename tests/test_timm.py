@@ -9,6 +9,8 @@ from cl_bench.backbones.base import Backbone
 from cl_bench.config.build import build, prepare_component
 from cl_bench.core.errors import ConfigError
 
+pytestmark = pytest.mark.arithmetic
+
 SHAPE = (3, 32, 32)
 MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.2, 0.1]
 VIT = ["backbone=timm", "backbone.name=test_vit"]

@@ -19,6 +19,8 @@ from cl_bench.config.build import build
 from cl_bench.core.errors import ConfigError
 from cl_bench.testing import check_resumption
 
+pytestmark = pytest.mark.arithmetic
+
 SMALL = {
     "vit": ["patch_size=8", "dim=24", "depth=2"],
     "deepvit": ["patch_size=8", "dim=24", "depth=2"],

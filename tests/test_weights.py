@@ -14,6 +14,8 @@ from cl_bench.core.errors import ConfigError
 from cl_bench.engine.checkpoint import Checkpoint, clone_state, get_final_state
 from cl_bench.engine.trainer import Interrupted
 
+pytestmark = pytest.mark.arithmetic
+
 BACKBONES = sorted(path.stem for path in (CONFIGS / "backbone").glob("*.yaml"))
 GROWING = ["apd", "den", "dytox", "memory_vit"]
 
