@@ -74,6 +74,7 @@ def test_a_row_composes_and_agrees_with_its_experiment(group, name):
     row = group.rows[name]
     config = configure(*group.variants(row)[0], f"name={name}")
     assert config.experiment == row.experiment
+    assert config.trainer.evaluate_on == row.evaluate_on
     for key in ("scenario", "method", "backbone", "buffer", "optimizer", "schedule", "trainer"):
         read_arguments(config[key], key, import_target(config[key], key, []), RUNTIME.get(key, ()))
     assert row.numbers
@@ -140,6 +141,7 @@ def test_task_orders_keep_their_tasks():
         (("published: 60.0", "published: many"), "many"),
         (("kind: gate", "kind: sure"), "sure"),
         (("orders: [A, B]", "orders: [A, C]"), "orders A, B"),
+        (("    seeds: 1", "    evaluate_on: train"), "evaluate_on: test or val; got train"),
         (("below: finetune", "below: joint"), "joint"),
         (("  finetune:", "  toy:"), "toy"),
         (("title: Toy", "title: [Toy"), "toy.yaml"),
@@ -215,6 +217,15 @@ def test_what_was_cut_down_is_held_to_nothing(toy, tmp_path):
     assert reduced == ["finetune", "-", "60.00 (1)", "-", "not comparable (reduced: 3 of 50 epochs)"]
 
 
+def test_a_row_is_compared_on_the_images_of_its_source(toy, tmp_path):
+    make_run(tmp_path, accuracy=61.0, evaluate_on="val")
+    assert cells(toy, tmp_path)[0] == ["er", "-", "61.00 (1)", "-", "not comparable (measured on val images)"]
+    toy["toy"].rows["er"].evaluate_on = "val"
+    assert cells(toy, tmp_path)[0] == ["er", "60.00 (SD 1.1, n = 3)", "61.00 (1)", "+1.00", "PASS"]
+    make_run(tmp_path / "test", accuracy=61.0)
+    assert cells(toy, tmp_path / "test")[0][4] == "not comparable (measured on test images)"
+
+
 def test_a_row_is_the_mean_over_its_orders_and_seeds(toy, tmp_path):
     for place, order in enumerate((FIVE_TASKS, FIVE_TASKS[::-1])):
         if place:
@@ -263,6 +274,12 @@ def test_claims_are_judged_by_the_seeds_interval(toy, tmp_path):
     assert verdict([60.0, 50.0, 62.0], [50.0, 51.5, 51.5])[3] == "does not hold"
     assert verdict([50.0, 51.5, 51.5], [60.0, 61.0, 62.0])[3] == "does not hold"
     assert verdict([60.0, 61.0, 62.0], [50.0, 51.5, 51.5], scale="mini")[3] == "not judged (scale=mini)"
+    assert verdict([60.0, 61.0, 62.0], [50.0, 51.5, 51.5], evaluate_on="val")[3] == "holds"
+    for seed in range(3):
+        make_run(tmp_path / "both", seed=seed, accuracy=60.0 + seed)
+        make_run(tmp_path / "both", name="finetune", seed=seed, accuracy=50.0, evaluate_on="val")
+    both = make_tables(toy["toy"], read_records(toy, tmp_path / "both"))[1].lines[0]
+    assert both[-1] == "not judged (measured on test images)"
 
 
 def test_files_and_pages(toy, tmp_path):

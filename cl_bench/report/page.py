@@ -84,12 +84,15 @@ class Run:
         """The word for what was measured: ``accuracy``, or ``AP`` in detection."""
         return get_measure(self.summary)
 
-    @property
-    def incomparable(self) -> str:
-        """Why this run is not compared with a published number; empty if it may be."""
+    def explain_incomparable(self, evaluate_on: str = "test") -> str:
+        """Why this run is not compared with a published number; empty if it may be.
+
+        Args:
+            evaluate_on: the images that the number was measured on.
+        """
         if self.summary["scale"] is not None:
             return f"scale={self.summary['scale']}"
-        if self.summary["evaluate_on"] != "test":
+        if self.summary["evaluate_on"] != evaluate_on:
             return f"measured on {self.summary['evaluate_on']} images"
         return ""
 
@@ -206,7 +209,7 @@ def judge(run: Run, ours: Callable[[str, str], float | None]) -> list[Verdict]:
     """
     published = dict(run.summary["published"] or {})
     tolerance, source = published.pop("tolerance", None), published.pop("source", "")
-    why = run.incomparable
+    why = run.explain_incomparable()
     note = f"{why}: not compared with a published number" if why else ""
     lines = []
     for key, value in published.items():

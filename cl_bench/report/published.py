@@ -59,6 +59,7 @@ class Row:
         experiment, overrides: as on the command line.
         orders: names of the group's orders that it is run in; empty for the experiment's own.
         seeds: number of seeds, unless the command says otherwise.
+        evaluate_on: the images that the source measured, ``test`` or ``val``; a run on others is not compared.
         reduced: what was cut down; such a row is not compared with a published number.
         numbers: empty for the group's.
     """
@@ -68,6 +69,7 @@ class Row:
     overrides: list[str] = field(default_factory=list)
     orders: list[str] = field(default_factory=list)
     seeds: int = 3
+    evaluate_on: str = "test"
     reduced: str = ""
     numbers: list[Number] = field(default_factory=list)
 
@@ -146,6 +148,13 @@ def _read_group(path: Path) -> Group:
     assert isinstance(read, Group)
     for name, row in read.rows.items():
         row.numbers = row.numbers or read.numbers
+        require(
+            row.evaluate_on in ("test", "val"),
+            f"{path}: {name}",
+            expected="evaluate_on: test or val",
+            got=row.evaluate_on,
+            fix="Correct it.",
+        )
         for order in row.orders:
             known = ", ".join(read.orders) or "(none)"
             require(order in read.orders, f"{path}: {name}", expected=f"orders {known}", got=order, fix="Correct it.")

@@ -57,7 +57,8 @@ class Line:
     @property
     def compared(self) -> Verdict:
         """The published number beside ours; a run that was cut down has none."""
-        why = f"reduced: {self.row.reduced}" if self.row.reduced else self.runs[0].incomparable if self.runs else ""
+        why = self.runs[0].explain_incomparable(self.row.evaluate_on) if self.runs else ""
+        why = f"reduced: {self.row.reduced}" if self.row.reduced else why
         section, name = self.number.metric.split(".")
         words = f"{TITLES.get(section, section)} {to_words(name)}"
         published, tolerance = (None, None) if why else (self.number.published, self.number.tolerance)
@@ -229,7 +230,8 @@ def _judge_claim(claim: Claim, records: Records) -> list[str]:
     if not len(both):
         return [*start, "-", "not run"]
     difference = format_signed(float((both.iloc[:, 0] - both.iloc[:, 1]).mean()))
-    why = above[0].incomparable or below[0].incomparable
+    images = [run.summary["evaluate_on"] for run in (above[0], below[0])]
+    why = above[0].explain_incomparable(images[1]) or below[0].explain_incomparable(images[0])
     if len(both) < MIN_SEEDS:
         return [*start, difference, f"not judged ({why or 'too few runs'})"]
     test = run_paired_test(both)
