@@ -83,7 +83,7 @@ class Decoder:
         else:
             raise ValueError(
                 f"{'floating-point numbers' if file.mode == 'F' else 'signed or 32-bit integers'} of unknown range: "
-                "set scenario.source.value_range=[LOW,HIGH]"
+                "set scenario.source.value_range=[LOW,HIGH], or save it with 16 bits if the source has no such key"
             )
         if not np.isfinite(values).all():
             raise ValueError("values that are not finite")
