@@ -347,6 +347,39 @@ def test_each_image_is_inferred_on_its_own(inference):
     assert torch.equal(method.infer(x.flip(0), inference, "H"), together.flip(0))
 
 
+def test_masks_are_unpacked_once_for_all_batches_until_they_change(monkeypatch):
+    def count() -> int:
+        """How often masks are unpacked to infer the tasks of two batches."""
+        calls.clear()
+        method.infer(images(), "oneshot", "H")
+        method.infer(images(), "oneshot", "H")
+        return len(calls)
+
+    calls = []
+    monkeypatch.setattr("cl_bench.backbones.layers.masked.unpack", lambda *given: calls.append(1) or unpack(*given))
+    method = learned()
+    method.eval()
+    layers = method.net.list_layers().values()
+    alpha = torch.full((int(method.net.learned),), 1 / int(method.net.learned))
+    expected = method.compute_gradients(images(), alpha, "H")
+    assert count() == 0
+    assert torch.equal(method.compute_gradients(images(), alpha, "H"), expected)
+    method.train()
+    assert all(layer.kept_masked is None for layer in layers)
+    assert count() == 2 * len(layers)  # nothing is kept in training
+    method.eval()
+    assert count() == len(layers)
+    method.load_state_dict({name: value.clone() for name, value in method.state_dict().items()})
+    assert count() == len(layers)
+    method.double()
+    assert method.compute_gradients(images().double(), alpha.double(), "H").dtype == torch.float64
+    method.float()
+    for layer in layers:
+        layer.packed[0] ^= 255
+    assert count() == len(layers)
+    assert not torch.equal(method.compute_gradients(images(), alpha, "H"), expected)
+
+
 def test_binary_halves_the_live_tasks_and_weighs_them_equally(monkeypatch):
     method = learned()
     asked = []

@@ -174,6 +174,9 @@ class Superposition(Method):
         def of_one(alpha: Tensor, image: Tensor) -> Tensor:
             return measure(self.net(image[None], alpha)).squeeze(0)
 
+        if not self.training:  # unpacking takes most of the time of a pass
+            for layer in self.net.list_layers().values():
+                layer.keep_masked(alpha.shape[-1])
         chunk = max(1, get_pass_bytes(x.device, GRADIENT_BYTES) // (4 * sum(self.net.count_weights().values())))
         each: Callable[[Tensor, Tensor], Tensor] = torch.func.vmap(
             torch.func.grad(of_one), in_dims=(0 if alpha.dim() == 2 else None, 0), chunk_size=chunk

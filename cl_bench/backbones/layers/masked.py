@@ -69,6 +69,8 @@ class MaskedLayer(nn.Module):
 
     packed: Tensor
     mean_scores: Tensor | None
+    kept_masked: tuple[tuple[int, ...], Tensor] | None = None
+    """What :meth:`keep_masked` keeps, and what it was made of."""
 
     def __init__(
         self,
@@ -124,8 +126,26 @@ class MaskedLayer(nn.Module):
             return fixed * _StraightThrough.apply(scores, self.compute_mask())
         if isinstance(which, int):
             return fixed * unpack(self.packed[which], fixed.numel()).view(fixed.shape)
-        masked = fixed.flatten() * unpack(self.packed[: len(which)], fixed.numel())  # (k, n)
-        return (which @ masked).view(fixed.shape)
+        return (which @ self.get_masked(len(which))).view(fixed.shape)
+
+    def get_masked(self, k: int) -> Tensor:
+        """(k, n): the weights under each of the first ``k`` stored masks."""
+        if self.kept_masked is not None and self.kept_masked[0] == self._identify(k):
+            return self.kept_masked[1]
+        return self.layer.weight.flatten() * unpack(self.packed[:k], self.layer.weight.numel())
+
+    def keep_masked(self, k: int) -> None:
+        """Keep :meth:`get_masked` for the next batches, until a mask changes or training goes on."""
+        self.kept_masked = (self._identify(k), self.get_masked(k))
+
+    def _identify(self, k: int) -> tuple[int, ...]:
+        return k, self.packed._version, self.packed.data_ptr(), self.layer.weight.data_ptr()
+
+    def train(self, mode: bool = True) -> "MaskedLayer":
+        """Set the mode; in training nothing is kept."""
+        if mode:
+            self.kept_masked = None
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of ``layer`` with the masked weights."""
