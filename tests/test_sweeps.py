@@ -7,6 +7,7 @@ import csv
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -138,17 +139,20 @@ def test_wrong_settings_of_a_search_are_refused(wrong, message, tmp_path):
         search_for("optimizer.lr=interval(0.1,1)", tmp_path, **wrong)
 
 
-def test_a_job_needs_no_temporary_folder_of_the_command(tmp_path, monkeypatch):
-    """On another machine it may not be there."""
+def test_only_a_job_on_the_machine_of_the_command_has_a_temporary_folder(tmp_path, monkeypatch):
+    """Nobody would look into it there, or remove it."""
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    seen = []
     try:
-        sweep = Sweep([], folder=tmp_path / "not there" / "cl_bench-0", pid=0)
-        assert sweep.perform(lambda config: 7, OmegaConf.create({})) == 7
+        for machine in (socket.gethostname(), "another"):
+            sweep = Sweep([], folder=tmp_path / f"cl_bench-{machine}", pid=0, machine=machine)
+            sweep.perform(lambda config, sweep=sweep: seen.append(find_jobs(tmp_path)), OmegaConf.create({}))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert not list(tmp_path.iterdir())
+    assert seen == [[os.getpid()], []]
+    assert [folder.name for folder in tmp_path.iterdir()] == [f"cl_bench-{socket.gethostname()}"]
 
 
 def test_a_run_that_needs_more_than_there_is_does_not_wait_for_ever():

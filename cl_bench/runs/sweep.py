@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -114,13 +115,14 @@ class Sweep:
         arguments: the command line; overrides of a job that are not in it belong to this job only.
         tracebacks: whether the user wants tracebacks.
         folder: the temporary folder; created when there is something to write.
-        pid: the command's process.
+        pid, machine: where the command's process is.
     """
 
     arguments: Sequence[str]
     tracebacks: bool = False
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()) / f"cl_bench-{uuid.uuid4().hex}")
     pid: int = field(default_factory=os.getpid)
+    machine: str = field(default_factory=socket.gethostname)
 
     # -- the command ---------------------------------------------------------------------------------------------------
 
@@ -206,9 +208,10 @@ class Sweep:
         _limit_threads()
         mine = self.folder / f"job.{os.getpid()}"
         _label.set(self._label_job())
-        with suppress(OSError):  # another machine may not have this temporary folder, and nobody looks into it there
-            self._make_folder()
-            mine.touch()  # before it checks for `stop`: the command waits for the job files that exist then
+        if socket.gethostname() == self.machine:  # elsewhere nobody looks into this folder, or removes it
+            with suppress(OSError):  # a job may see another temporary folder
+                self._make_folder()
+                mine.touch()  # before it checks for `stop`: the command waits for the job files that exist then
         requeue = Requeue.find()
         try:
             with requeue.catch(), self._watch_for_stop(requeue):
