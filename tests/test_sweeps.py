@@ -26,7 +26,7 @@ from cl_bench.report.folders import LeftOut, scan
 from cl_bench.runs import run as run_module
 from cl_bench.runs.ray_jobs import refuse_unmet_needs, start_ray
 from cl_bench.runs.search import read_space, search
-from cl_bench.runs.sweep import Job, Sweep, check_searched_values, format_table
+from cl_bench.runs.sweep import Job, JobFailed, Sweep, check_searched_values, format_table
 
 SMALL = [*TINY, "backbone.hidden=[4]", "logger=none", "report=false"]
 LONG = [*SMALL, "trainer.epochs=400", "trainer.checkpoint_steps=20"]
@@ -287,17 +287,31 @@ def test_a_job_of_submitit_stops_with_a_checkpoint_and_goes_on_when_it_is_requeu
 # -- Optuna --------------------------------------------------------------------------------------------------------
 
 
+class Outcome:
+    """What a launcher gives for a job: its value, or an error when that is read."""
+
+    def __init__(self, value):
+        self.value = value
+
+    @property
+    def return_value(self):
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
 def search_for(space: str, folder: Path, *fixed: str, values: tuple = (), **settings) -> list[list[str]]:
     """Search without runs, which would give these values; returns the overrides of the runs."""
     defaults = {"direction": "maximize", "n_trials": len(values) or 1, "n_jobs": 1, "params": None, "storage": None}
     defaults |= {"sampler": {"kind": "random", "seed": 0}, "study_name": None, "folder": str(folder)}
     chosen = OmegaConf.create(defaults | settings)
     config = {"experiment": "e", "dry_run": False, "trainer": {"evaluate_on": "val"}, "hydra": {"sweeper": chosen}}
+    config |= {"scenario": {"_target_": "cl_bench.scenarios.split.Split"}, "allow_packages": []}
     waiting, launched = iter(values), []
 
     def launch(jobs, initial_job_idx):
         launched.extend(jobs)
-        return [SimpleNamespace(return_value=next(waiting)) for _ in jobs]
+        return [Outcome(next(waiting)) for _ in jobs]
 
     search(OmegaConf.create(config), dict(chosen), SimpleNamespace(launch=launch), [space, *fixed])
     return launched
@@ -320,6 +334,23 @@ def test_what_optuna_cannot_do_gives_one_message(tmp_path, capsys):
     search_for("optimizer.lr=0.1,0.2", tmp_path, values=(1.0,), study_name="mine")
     with pytest.raises(ConfigError, match=r"hydra\.sweeper\.study_name: expected .* of the same values; got mine\."):
         search_for("optimizer.lr=0.1,0.3", tmp_path, study_name="mine", n_trials=2)
+
+
+def test_a_trial_with_a_wrong_configuration_is_tried_again_and_one_that_diverged_is_not(tmp_path, capsys):
+    """It takes none of ``n_trials``, unless its values are no longer searched."""
+    pytest.importorskip("optuna")
+    options = {"n_trials": 3, "study_name": "mine"}
+    with pytest.raises(JobFailed):
+        search_for("optimizer.lr=interval(0.1,1)", tmp_path, values=(1.0, JobFailed("no data", 2)), **options)
+    first = search_for("optimizer.lr=interval(0.1,1)", tmp_path, values=(2.0, JobFailed("nan", 1)), **options)
+    assert len(first) == 2
+    assert search_for("optimizer.lr=interval(0.1,1)", tmp_path, **options) == []
+
+    options = {"n_trials": 2, "study_name": "narrower"}
+    with pytest.raises(JobFailed):
+        search_for("optimizer.lr=interval(-2,-1)", tmp_path, values=(JobFailed("lr", 2),), **options)
+    ((lr,),) = search_for("optimizer.lr=interval(1,2)", tmp_path, values=(1.0,), **options)
+    assert 1 <= float(lr.removeprefix("optimizer.lr=")) <= 2
 
 
 def read_trials(folder: Path) -> list[dict[str, str]]:

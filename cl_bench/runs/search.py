@@ -116,9 +116,12 @@ def _run_trials(
     make_sampler = choose_sampler(optuna, settings["sampler"])
     states = optuna.trial.TrialState
     interrupted = study.get_trials(states=(states.RUNNING,))
-    for trial in [trial for trial in interrupted if trial.params.keys() != space.keys()]:  # stopped while it drew
-        study.tell(trial.number, state=states.FAIL)
-    waiting = [(trial.number, trial.params) for trial in interrupted if trial.params.keys() == space.keys()]
+    # others were stopped while they drew, or are of values that are no longer searched
+    whole = [trial for trial in interrupted if trial.distributions == space]
+    for trial in interrupted:
+        if trial not in whole:
+            study.tell(trial.number, state=states.FAIL)
+    waiting = [(trial.number, trial.params) for trial in whole]
     while True:
         asked = len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL))) + len(waiting)
         for _ in range(min(settings["n_jobs"] - len(waiting), settings["n_trials"] - asked)):
@@ -132,10 +135,10 @@ def _run_trials(
         for (number, _), job in zip(batch, launcher.launch(jobs, initial_job_idx=batch[0][0])):
             try:
                 value = job.return_value
-            except JobFailed as error:  # it diverged, say
-                study.tell(number, state=states.FAIL)
-                if error.status == 2:
+            except JobFailed as error:
+                if error.status == 2:  # a wrong configuration; tried again when that is mended
                     raise
+                study.tell(number, state=states.FAIL)  # it diverged, say
                 continue
             require(
                 value is not None,
