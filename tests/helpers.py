@@ -483,7 +483,12 @@ def array(t: torch.Tensor) -> np.ndarray:
 
 
 def parts_of(method: str, *overrides: str) -> Parts:
-    return build(compose_read([*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}", *overrides]))
+    tiny = (
+        [*DETECTION, *DETECTION_BUFFERS.get(method, [])]
+        if method in DETECTORS
+        else [*TINY, *SUITS.get(method, MLP_RESERVOIR)]
+    )
+    return build(compose_read([*tiny, f"method={method}", *overrides]))
 
 
 def trainer_of(parts: Parts, folder, stop=lambda: False) -> Trainer:
