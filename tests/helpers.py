@@ -161,6 +161,7 @@ SUITS = {
         "method.warm_up_epochs=5",
         "method.warm_up_lr=0.002",
     ],
+    "scr": [*MLP_RESERVOIR, "method.replay_size=8"],
     "simplecil": ["backbone=mlp", "backbone.hidden=[64]"],
     "ranpac": ["backbone=mlp", "backbone.hidden=[64]", "method.projection=200"],
     "slca": ["backbone=mlp", "backbone.hidden=[32]", "method.trunk_lr=0.03", *ALIGNMENT],

@@ -57,7 +57,7 @@ SUITED = {"lvt": ["optimizer.lr=0.01"], "gdumb": ["buffer.capacity=60"]}
 """At the rate of the other runs any noise in LVT's weights grows by five orders of magnitude in 40 steps. GDumb
 learns only what it stores: 20 images would be 20 steps."""
 
-SOME_EAGER = {"coda_prompt", "dualprompt", "l2p", "lwf", "memory_vit", "slca"}
+SOME_EAGER = {"coda_prompt", "dualprompt", "l2p", "lwf", "memory_vit", "scr", "slca"}
 """Methods that have a phase with a step of its own beside the functional one."""
 
 

@@ -599,6 +599,39 @@ def test_scr_compares_both_views_of_stream_and_memory_and_answers_by_the_nearest
         np.testing.assert_allclose(-scores[:, c], distances, atol=1e-4)
 
 
+def test_scr_reviews_the_memory_after_a_task_with_a_tenth_of_the_gradient():
+    parts = parts_of("scr", "method.replay_size=6")  # of 20 stored images, three batches of six
+    method, task = parts.method, parts.scenario.tasks[0]
+    steps = method.learn(task)
+    stream = next(steps)
+    method.buffer.add(batch_of(task.train.images[:20], task.train.labels[:20]))
+    review = next(steps)
+    assert (len(stream.data), len(review.data)) == (len(task.train), 20)
+    assert (review.epochs, review.batch_size, review.lr, review.optimizer) == (1, 6, None, None)
+    order = review.order(torch.Generator().manual_seed(0))
+    assert len(order) == len(set(order.tolist())) == 18
+    assert list(map(id, review.params)) == list(map(id, stream.params))
+
+    raw, y = review.data.images[order[:6]], review.data.labels[order[:6]]
+    batch, state = batch_of(raw, y), method.buffer.generator.get_state()
+    (loss,) = review.observe(batch).values()
+    method.buffer.generator.set_state(state)
+    view = method.buffer.transform.normalise(255 * draw_view(raw.float() / 255, method.buffer.generator))
+    z = torch.cat([method.projection(method.net.features(x)) for x in (batch.x, view)])
+    whole = supervised_contrastive_loss(torch.nn.functional.normalize(z, dim=1), torch.cat([y, y]), 0.1)
+    expected = torch.autograd.grad(whole, review.params)
+    for found, gradient in zip(torch.autograd.grad(loss, review.params), expected, strict=True):
+        np.testing.assert_allclose(array(found), array(gradient) / 10, rtol=1e-4, atol=1e-7)
+    assert (len(method.buffer), bool(method.known.any())) == (20, False)
+    assert (next(steps, None), bool(method.known.any())) == (None, True)
+    for keys in ("method.review=false", "method.replay_size=21"):  # not asked for; no whole batch
+        parts = parts_of("scr", keys)
+        steps = parts.method.learn(parts.scenario.tasks[0])
+        next(steps)
+        parts.method.buffer.add(batch_of(task.train.images[:20], task.train.labels[:20]))
+        assert next(steps, None) is None
+
+
 def a_view(**changes: float) -> torch.Tensor:
     """Draws of the view that is the image itself, with some changed by their position."""
     still = [1.0, 0.5, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.0, 1.0]

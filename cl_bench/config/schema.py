@@ -74,6 +74,7 @@ LATER_KEYS = {
     "method.replay_current_task": True,
     "method.rehearsal": "all",
     "method.rehearsal_size": 32,
+    "method.review": False,
     "trainer.cudnn_benchmark": False,
     "trainer.keep_tasks": False,
     "trainer.max_steps": None,

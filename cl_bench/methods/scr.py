@@ -6,11 +6,13 @@ The anchors are the stream's batch and a draw from the buffer, each image in two
 crop with changed colours (:mod:`cl_bench.data.views`). P(i) are the other anchors of the same class. z is a projection
 of the features by a small network, of unit length. The two views have forward passes of their own.
 
-An image gets the class whose stored images' mean feature is nearest. Features and means have unit length; the means are
-computed after every task. The head of the network is not used.
+After each task the memory is reviewed: one pass over all stored images in batches of ``replay_size``, both views, with
+a tenth of the gradient. A last batch of fewer images is left out.
 
-Departures: the first batch, when the buffer is empty, is learned from alone; the released code skips it. The review
-pass of the released command is not here.
+An image gets the class whose stored images' mean feature is nearest. Features and means have unit length; the means are
+computed after every task, and after its review. The head of the network is not used.
+
+Departures: the first batch, when the buffer is empty, is learned from alone; the released code skips it.
 """
 
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from cl_bench.backbones.base import SingleHead
 from cl_bench.buffers.base import Buffer
 from cl_bench.core.errors import require_positive
-from cl_bench.core.types import Batch, Phase, Task
+from cl_bench.core.types import Batch, Losses, Phase, Task
 from cl_bench.data.views import draw_view
 from cl_bench.methods.base import (
     Inputs,
@@ -37,6 +39,9 @@ from cl_bench.scenarios.base import Scenario
 PROJECTION = 128
 """Width of the projection."""
 
+REVIEW = 0.1
+"""Factor of the gradient in a review."""
+
 
 class SCR(RehearsalMethod):
     """Contrastive learning of features on stream and memory, and the nearest class mean.
@@ -44,6 +49,7 @@ class SCR(RehearsalMethod):
     Args:
         replay_size: images drawn from the buffer at each step.
         temperature: T.
+        review: whether the memory is reviewed after each task.
     """
 
     shared_labels = True
@@ -52,12 +58,19 @@ class SCR(RehearsalMethod):
     known: Tensor
 
     def __init__(
-        self, *, net: SingleHead, buffer: Buffer, scenario: Scenario, replay_size: int, temperature: float
+        self,
+        *,
+        net: SingleHead,
+        buffer: Buffer,
+        scenario: Scenario,
+        replay_size: int,
+        temperature: float,
+        review: bool,
     ) -> None:
         super().__init__(net=net, buffer=buffer)
         check_replay_size(replay_size)
         require_positive(fix="The paper has 0.1.", temperature=temperature)
-        self.replay_size, self.temperature = replay_size, temperature
+        self.replay_size, self.temperature, self.review = replay_size, temperature, review
         with torch.no_grad():
             blank = torch.zeros(1, *scenario.image_shape, device=next(net.parameters()).device)
             width = net.eval().features(blank).shape[1]
@@ -66,10 +79,22 @@ class SCR(RehearsalMethod):
         self.register_buffer("known", torch.zeros(scenario.num_classes, dtype=torch.bool))  # (K,)
 
     def learn(self, task: Task) -> Iterator[Phase]:
-        """One phase, then the class means."""
+        """One phase on the stream, the review of the memory, then the class means."""
         head = {id(p) for p in self.net.head.parameters()}
-        yield Phase(task.train, self.observe, [p for p in self.parameters() if id(p) not in head])
+        trained = [p for p in self.parameters() if id(p) not in head]
+        yield Phase(task.train, self.observe, trained)
         self.buffer.close_task(task, self.describe)
+        stored = self.buffer.data()
+        whole = len(stored) // self.replay_size * self.replay_size
+        if self.review and whole:
+            yield Phase(
+                stored,
+                self.observe_stored,
+                trained,
+                epochs=1,
+                batch_size=self.replay_size,
+                order=lambda generator: torch.randperm(len(stored), generator=generator)[:whole],
+            )
         means, known = measure_class_means(self.buffer, self._normalise_features, len(self.means))
         self.means.copy_(means)
         self.known.copy_(known)
@@ -80,6 +105,14 @@ class SCR(RehearsalMethod):
         drawn = self.draw(self.replay_size, batch.task)
         if drawn is not None:
             x, y, raw = torch.cat([x, drawn.x]), torch.cat([y, drawn.y]), torch.cat([raw, drawn.raw])
+        return self._add_view(x, y, raw)
+
+    def observe_stored(self, batch: Batch) -> Losses:
+        """The loss of stored images in a review, so scaled that its gradient is."""
+        losses, _ = self.terms(self._add_view(batch.x, batch.y, batch.raw), batch.task)
+        return {"review": REVIEW * losses["contrast"]}
+
+    def _add_view(self, x: Tensor, y: Tensor, raw: Tensor) -> Inputs:
         view = draw_view(raw.float() / 255, self.buffer.generator)
         return {"x": x, "y": y, "view": self.buffer.transform.normalise(255 * view)}
 
