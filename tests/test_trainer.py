@@ -207,7 +207,8 @@ ONLINE = ["method=er", "buffer=reservoir", "trainer.epochs=1", "trainer.steps_pe
 @pytest.mark.parametrize("speed", ["eager", "compile"])
 def test_each_batch_is_trained_on_several_times_and_offered_once(tmp_path, speed):
     """50 images in batches of 16: 4 batches, 12 steps a task; the buffer is offered 50 images after their last step."""
-    parts = build(configure(*TINY, *ONLINE, "scenario.flip=true", "scenario.crop_padding=1", f"trainer.speed={speed}"))
+    keys = ["scenario.flip=true", "scenario.crop_padding=1", "backbone=mlp", "backbone.hidden=[8]"]
+    parts = build(configure(*TINY, *ONLINE, *keys, f"trainer.speed={speed}"))
     inputs, offered = parts.method.inputs, []
 
     def look(batch: Batch):
