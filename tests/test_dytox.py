@@ -14,7 +14,8 @@ from cl_bench.core.errors import ConfigError
 from cl_bench.core.types import Data, Task
 from cl_bench.engine.checkpoint import Checkpoint
 from cl_bench.loggers.group import Loggers
-from cl_bench.methods.dytox import DyToxRule, repeat_images, repeat_passes
+from cl_bench.methods.base import repeat_passes
+from cl_bench.methods.dytox import DyToxRule, repeat_images
 from cl_bench.optim import adamw
 
 pytestmark = pytest.mark.arithmetic

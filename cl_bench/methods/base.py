@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from cl_bench.backbones.base import Backbone, check_single_images, turn_into_buffers
@@ -416,6 +416,12 @@ def compute_gradients(
 def copy_buffers(net: Backbone) -> dict[str, Tensor]:
     """Copies of BatchNorm's running statistics and other buffers, by name."""
     return {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+
+def repeat_passes(size: int, visits: int, generator: Generator) -> Tensor:
+    """Positions of ``visits`` visits to ``size`` images: shuffled passes one after the other, the last one cut."""
+    passes = [torch.randperm(size, generator=generator) for _ in range(-(-visits // size))]
+    return torch.cat(passes)[:visits]
 
 
 def check_replay_size(replay_size: int) -> None:

@@ -33,7 +33,7 @@ from cl_bench.backbones.dytox import Classifier, DyTox
 from cl_bench.buffers.base import Columns, PerClassBuffer
 from cl_bench.core.errors import require_fraction, require_nonnegative, require_positive, void
 from cl_bench.core.types import Batch, Data, Losses, Phase, Task
-from cl_bench.methods.base import Inputs, RehearsalMethod, Teacher, Terms, distillation_loss
+from cl_bench.methods.base import Inputs, RehearsalMethod, Teacher, Terms, distillation_loss, repeat_passes
 
 REPEATED_UNIT = 256
 """The length of an epoch of repeated augmentation is a multiple of this number of images (DeiT)."""
@@ -190,9 +190,3 @@ def repeat_images(size: int, times: int, generator: Generator) -> Tensor:
     """Positions of an epoch of repeated augmentation over ``size`` images: each one drawn stands ``times`` times."""
     visits = size // REPEATED_UNIT * REPEATED_UNIT or size
     return torch.randperm(size, generator=generator).repeat_interleave(times)[:visits]
-
-
-def repeat_passes(size: int, visits: int, generator: Generator) -> Tensor:
-    """Positions of ``visits`` visits to ``size`` images: shuffled passes one after the other, the last one cut."""
-    passes = [torch.randperm(size, generator=generator) for _ in range(-(-visits // size))]
-    return torch.cat(passes)[:visits]

@@ -16,6 +16,7 @@ Departures: the first batch, when the buffer is empty, is learned from alone; th
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from cl_bench.methods.base import (
     Terms,
     check_replay_size,
     measure_class_means,
+    repeat_passes,
     score_by_nearest_mean,
 )
 from cl_bench.scenarios.base import Scenario
@@ -93,7 +95,7 @@ class SCR(RehearsalMethod):
                 trained,
                 epochs=1,
                 batch_size=self.replay_size,
-                order=lambda generator: torch.randperm(len(stored), generator=generator)[:whole],
+                order=partial(repeat_passes, len(stored), whole),
             )
         means, known = measure_class_means(self.buffer, self._normalise_features, len(self.means))
         self.means.copy_(means)
