@@ -483,13 +483,15 @@ def array(t: torch.Tensor) -> np.ndarray:
     return t.detach().double().numpy()
 
 
+def list_tiny(method: str) -> list[str]:
+    """The overrides of a run of some seconds that suits the method."""
+    if method in DETECTORS:
+        return [*DETECTION, *DETECTION_BUFFERS.get(method, []), f"method={method}"]
+    return [*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}"]
+
+
 def parts_of(method: str, *overrides: str) -> Parts:
-    tiny = (
-        [*DETECTION, *DETECTION_BUFFERS.get(method, [])]
-        if method in DETECTORS
-        else [*TINY, *SUITS.get(method, MLP_RESERVOIR)]
-    )
-    return build(compose_read([*tiny, f"method={method}", *overrides]))
+    return build(compose_read([*list_tiny(method), *overrides]))
 
 
 def trainer_of(parts: Parts, folder, stop=lambda: False) -> Trainer:

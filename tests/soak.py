@@ -28,16 +28,13 @@ from typing import Any
 
 import torch
 from helpers import (
-    DETECTION,
-    DETECTION_BUFFERS,
     DETECTORS,
     METHODS,
-    MLP_RESERVOIR,
-    SUITS,
     TINY,
     assert_equal_results,
     command_environment,
     list_logged,
+    list_tiny,
     read_points,
     wandb_files,
     wandb_records,
@@ -107,10 +104,9 @@ class Case:
             own: a folder of pictures, which every third case learns.
         """
         precision = f"precision={rng.choice(['fp32', 'bf16'])}"
+        arguments = list_tiny(method)
         if method in DETECTORS:
-            arguments = [*DETECTION, *DETECTION_BUFFERS.get(method, []), f"method={method}"]
             return cls(method, [*arguments, precision, f"trainer.checkpoint_steps={rng.choice(CHECKPOINTS)}"])
-        arguments = [*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}"]
         if method in NETWORKS:
             networks = FAMILY if method in ORDINARY and rng.random() < 1 / 2 else NETWORKS[method]
             arguments = [a for a in arguments if not a.startswith("backbone")] + rng.choice(networks)

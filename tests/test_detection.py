@@ -24,6 +24,7 @@ from helpers import (
     configure,
     find_run,
     list_logged,
+    list_tiny,
     read_points,
     run_in_process,
     select_kind,
@@ -67,7 +68,7 @@ compose = cache(configure)  # composing takes longer than these runs
 
 
 def build_small(method, *overrides):
-    return build(compose(*DETECTION, f"method={method}", *DETECTION_BUFFERS.get(method, []), *overrides))
+    return build(compose(*list_tiny(method), *overrides))
 
 
 # -- images ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import METHODS, MLP_RESERVOIR, SUITS, TINY, configure
+from helpers import METHODS, configure, list_tiny
 from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -141,7 +141,7 @@ def test_no_command_line_gives_a_traceback(choices, changes, more):
 @functools.cache
 def suitable(method: str) -> DictConfig:
     """A configuration of the method that builds."""
-    return compose_read([*TINY, *SUITS.get(method, MLP_RESERVOIR), f"method={method}"])
+    return compose_read(list_tiny(method))
 
 
 @pytest.mark.slow

@@ -147,7 +147,9 @@ def test_only_a_job_on_the_machine_of_the_command_has_a_temporary_folder(tmp_pat
     try:
         for machine in (socket.gethostname(), "another"):
             sweep = Sweep([], folder=tmp_path / f"cl_bench-{machine}", pid=0, machine=machine)
-            sweep.perform(lambda config, sweep=sweep: seen.append(find_jobs(tmp_path)), OmegaConf.create({}))
+            sweep.perform(lambda config: seen.append(find_jobs(tmp_path)), OmegaConf.create({}))
+        nowhere = Sweep([], folder=tmp_path / "not there" / "cl_bench-0", pid=0)  # a job may not see the command's
+        assert nowhere.perform(lambda config: 7, OmegaConf.create({})) == 7
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
